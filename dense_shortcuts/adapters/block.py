@@ -1,0 +1,46 @@
+"""What every adapter is made of."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+Join = Callable[[Tensor, Tensor], Tensor]
+
+
+class DenseBlock:
+    """Mixin for a host's block that leaves its add to the stage. An adapter is the host's class with these methods.
+
+    The block stays a module that is called, so that hooks on it fire and see the stage's feature maps X_l.
+    """
+
+    downsample: nn.Module | None
+
+    def branch(self, x: Tensor) -> Tensor:
+        """F_l(x): everything before the add, squeeze-excite and drop path included."""
+        raise NotImplementedError
+
+    def project(self, x: Tensor) -> Tensor:
+        """What the host would add: the projection shortcut where there is one, else x."""
+        return x if self.downsample is None else self.downsample(x)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """What follows the add: the activation s."""
+        raise NotImplementedError
+
+    def width(self) -> int:
+        """Channels C of F_l and X_l."""
+        raise NotImplementedError
+
+    def inner_widths(self) -> tuple[int, int] | None:
+        """For DS2: the width of H_1 and how many of its channels get a weight; None where DS2 does not apply."""
+        return None
+
+    def forward(self, x: Tensor, join: Join) -> Tensor:
+        """X_l from X_{l-1}, where join(branch, identity) is the sum before the activation."""
+        return self.finish(join(self.branch(x), self.project(x)))
+
+
+def widths_of_3x3(conv: nn.Conv2d) -> tuple[int, int] | None:
+    """`inner_widths` of a plain bottleneck: DS2 applies where its 3x3 keeps the shape."""
+    keeps = conv.stride == (1, 1) and conv.in_channels == conv.out_channels
+    return (conv.in_channels, conv.in_channels) if keeps else None

@@ -1,0 +1,49 @@
+"""timm's Res2Net block."""
+
+import torch
+from timm.models.res2net import Bottle2neck
+from torch import Tensor, nn
+
+from .block import DenseBlock
+from .timm_resnet import after_last_norm
+
+
+class DenseBottle2neck(DenseBlock, Bottle2neck):
+    inner: nn.Module | None
+
+    def width(self) -> int:
+        return self.conv3.out_channels
+
+    def inner_widths(self) -> tuple[int, int] | None:
+        """Width of H_1 and of its pieces that pass a 3x3, where the 3x3 keeps their shape, so that DS2 applies."""
+        width = self.convs[0].in_channels
+        return (width * self.scale, width * self.num_scales) if self.convs[0].stride == (1, 1) else None
+
+    def branch(self, x: Tensor) -> Tensor:
+        hidden = self.relu(self.bn1(self.conv1(x)))
+
+        x = self.drop_block(self.multi_scale(hidden))
+
+        x = self.bn3(self.conv3(x))
+        return after_last_norm(self, x)
+
+    def multi_scale(self, hidden: Tensor) -> Tensor:
+        """The 3x3 of a bottleneck cut into pieces, each of which also takes the result of the piece before."""
+        pieces = torch.split(hidden, self.width, 1)
+        term = self.inner.term(hidden) if self.inner is not None else None
+        outputs: list[Tensor] = []
+        for i, (conv, bn) in enumerate(zip(self.convs, self.bns, strict=True)):
+            piece = pieces[i] if i == 0 or self.is_first else outputs[-1] + pieces[i]
+            piece = bn(conv(piece))
+            if self.inner is not None:
+                piece = self.inner(piece, term, i * self.width)
+            outputs.append(self.relu(piece))
+        if self.scale > 1:
+            outputs.append(pieces[-1] if self.pool is None else self.pool(pieces[-1]))
+        return torch.cat(outputs, 1)
+
+    def finish(self, x: Tensor) -> Tensor:
+        return self.relu(x)
+
+
+BLOCKS = (DenseBottle2neck,)

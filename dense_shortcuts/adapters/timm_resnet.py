@@ -1,0 +1,58 @@
+"""timm's ResNet blocks, which also make up its ResNeXt, Wide ResNet and SE-ResNet."""
+
+from timm.models.resnet import BasicBlock, Bottleneck
+from torch import Tensor, nn
+
+from .block import DenseBlock, widths_of_3x3
+
+
+class DenseBasicBlock(DenseBlock, BasicBlock):
+    def width(self) -> int:
+        return self.conv2.out_channels
+
+    def branch(self, x: Tensor) -> Tensor:
+        x = self.act1(self.drop_block(self.bn1(self.conv1(x))))
+        x = self.aa(x)
+
+        x = self.bn2(self.conv2(x))
+        return after_last_norm(self, x)
+
+    def finish(self, x: Tensor) -> Tensor:
+        return self.act2(x)
+
+
+class DenseBottleneck(DenseBlock, Bottleneck):
+    inner: nn.Module | None
+
+    def width(self) -> int:
+        return self.conv3.out_channels
+
+    def inner_widths(self) -> tuple[int, int] | None:
+        return widths_of_3x3(self.conv2)
+
+    def branch(self, x: Tensor) -> Tensor:
+        hidden = self.act1(self.bn1(self.conv1(x)))
+
+        x = self.bn2(self.conv2(hidden))
+        if self.inner is not None:
+            x = self.inner(x, self.inner.term(hidden))
+        x = self.act2(self.drop_block(x))
+        x = self.aa(x)
+
+        x = self.bn3(self.conv3(x))
+        return after_last_norm(self, x)
+
+    def finish(self, x: Tensor) -> Tensor:
+        return self.act3(x)
+
+
+def after_last_norm(block: nn.Module, x: Tensor) -> Tensor:
+    """Attention and drop path, which stay in the residual branch."""
+    if block.se is not None:
+        x = block.se(x)
+    if block.drop_path is not None:
+        x = block.drop_path(x)
+    return x
+
+
+BLOCKS = (DenseBasicBlock, DenseBottleneck)

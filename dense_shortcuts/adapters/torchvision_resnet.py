@@ -1,0 +1,45 @@
+"""torchvision's ResNet blocks, which also make up its ResNeXt and Wide ResNet."""
+
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from .block import DenseBlock, widths_of_3x3
+
+
+class DenseBasicBlock(DenseBlock, BasicBlock):
+    def width(self) -> int:
+        return self.conv2.out_channels
+
+    def branch(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+
+        return self.bn2(self.conv2(x))
+
+    def finish(self, x: Tensor) -> Tensor:
+        return self.relu(x)
+
+
+class DenseBottleneck(DenseBlock, Bottleneck):
+    inner: nn.Module | None
+
+    def width(self) -> int:
+        return self.conv3.out_channels
+
+    def inner_widths(self) -> tuple[int, int] | None:
+        return widths_of_3x3(self.conv2)
+
+    def branch(self, x: Tensor) -> Tensor:
+        hidden = self.relu(self.bn1(self.conv1(x)))
+
+        x = self.bn2(self.conv2(hidden))
+        if self.inner is not None:
+            x = self.inner(x, self.inner.term(hidden))
+        x = self.relu(x)
+
+        return self.bn3(self.conv3(x))
+
+    def finish(self, x: Tensor) -> Tensor:
+        return self.relu(x)
+
+
+BLOCKS = (DenseBasicBlock, DenseBottleneck)

@@ -1,0 +1,87 @@
+"""Loading weights without dropping a key in silence."""
+
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from .errors import DenseShortcutError
+from .shortcut import DenseShortcut, InnerShortcut
+
+_logger = logging.getLogger(__name__)
+
+_SHORTCUT_KEY = re.compile(r"(^|\.)(shortcut\.(weights|norms)|inner\.(weight|norm))(\.|$)")
+
+
+def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, shortcuts: str = "keep") -> list[str]:
+    """Load a host's or a plugged network's weights; what a host's weights cannot give stays at its start.
+
+    Args:
+        model: a network, plugged in or not.
+        source: a state dict, or the path of a .safetensors file.
+        shortcuts: what to do with shortcut keys that the model has no place for: "keep" refuses, "drop" leaves them out.
+
+    Returns:
+        The shortcut keys that the source does not have, which are also logged. Empty where every key was found.
+
+    Raises:
+        DenseShortcutError: missing, unexpected or differently shaped keys, all of them named; nothing is loaded.
+    """
+    if shortcuts not in ("keep", "drop"):
+        raise DenseShortcutError(f"unknown shortcuts={shortcuts!r}: choose 'keep' or 'drop'.")
+    state = dict(_read(Path(source)) if isinstance(source, str | Path) else source)
+    own = model.state_dict()
+    extra = sorted(state.keys() - own.keys())
+    if shortcuts == "drop":
+        dropped = [key for key in extra if _looks_like_shortcut(key)]
+        extra = [key for key in extra if key not in dropped]
+        state = {key: value for key, value in state.items() if key not in dropped}
+        if dropped:
+            _logger.warning("left out %d shortcut keys: %s", len(dropped), ", ".join(dropped))
+
+    missing = sorted(own.keys() - state.keys())
+    fillable = _shortcut_keys(model)
+    started = [key for key in missing if key in fillable]
+    # Shortcuts may all be absent (a host's weights) or all be there; a part of them comes from another plan.
+    partial = bool(started) and bool(fillable & state.keys())
+    faults = {
+        "unexpected": extra,
+        "missing": missing if partial else [key for key in missing if key not in fillable],
+        "of another shape": sorted(key for key in state.keys() & own.keys() if state[key].shape != own[key].shape),
+    }
+    if any(faults.values()):
+        told = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in faults.items() if keys)
+        hint = " (shortcuts='drop' leaves shortcut keys out)" if any(map(_looks_like_shortcut, extra)) else ""
+        raise DenseShortcutError(f"the weights are of another network, build the one they were saved from{hint} - {told}.")
+    model.load_state_dict(state, strict=False)
+    if started:
+        _logger.warning("%d shortcut keys are not in the weights and stay at their start: %s", len(started), ", ".join(started))
+    return started
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise DenseShortcutError(f"{path} is not a file: give the path of a .safetensors checkpoint.")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise DenseShortcutError(f"{path} is not a whole safetensors file ({error}): save it again.") from error
+
+
+def _shortcut_keys(model: nn.Module) -> set[str]:
+    return {
+        f"{prefix}.{key}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, DenseShortcut | InnerShortcut)
+        for key in module.state_dict()
+    }
+
+
+def _looks_like_shortcut(key: str) -> bool:
+    """Whether a key of an unknown state dict has the form of those that `plug_in` adds."""
+    return _SHORTCUT_KEY.search(key) is not None

@@ -1,0 +1,56 @@
+"""ResNet for 32x32 images (He et al., 2016, Sec. 4.2) as a timm ResNet: a 3x3 stem without pooling, 3 or 4 stages."""
+
+from typing import Any
+
+import torch
+from timm.models.resnet import ResNet
+from torch import nn
+
+from ..errors import DenseShortcutError
+
+
+def cifar_resnet(
+    *,
+    block: type[nn.Module],
+    layers: tuple[int, ...],
+    channels: tuple[int, ...] = (16, 32, 64),
+    in_chans: int = 3,
+    output_stride: int = 32,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> ResNet:
+    """timm's ResNet with the stem for small images; the shortcut between stages is the 1x1 projection.
+
+    Args:
+        block, layers, in_chans, **kwargs: as in timm's ResNet.
+        channels: width of each stage before expansion; the stem gives channels[0] maps.
+        output_stride: only the default; the whole network reduces 32x32 to 8x8 (three stages) or 4x4 (four).
+
+    Raises:
+        DenseShortcutError: any other output_stride.
+    """
+    if output_stride != 32:
+        raise DenseShortcutError(
+            f"output_stride={output_stride} is not for the CIFAR networks, whose stages already keep 8x8: leave it out."
+        )
+    # timm gives the first stage 64 maps, or twice the width of a deep stem; the stem itself is replaced below.
+    model = ResNet(
+        block,
+        layers,
+        channels=channels,
+        in_chans=in_chans,
+        stem_type="deep",
+        stem_width=channels[0] // 2,
+        device=device,
+        dtype=dtype,
+        **kwargs,
+    )
+    model.conv1 = nn.Conv2d(in_chans, channels[0], 3, padding=1, bias=False, device=device, dtype=dtype)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()
+    if len(channels) == 3:
+        model.layer4 = nn.Sequential()  # timm's forward pass names four stages; an empty one passes maps on
+    for info in model.feature_info:
+        info["reduction"] = max(1, info["reduction"] // 4)
+    return model

@@ -1,0 +1,140 @@
+"""N of the equations: normalisation without affine parameters, as an affine form whose statistics are taken once a map.
+
+The modules are PyTorch's own (GroupNorm, BatchNorm2d, InstanceNorm2d with affine=False), so that they print, save, move
+and convert to SyncBatchNorm as everywhere else; only what they would compute is written down here as N(x) = r * x + s.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .errors import DenseShortcutError
+from .ops import moments
+
+NormFactory = Callable[[int], nn.Module]
+Norm = str | NormFactory | None
+
+NORMS = ("group", "batch", "layer", "instance")
+
+
+def default_groups(channels: int) -> int:
+    """32 groups as in Group Normalization (Wu and He, 2018), fewer in narrow stages: four channels a group at least."""
+    limit = min(32, max(1, channels // 4))
+    return next(g for g in range(limit, 0, -1) if channels % g == 0)
+
+
+def make_norm(norm: Norm, channels: int, groups: int | None = None) -> nn.Module | None:
+    """A fresh norm for maps of `channels` channels, or None where maps are used as they are.
+
+    Raises:
+        DenseShortcutError: unknown name, or a group count that does not divide the channels.
+    """
+    if groups is not None and norm != "group":
+        raise DenseShortcutError(f"groups={groups} goes with norm='group', not with norm={norm!r}: leave groups out.")
+    if norm is None:
+        return None
+    if norm == "group":
+        groups = default_groups(channels) if groups is None else groups
+        if groups < 1 or channels % groups:
+            raise DenseShortcutError(
+                f"{groups} groups do not divide the {channels} channels of a stage: choose a divisor of {channels}."
+            )
+        return nn.GroupNorm(groups, channels, affine=False)
+    if norm == "layer":
+        return nn.GroupNorm(1, channels, affine=False)
+    if norm == "batch":
+        return nn.BatchNorm2d(channels, affine=False)
+    if norm == "instance":
+        return nn.InstanceNorm2d(channels, affine=False)
+    if callable(norm):
+        module = norm(channels)
+        if not isinstance(module, nn.Module):
+            raise DenseShortcutError(
+                f"the norm factory returned {type(module).__name__}: it must take a channel count and return a module."
+            )
+        return module
+    raise DenseShortcutError(f"unknown norm {norm!r}: choose one of {', '.join(NORMS)}, None, or a factory.")
+
+
+def has_affine_form(norm: nn.Module) -> bool:
+    """Whether `affine_form` knows this module; any other norm is called as it stands."""
+    known = type(norm) in (nn.GroupNorm, nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d)
+    if not known or norm.affine:
+        return False
+    return not (isinstance(norm, nn.InstanceNorm2d) and norm.track_running_stats)
+
+
+def affine_form(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """r and s with norm(x) = r * x + s; in training, batch norm updates its running statistics as PyTorch's does.
+
+    Args:
+        norm: a module for which `has_affine_form` holds.
+        x: feature map, (N, C, H, W).
+
+    Returns:
+        r and s, (1, C) for batch norm and (N, C) for the others, in float32 (float64 for a float64 map).
+    """
+    if isinstance(norm, nn.GroupNorm):
+        mean, var = _group_moments(x, norm.num_groups)
+    elif isinstance(norm, nn.InstanceNorm2d):
+        mean, var = moments(x)
+    else:
+        assert isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
+        mean, var = _batch_moments(norm, x)
+    r = torch.rsqrt(var + norm.eps)
+    return r, -mean * r
+
+
+def _group_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    mean, var = moments(x)
+    n, c = mean.shape
+    mean, var = _pool(mean.view(n, groups, c // groups), var.view(n, groups, c // groups), dim=2)
+    return mean.expand(n, groups, c // groups).reshape(n, c), var.expand(n, groups, c // groups).reshape(n, c)
+
+
+def _pool(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Moments of a union of equally large sets (law of total variance), without the cancellation of E[x^2] - E[x]^2."""
+    between, pooled = torch.var_mean(mean, dim=dim, correction=0, keepdim=True)
+    return pooled, var.mean(dim=dim, keepdim=True) + between
+
+
+def _batch_moments(norm: nn.BatchNorm2d | nn.SyncBatchNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    if not norm.training and norm.running_mean is not None and norm.running_var is not None:
+        dtype = torch.promote_types(norm.running_mean.dtype, torch.float32)
+        return norm.running_mean.to(dtype)[None], norm.running_var.to(dtype)[None]
+    mean, var = _pool(*moments(x), dim=0)
+    count: int | Tensor = x.shape[0] * x.shape[2] * x.shape[3]
+    if isinstance(norm, nn.SyncBatchNorm) and norm.training and _world_size(norm) > 1:
+        mean, var, count = _across_processes(norm, mean, var, count)
+    elif count == 1:  # as F.batch_norm does
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+    if norm.training:
+        _update_running(norm, mean.detach()[0], (var * count / (count - 1)).detach()[0])
+    return mean, var
+
+
+def _world_size(norm: nn.SyncBatchNorm) -> int:
+    return dist.get_world_size(norm.process_group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def _across_processes(norm: nn.SyncBatchNorm, mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Moments over the batches of all processes, which may differ in size; gradients cross the processes too."""
+    from torch.distributed.nn.functional import all_reduce
+
+    group = norm.process_group if norm.process_group is not None else dist.group.WORLD
+    total = mean.new_tensor(float(count))
+    dist.all_reduce(total, group=group)
+    share = count / total
+    joint = all_reduce(mean * share, group=group)
+    return joint, all_reduce((var + (mean - joint).square()) * share, group=group), total
+
+
+def _update_running(norm: nn.BatchNorm2d | nn.SyncBatchNorm, mean: Tensor, unbiased_var: Tensor) -> None:
+    if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
+        return
+    norm.num_batches_tracked.add_(1)
+    momentum: float | Tensor = norm.momentum if norm.momentum is not None else 1.0 / norm.num_batches_tracked.float()
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+    norm.running_var.lerp_(unbiased_var.to(norm.running_var.dtype), momentum)

@@ -1,0 +1,48 @@
+"""The operator in plain PyTorch, written from the equations. Runs on any device and is what faster forms are held to."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums and statistics are kept: float64 for float64, else float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over the pixels of each channel of each image.
+
+    All statistics used here (batch, group, layer, instance) follow from these two, so a feature map is read once
+    whatever the norm, and no reshape is needed that would copy a channels_last map.
+
+    Args:
+        x: feature map, (N, C, H, W).
+
+    Returns:
+        mean and variance, both (N, C), in float32 (float64 for a float64 map).
+    """
+    var, mean = torch.var_mean(x.to(accumulation_dtype(x.dtype)), dim=(2, 3), correction=0)
+    return mean, var
+
+
+def dense_sum(branch: Tensor, maps: Sequence[Tensor], scales: Tensor | None, bias: Tensor | None) -> Tensor:
+    """branch + bias + sum_i scales[i] * maps[i], the affine form of Eq. (DS): a = w / sigma, b = -sum w * mu / sigma.
+
+    Args:
+        branch: residual branch F_l, (N, C, H, W).
+        maps: the finished feature maps X_0 .. X_{l-1}, each (N, C, H, W).
+        scales: a_i, (len(maps), 1 or N, C); None adds the maps as they are.
+        bias: b, (1 or N, C); None for zero.
+
+    Returns:
+        (N, C, H, W) in the branch's dtype; the sum itself is kept in float32 or better.
+    """
+    total = branch.to(accumulation_dtype(branch.dtype))
+    if bias is not None:
+        total = total + bias[:, :, None, None]
+    for i, x in enumerate(maps):
+        # addcmul takes the map in its own dtype: no float32 copy of it is made or saved for the backward pass.
+        total = total + x if scales is None else torch.addcmul(total, x, scales[i][:, :, None, None])
+    return total.to(branch.dtype)
