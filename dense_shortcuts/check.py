@@ -30,7 +30,8 @@ def check(model: nn.Module, input_size: tuple[int, int, int] = (3, 64, 64), at_s
     faults = [] if stages else ["the network has no dense stage: call dense_shortcuts.plug_in(model) first"]
     for name, stage in stages.items():
         faults += _static_faults(name, stage, at_start)
-    return faults + _dynamic_faults(copy.deepcopy(model), input_size)
+    with torch.random.fork_rng():  # drop path draws; the caller's random numbers stay where they were
+        return faults + _dynamic_faults(copy.deepcopy(model), input_size)
 
 
 def _static_faults(name: str, stage: DenseStage, at_start: bool) -> list[str]:

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .errors import DenseShortcutError
-from .ops import moments
 
 NormFactory = Callable[[int], nn.Module]
 Norm = str | NormFactory | None
@@ -66,29 +65,41 @@ def has_affine_form(norm: nn.Module) -> bool:
     return not (isinstance(norm, nn.InstanceNorm2d) and norm.track_running_stats)
 
 
-def affine_form(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def is_batch_norm(norm: nn.Module) -> bool:
+    """Whether statistics are over the batch, so that the affine form is the same for all its images."""
+    return isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
+
+
+def uses_running_statistics(norm: nn.Module) -> bool:
+    """Whether the norm goes by its running statistics alone: batch norm in eval mode."""
+    return (
+        isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
+        and not norm.training
+        and norm.running_mean is not None
+        and norm.running_var is not None
+    )
+
+
+def affine_form(norm: nn.Module, mean: Tensor, var: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
     """r and s with norm(x) = r * x + s; in training, batch norm updates its running statistics as PyTorch's does.
 
     Args:
         norm: a module for which `has_affine_form` holds.
-        x: feature map, (N, C, H, W).
+        mean, var: `moments` of x, both (N, C); not looked at where `uses_running_statistics` holds.
+        pixels: H * W of x.
 
     Returns:
         r and s, (1, C) for batch norm and (N, C) for the others, in float32 (float64 for a float64 map).
     """
     if isinstance(norm, nn.GroupNorm):
-        mean, var = _group_moments(x, norm.num_groups)
-    elif isinstance(norm, nn.InstanceNorm2d):
-        mean, var = moments(x)
-    else:
-        assert isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
-        mean, var = _batch_moments(norm, x)
+        mean, var = _group_moments(mean, var, norm.num_groups)
+    elif isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
+        mean, var = _batch_moments(norm, mean, var, pixels)
     r = torch.rsqrt(var + norm.eps)
     return r, -mean * r
 
 
-def _group_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    mean, var = moments(x)
+def _group_moments(mean: Tensor, var: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     n, c = mean.shape
     mean, var = _pool(mean.view(n, groups, c // groups), var.view(n, groups, c // groups), dim=2)
     return mean.expand(n, groups, c // groups).reshape(n, c), var.expand(n, groups, c // groups).reshape(n, c)
@@ -100,16 +111,18 @@ def _pool(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return pooled, var.mean(dim=dim, keepdim=True) + between
 
 
-def _batch_moments(norm: nn.BatchNorm2d | nn.SyncBatchNorm, x: Tensor) -> tuple[Tensor, Tensor]:
-    if not norm.training and norm.running_mean is not None and norm.running_var is not None:
+def _batch_moments(
+    norm: nn.BatchNorm2d | nn.SyncBatchNorm, mean: Tensor, var: Tensor, pixels: int
+) -> tuple[Tensor, Tensor]:
+    if uses_running_statistics(norm):
         dtype = torch.promote_types(norm.running_mean.dtype, torch.float32)
         return norm.running_mean.to(dtype)[None], norm.running_var.to(dtype)[None]
-    mean, var = _pool(*moments(x), dim=0)
-    count: int | Tensor = x.shape[0] * x.shape[2] * x.shape[3]
+    count: int | Tensor = mean.shape[0] * pixels
+    mean, var = _pool(mean, var, dim=0)
     if isinstance(norm, nn.SyncBatchNorm) and norm.training and _world_size(norm) > 1:
         mean, var, count = _across_processes(norm, mean, var, count)
     elif count == 1:  # as F.batch_norm does
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+        raise ValueError("Expected more than 1 value per channel when training, got one image of one pixel")
     if norm.training:
         _update_running(norm, mean.detach()[0], (var * count / (count - 1)).detach()[0])
     return mean, var
@@ -135,6 +148,8 @@ def _update_running(norm: nn.BatchNorm2d | nn.SyncBatchNorm, mean: Tensor, unbia
     if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
         return
     norm.num_batches_tracked.add_(1)
-    momentum: float | Tensor = norm.momentum if norm.momentum is not None else 1.0 / norm.num_batches_tracked.float()
-    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
-    norm.running_var.lerp_(unbiased_var.to(norm.running_var.dtype), momentum)
+    dtype = norm.running_mean.dtype
+    # momentum=None asks for the cumulative average, as in PyTorch
+    momentum: float | Tensor = norm.momentum if norm.momentum is not None else 1.0 / norm.num_batches_tracked.to(dtype)
+    norm.running_mean.lerp_(mean.to(dtype), momentum)
+    norm.running_var.lerp_(unbiased_var.to(dtype), momentum)

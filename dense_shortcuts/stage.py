@@ -5,8 +5,16 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules import module as _module
 
 from .shortcut import DenseShortcut, Term
+_GLOBAL_HOOKS = (
+    _module._global_forward_hooks,
+    _module._global_forward_pre_hooks,
+    _module._global_backward_hooks,
+    _module._global_backward_pre_hooks,
+)
+
 
 class DenseStage(nn.Module):
     """A stage whose blocks see all earlier feature maps of the stage.
@@ -61,22 +69,27 @@ class DenseStage(nn.Module):
             (X_l, terms of X_0 .. X_l), or after the last block X_L alone, (N, C, H, W).
         """
         x, terms = (state, ()) if k == 0 else state
-        last = k == len(self) - 1
+        block, last = self[k], k == len(self) - 1
+        ahead = None  # the Term of X_l, where it came out of the same pass as X_l
 
-        def join(branch: Tensor, identity: Tensor) -> Tensor:
-            nonlocal terms
+        def join(branch: Tensor, identity: Tensor, activation: nn.Module) -> Tensor:
+            nonlocal terms, ahead
             if k == 0:
-                terms = (self.shortcut.term(0, identity),)
-            total = self.shortcut(k, branch + identity if self.keep_identity else branch, terms)
+                terms = (self.shortcut.enter(0, identity),)
+            earlier = terms
             if self.aggregate == "block" and not last:
-                terms = (*terms, self.shortcut.term(k + 1, branch))
-            return total
+                terms = (*terms, self.shortcut.enter(k + 1, branch))
+            relu = type(activation) is nn.ReLU and not _observed(activation)
+            finish = relu and self.aggregate != "block" and not last and not _observed(block)
+            branch = branch + identity if self.keep_identity else branch
+            x, ahead = self.shortcut(k, branch, earlier, relu, finish)
+            return x if relu else activation(x)
 
-        x = self[k](x, join)
+        x = block(x, join)
         if last:
             return x
         if self.aggregate != "block":
-            terms = (*terms, self.shortcut.term(k + 1, x))
+            terms = (*terms, self.shortcut.enter(k + 1, x) if ahead is None else ahead)
         return x, terms
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,3 +100,13 @@ class DenseStage(nn.Module):
 
     def extra_repr(self) -> str:
         return f"aggregate={self.aggregate!r}, keep_identity={self.keep_identity}"
+
+
+def _observed(module: nn.Module) -> bool:
+    """Whether a hook may look at the module's output or its gradient.
+
+    Such an output must be a tensor to which all later gradients come; where X_l and its statistics are made in one pass
+    they do not all come to X_l (`ops/fused.py`).
+    """
+    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(own) or any(_GLOBAL_HOOKS)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-Join = Callable[[Tensor, Tensor], Tensor]
+Join = Callable[[Tensor, Tensor, nn.Module], Tensor]
 
 
 class DenseBlock:
@@ -23,8 +23,8 @@ class DenseBlock:
         """What the host would add: the projection shortcut where there is one, else x."""
         return x if self.downsample is None else self.downsample(x)
 
-    def finish(self, x: Tensor) -> Tensor:
-        """What follows the add: the activation s."""
+    def activation(self) -> nn.Module:
+        """What follows the add: s."""
         raise NotImplementedError
 
     def width(self) -> int:
@@ -36,8 +36,8 @@ class DenseBlock:
         return None
 
     def forward(self, x: Tensor, join: Join) -> Tensor:
-        """X_l from X_{l-1}, where join(branch, identity) is the sum before the activation."""
-        return self.finish(join(self.branch(x), self.project(x)))
+        """X_l from X_{l-1}, where join(branch, identity, activation) is what the stage makes of the three."""
+        return join(self.branch(x), self.project(x), self.activation())
 
 
 def widths_of_3x3(conv: nn.Conv2d) -> tuple[int, int] | None:

@@ -30,7 +30,7 @@ class DenseBottle2neck(DenseBlock, Bottle2neck):
     def multi_scale(self, hidden: Tensor) -> Tensor:
         """The 3x3 of a bottleneck cut into pieces, each of which also takes the result of the piece before."""
         pieces = torch.split(hidden, self.width, 1)
-        term = self.inner.term(hidden) if self.inner is not None else None
+        term = self.inner.enter(hidden) if self.inner is not None else None
         outputs: list[Tensor] = []
         for i, (conv, bn) in enumerate(zip(self.convs, self.bns, strict=True)):
             piece = pieces[i] if i == 0 or self.is_first else outputs[-1] + pieces[i]
@@ -42,8 +42,8 @@ class DenseBottle2neck(DenseBlock, Bottle2neck):
             outputs.append(pieces[-1] if self.pool is None else self.pool(pieces[-1]))
         return torch.cat(outputs, 1)
 
-    def finish(self, x: Tensor) -> Tensor:
-        return self.relu(x)
+    def activation(self) -> nn.Module:
+        return self.relu
 
 
 BLOCKS = (DenseBottle2neck,)

@@ -17,8 +17,8 @@ class DenseBasicBlock(DenseBlock, BasicBlock):
         x = self.bn2(self.conv2(x))
         return after_last_norm(self, x)
 
-    def finish(self, x: Tensor) -> Tensor:
-        return self.act2(x)
+    def activation(self) -> nn.Module:
+        return self.act2
 
 
 class DenseBottleneck(DenseBlock, Bottleneck):
@@ -35,15 +35,15 @@ class DenseBottleneck(DenseBlock, Bottleneck):
 
         x = self.bn2(self.conv2(hidden))
         if self.inner is not None:
-            x = self.inner(x, self.inner.term(hidden))
+            x = self.inner(x, self.inner.enter(hidden))
         x = self.act2(self.drop_block(x))
         x = self.aa(x)
 
         x = self.bn3(self.conv3(x))
         return after_last_norm(self, x)
 
-    def finish(self, x: Tensor) -> Tensor:
-        return self.act3(x)
+    def activation(self) -> nn.Module:
+        return self.act3
 
 
 def after_last_norm(block: nn.Module, x: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ class DenseBasicBlock(DenseBlock, BasicBlock):
 
         return self.bn2(self.conv2(x))
 
-    def finish(self, x: Tensor) -> Tensor:
-        return self.relu(x)
+    def activation(self) -> nn.Module:
+        return self.relu
 
 
 class DenseBottleneck(DenseBlock, Bottleneck):
@@ -33,13 +33,13 @@ class DenseBottleneck(DenseBlock, Bottleneck):
 
         x = self.bn2(self.conv2(hidden))
         if self.inner is not None:
-            x = self.inner(x, self.inner.term(hidden))
+            x = self.inner(x, self.inner.enter(hidden))
         x = self.relu(x)
 
         return self.bn3(self.conv3(x))
 
-    def finish(self, x: Tensor) -> Tensor:
-        return self.relu(x)
+    def activation(self) -> nn.Module:
+        return self.relu
 
 
 BLOCKS = (DenseBasicBlock, DenseBottleneck)

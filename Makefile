@@ -1,0 +1,34 @@
+# `make compare` and `make test` are complete on a machine with Python 3.11+, pip and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: compare test accuracy check clean
+
+compare: $(VENV)/installed
+	$(BIN)/dsnet compare
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
+accuracy: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m accuracy -s
+
+check: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/installed-dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@ $(VENV)/installed

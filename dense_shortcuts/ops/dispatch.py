@@ -1,0 +1,77 @@
+"""Which form of the operator runs: chosen once a call, before autograd; a named one never falls back."""
+
+import logging
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..errors import DenseShortcutError
+
+BACKENDS = ("auto", "plain", "cpu", "triton")
+VARIABLE = "DENSE_SHORTCUTS_BACKEND"
+
+_logger = logging.getLogger(__name__)
+
+
+def choose(x: Tensor, wanted: str = "auto") -> str:
+    """The back end for a map: "plain", "cpu" or "triton".
+
+    Args:
+        x: a feature map, (N, C, H, W).
+        wanted: "auto" or a back end by name; the environment variable DENSE_SHORTCUTS_BACKEND goes before "auto".
+
+    Raises:
+        DenseShortcutError: unknown name, or a named back end that cannot run on the map's device.
+    """
+    wanted = os.environ.get(VARIABLE, "auto") if wanted == "auto" else wanted
+    if wanted not in BACKENDS:
+        raise DenseShortcutError(f"unknown back end {wanted!r}: choose one of {', '.join(BACKENDS)}.")
+    if wanted == "plain" or (wanted == "auto" and _is_traced(x)):
+        return "plain"
+    device = x.device.type
+    own, reason = own_backend(device)
+    if wanted == "auto":
+        _log_once(device, own, reason)
+        return own
+    if wanted != own and not (wanted == "triton" and interpreted()):
+        raise DenseShortcutError(
+            f"the back end {wanted!r} cannot run on {device} here ({reason}): choose 'auto' or 'plain'."
+        )
+    return wanted
+
+
+def own_backend(device: str) -> tuple[str, str]:
+    """The back end that "auto" takes for a device type, and why."""
+    if device in ("cpu", "meta"):
+        return "cpu", "in-place sums over pieces that stay in cache"
+    if device == "cuda" and torch.version.hip is None:
+        if has_triton():
+            return "triton", "CUDA with Triton"
+        return "plain", "Triton is not installed"
+    return "plain", f"no kernels of our own for {device}"
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton can be imported."""
+    from importlib.util import find_spec
+
+    return find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels are to run in its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1" and has_triton()
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether a graph for other runtimes is being recorded, where operators of our own would not be known."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting() or isinstance(x, torch.fx.Proxy)
+
+
+@cache
+def _log_once(device: str, backend: str, reason: str) -> None:
+    level = logging.INFO if backend != "plain" else logging.WARNING
+    _logger.log(level, "dense shortcuts on %s use the %s back end: %s", device, backend, reason)

@@ -1,0 +1,134 @@
+"""What a network costs: parameters, multiply-adds, memory of a training step, images a second."""
+
+import gc
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..shortcut import DenseShortcut, InnerShortcut
+from .config import TrainConfig
+from .loop import make_accelerator, memory_format, placed
+from .network import build_network, make_loss, make_optimizer
+
+
+def parameters(model: nn.Module) -> int:
+    """Number of trained numbers."""
+    return sum(p.numel() for p in model.parameters())
+
+
+@torch.no_grad()
+def multiply_adds(model: nn.Module, img_size: int) -> int:
+    """Multiply-adds for one image: convolutions and linear layers, and one for each number of each summed map.
+
+    PyTorch's counter sees only products of matrices, so the weighted sums of the shortcuts are counted by hooks.
+    """
+    sums = 0
+
+    def count_stage(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        nonlocal sums
+        k, branch = inputs[:2]  # block l = k + 1 sums k + 1 maps
+        sums += (k + 1) * branch.numel()
+
+    def count_inner(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        nonlocal sums
+        sums += inputs[0].numel()
+
+    hooks = {DenseShortcut: count_stage, InnerShortcut: count_inner}
+    handles = [m.register_forward_hook(hooks[type(m)]) for m in model.modules() if type(m) in hooks]
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    try:
+        with FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, 3, img_size, img_size, device=device))
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    return counter.get_total_flops() // 2 + sums
+
+
+def training_step_memory(config: TrainConfig, num_classes: int) -> int:
+    """Bytes held at the highest point of one training step, weights and optimizer state included, after one before it.
+
+    On CUDA the allocator's own peak. On a CPU: weights, their gradients' and optimizer's tensors, the batch, and the
+    highest sum of what PyTorch's operations took and gave back, in the order in which they ended (torch.profiler).
+    """
+    device = make_accelerator(config).device
+    model = placed(build_network(config, num_classes), config, device).train()
+    optimizer = make_optimizer(config, model)
+    images = torch.randn(config.batch_size, 3, config.img_size or 32, config.img_size or 32, device=device)
+    images = images.contiguous(memory_format=memory_format(config))
+    labels = torch.arange(config.batch_size, device=device) % num_classes
+    loss, mix = make_loss(config, num_classes)
+    autocast = make_accelerator(config).autocast
+
+    def step() -> None:
+        batch, target = mix(images.clone(), labels) if mix is not None else (images, labels)
+        with autocast():
+            output = model(batch)
+        loss(output.float(), target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return torch.cuda.max_memory_allocated(device)
+    state = [t for entry in optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]
+    resident = [*model.parameters(), *model.buffers(), *state, images, labels]
+    return sum(t.numel() * t.element_size() for t in resident) + _peak_of_events(step)
+
+
+def _peak_of_events(step: Any) -> int:
+    """The highest sum of the profiler's allocations and releases during a call, in bytes."""
+    from torch.profiler import ProfilerActivity, profile
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it reports on stderr that there is no GPU
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        step()
+    held = peak = 0
+    for event in sorted(profiler.events() or [], key=lambda e: e.time_range.end):
+        held += event.self_cpu_memory_usage
+        peak = max(peak, held)
+    return peak
+
+
+@torch.no_grad()
+def inference_speed(models: Sequence[nn.Module], config: TrainConfig, *, rounds: int = 5) -> list[float]:
+    """Images a second of each network in turn, medians of interleaved rounds, so that a busy machine hits all alike."""
+    accelerator = make_accelerator(config)
+    device = accelerator.device
+    size = config.img_size or 32
+    images = torch.randn(config.batch_size, 3, size, size, device=device)
+    images = images.contiguous(memory_format=memory_format(config))
+    networks: list[Any] = [placed(m, config, device).eval() for m in models]
+    networks = [torch.compile(m) for m in networks] if config.compile else networks
+    speeds: list[list[float]] = [[] for _ in networks]
+    for warm in range(rounds + 1):
+        for network, seen in zip(networks, speeds, strict=True):
+            with accelerator.autocast():
+                seconds = _seconds(lambda network=network: network(images), device)
+            if warm:
+                seen.append(config.batch_size / seconds)
+    return [statistics.median(seen) for seen in speeds]
+
+
+def _seconds(call: Any, device: torch.device, *, least: float = 0.1) -> float:
+    """Seconds of one call, from as many as fill `least` seconds."""
+    calls, started = 0, time.perf_counter()
+    while True:
+        call()
+        calls += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elapsed = time.perf_counter() - started
+        if elapsed >= least:
+            return elapsed / calls

@@ -1,0 +1,289 @@
+"""A run and its folder: `compare` trains a host and its DSNet twin, `train` one network, `evaluate` scores one."""
+
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import shlex
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+
+from ..errors import DenseShortcutError
+from . import report
+from .checkpoint import CARD, STATE, read_json, read_model, read_tensors, write_text
+from .config import TrainConfig, read_yaml, write_yaml
+from .data import Data, load_data
+from .display import Display
+from .loop import METRICS, make_accelerator, make_loader, placed, read_metrics, test_network, train_network
+from .measure import inference_speed, multiply_adds, parameters, training_step_memory
+from .network import build_network, make_optimizer, network_label, twin
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """A run was interrupted; `folder` is where it can be resumed."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"interrupted: {folder}")
+        self.folder = folder
+
+
+CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
+
+
+def compare(config: TrainConfig) -> Path:
+    """Train the host network and its DSNet twin with the same seed and recipe; gives the run's folder.
+
+    Raises:
+        DenseShortcutError: bad input of any kind; a folder that exists already is left as it was.
+    """
+    return execute(config, "compare", resumed=None)
+
+
+def train(config: TrainConfig) -> Path:
+    """Train one network; gives the run's folder.
+
+    Raises:
+        DenseShortcutError: as `compare`.
+    """
+    return execute(config, "train", resumed=None)
+
+
+def resume(folder: Path, command: str) -> Path:
+    """Go on with a run that was interrupted; a finished network is not trained again.
+
+    Args:
+        folder: the run's folder.
+        command: "compare" or "train", as the run was started.
+
+    Raises:
+        DenseShortcutError: not a run's folder, or that of the other command.
+    """
+    if not (folder / CONFIG).is_file():
+        raise DenseShortcutError(f"{folder} is no run to resume, for it has no {CONFIG}: give the folder of a run.")
+    began = read_json(folder / ENVIRONMENT).get("command")
+    if began != command:
+        raise DenseShortcutError(f"{folder} was started by `dsnet {began}`: resume it with that command.")
+    return execute(read_yaml(folder / CONFIG), command, resumed=folder)
+
+
+def execute(config: TrainConfig, command: str, resumed: Path | None) -> Path:
+    """Check everything, make the folder, train what is not trained yet, and report."""
+    config = config.resolved()
+    networks = networks_of(config, command)
+    accelerator = make_accelerator(config)
+    data = load_data(config)
+    for each in networks:  # what cannot work is refused before the folder is made
+        make_optimizer(each, build_network(each, len(data.classes)))
+    make_loader(data.train, config, training=True)
+
+    folder = resumed or Path(config.output) / (config.name or default_name(config))
+    if accelerator.is_main_process and resumed is None:
+        make_folder(folder, config, command)
+    accelerator.wait_for_everyone()
+    try:
+        train_and_report(config, networks, data, folder, accelerator)
+    except KeyboardInterrupt:
+        raise RunInterrupted(folder) from None
+    return folder
+
+
+def train_and_report(
+    config: TrainConfig, networks: Sequence[TrainConfig], data: Data, folder: Path, accelerator: "Accelerator"
+) -> None:
+    """Train each network that is not finished, then measure, compare and print."""
+    labels = [network_label(each) for each in networks]
+    console = Console(quiet=not accelerator.is_main_process)
+    console.print(heading(config, data, labels, folder, accelerator.device), highlight=False, soft_wrap=True)
+    with Display(labels, config.epochs, console) as display:
+        for each, label in zip(networks, labels, strict=True):
+            (folder / label).mkdir(exist_ok=True)
+            if not (folder / label / CARD).is_file():
+                train_network(each, data, folder / label, display)
+            display.finished(label, f"{read_metrics(folder / label / METRICS)[-1]['test_top1']:.2f} % accuracy")
+    if accelerator.is_main_process:
+        finish(config, networks, data, folder, accelerator.device, console)
+    accelerator.wait_for_everyone()
+
+
+def networks_of(config: TrainConfig, command: str) -> list[TrainConfig]:
+    """The configurations to train, the host first."""
+    if command == "train":
+        return [config]
+    if config.aggregate == "identity":
+        raise DenseShortcutError("--aggregate identity is the host itself: take stage, block or dense_identity.")
+    return [twin(config), config]
+
+
+def default_name(config: TrainConfig) -> str:
+    """Data, model and time; every process of a run gets the first one's."""
+    from accelerate.utils import broadcast_object_list
+
+    name = f"{config.data}-{config.model}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    return broadcast_object_list([name])[0]
+
+
+def make_folder(folder: Path, config: TrainConfig, command: str) -> None:
+    """Make a run's folder with its configuration; one that exists is refused and left alone."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise DenseShortcutError(
+            f"{folder} exists already: choose another --name, or go on with it by --resume {folder}."
+        ) from None
+    except OSError as error:
+        raise DenseShortcutError(f"cannot make {folder} ({error.strerror}): choose another --output.") from error
+    write_text(folder / ENVIRONMENT, json.dumps(environment(config, command), indent=2) + "\n")
+    write_text(folder / CONFIG, write_yaml(dataclasses.replace(config, name=folder.name)))
+
+
+def environment(config: TrainConfig, command: str) -> dict[str, Any]:
+    """What a run depends on besides its configuration."""
+    packages = ("torch", "torchvision", "timm", "accelerate", "torchmetrics", "numpy", "pillow", "dense-shortcuts")
+    cuda = torch.cuda.is_available()
+    return {
+        "command": command,
+        "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": {name: version(name) for name in packages},
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "git": git_state(),
+        "seed": config.seed,
+    }
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit of the package's own source tree, and whether it was changed since; None where it is installed."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def heading(config: TrainConfig, data: Data, labels: Sequence[str], folder: Path, device: torch.device) -> str:
+    """A run's first lines."""
+    where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return (
+        f"{config.model} ({' against '.join(reversed(labels))}) on {config.data}: {len(data.train):,} training and "
+        f"{len(data.test):,} test images of {config.img_size}x{config.img_size}, {len(data.classes)} classes, "
+        f"{config.epochs} epochs, {where}\nrun folder: {folder}"
+    )
+
+
+def finish(
+    config: TrainConfig,
+    networks: Sequence[TrainConfig],
+    data: Data,
+    folder: Path,
+    device: torch.device,
+    console: Console,
+) -> None:
+    """Measure what the trained networks cost, write table and curves, and say who won."""
+    labels = [network_label(each) for each in networks]
+    histories = {label: read_metrics(folder / label / METRICS) for label in labels}
+    with console.status("measuring speed and memory"):
+        rows = measured_rows(networks, folder, histories)
+    note = report.footnote(device, config.batch_size, len(data.test))
+    pairs, sentence = None, None
+    if len(networks) == 2:
+        true = torch.from_numpy(data.test.images.labels)
+        host, dense = (read_tensors(folder / label / STATE)[0]["predicted"] for label in labels)
+        pairs = report.paired(host, dense, true)
+        sentence = report.verdict(rows, pairs)
+    write_text(folder / "table.md", report.markdown(rows, note, sentence))
+    table = {"networks": rows, "paired": pairs, "verdict": sentence, "note": note}
+    write_text(folder / "table.json", json.dumps(table, indent=2) + "\n")
+    report.curves(folder / "curves.png", histories)
+
+    console.print(report.rich_table(rows))
+    console.print(note, style="dim", highlight=False)
+    console.print(f"\ntable, curves, metrics and checkpoints: {folder}", highlight=False, soft_wrap=True)
+    console.print(sentence or f"{rows[0]['test_top1']:.2f} % accuracy.", style="bold", highlight=False)
+    console.print(f"next: {next_command(config, folder, labels[-1])}", highlight=False, soft_wrap=True)
+
+
+def measured_rows(
+    networks: Sequence[TrainConfig], folder: Path, histories: dict[str, list[dict[str, Any]]]
+) -> list[report.Row]:
+    """A row for each network, all measured side by side."""
+    models = [read_model(folder / network_label(each))[0] for each in networks]
+    speeds = inference_speed(models, networks[0])
+    rows = []
+    for each, model, speed in zip(networks, models, speeds, strict=True):
+        label = network_label(each)
+        num_classes = read_json(folder / label / CARD)["num_classes"]
+        costs = {
+            "parameters": parameters(model),
+            "multiply_adds": multiply_adds(model, each.img_size or 32),
+            "infer_images_per_second": speed,
+            "peak_bytes": training_step_memory(each, num_classes),
+        }
+        rows.append(report.row(label, histories[label], costs))
+    return rows
+
+
+def next_command(config: TrainConfig, folder: Path, label: str) -> str:
+    """What to try after this run."""
+    if config.data != "digits":
+        return f"dsnet compare --recipe {shlex.quote(str(folder / CONFIG))} --seed {config.seed + 1} --name NAME"
+    recipe = Path("recipes/cifar100-cpu.yaml")
+    if recipe.is_file():
+        return f"dsnet compare --recipe {recipe} --data-dir DIR"
+    return "dsnet compare --data cifar100 --data-dir DIR --limit-train 5000 --limit-test 2000"
+
+
+def evaluate(checkpoint: Path, **given: Any) -> dict[str, Any]:
+    """Score a checkpoint on test images.
+
+    Args:
+        checkpoint: a network's folder, or a file in it.
+        **given: data, data_dir, limit_test, batch_size, workers; what is None or left out is the run's own, from the
+            config.yaml of its folder.
+
+    Returns:
+        loss, top1 (%), top5 (%) with more than five classes, images, model, checkpoint.
+
+    Raises:
+        DenseShortcutError: no or a broken checkpoint, weights of another network, data with other classes.
+    """
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    model, card = read_model(folder)
+    changes = {key: value for key, value in given.items() if value is not None}
+    if changes.get("data", card["data"]) != card["data"]:
+        changes = {"data_dir": None, "workers": None} | changes
+    config = dataclasses.replace(run_config(folder, card), **changes, img_size=card["img_size"]).resolved()
+    data = load_data(config)
+    if list(data.classes) != card["classes"]:
+        raise DenseShortcutError(
+            f"{folder} was trained on {card['num_classes']} classes of {card['data']} and these images have "
+            f"{len(data.classes)} other ones: give --data and --data-dir of the same classes."
+        )
+    accelerator = make_accelerator(config)
+    network, loader = accelerator.prepare(placed(model, config, accelerator.device), make_loader(data.test, config))
+    figures, _ = test_network(network, loader, len(data.classes), accelerator)
+    return {**figures, "images": len(data.test), "model": card["model"], "checkpoint": str(folder)}
+
+
+def run_config(folder: Path, card: dict[str, Any]) -> TrainConfig:
+    """The configuration of the run that a network's folder is part of, else one of the card's data."""
+    path = folder.parent / CONFIG
+    return read_yaml(path) if path.is_file() else TrainConfig(model=card["model"], data=card["data"])

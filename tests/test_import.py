@@ -1,0 +1,47 @@
+"""What importing the package does to a process, seen in fresh ones."""
+
+import json
+import subprocess
+import sys
+
+HEAVY = (
+    *("triton", "gradio", "onnx", "onnxruntime", "accelerate", "torchmetrics", "matplotlib", "rich", "tyro"),
+    *("sklearn", "pyarrow", "torch.utils.tensorboard"),
+)
+
+
+def in_a_fresh_process(code: str) -> dict:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_importing_registers_the_networks_with_timm_and_loads_nothing_heavy():
+    """What torch, torchvision and timm load by themselves is not the package's doing."""
+    code = f"""
+import json, sys
+import timm, torch, torchvision
+unknown = not timm.is_model("dsnet50")
+before, threads, rng = set(sys.modules), torch.get_num_threads(), torch.get_rng_state()
+forwards = timm.models.resnet.Bottleneck.forward, torchvision.models.resnet.Bottleneck.forward
+import dense_shortcuts as ds
+loaded = set(sys.modules) - before
+quiet = torch.equal(torch.get_rng_state(), rng) and torch.get_num_threads() == threads
+kept = forwards == (timm.models.resnet.Bottleneck.forward, torchvision.models.resnet.Bottleneck.forward)
+net = timm.create_model("dsnet20")
+after = set(sys.modules) - before
+heavy = [m for m in {HEAVY!r} if m in loaded or m in after]
+print(json.dumps(dict(
+    unknown=unknown, known=sorted(n for n in ds.list_models() if timm.is_model(n)), heavy=heavy, quiet=quiet, kept=kept,
+    training=[m for m in loaded if m.startswith("dense_shortcuts.train")],
+    classes=net.fc.out_features, names=sorted(ds.__all__),
+    missing=[n for n in ds.__all__ if not hasattr(ds, n)],
+)))
+"""
+    seen = in_a_fresh_process(code)
+    assert seen["unknown"] and seen["quiet"] and seen["kept"]
+    assert len(seen["known"]) == 19 and "dsnet50" in seen["known"]
+    assert seen["heavy"] == [] and seen["training"] == [] and seen["missing"] == []
+    assert seen["classes"] == 100
+    public = {"plug_in", "unplug", "plan", "check", "load", "list_models", "shortcut_parameters", "DenseShortcutError"}
+    assert public <= set(seen["names"])

@@ -1,0 +1,89 @@
+"""Tiny runs on real digits, and small folders of generated images, that the training tests share."""
+
+import os
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+from rich.console import Console
+from train_helpers import png, write_parquet
+
+from dense_shortcuts.train.config import TrainConfig
+from dense_shortcuts.train.data import load_data
+from dense_shortcuts.train.display import Display
+from dense_shortcuts.train.loop import METRICS, read_metrics, train_network
+from dense_shortcuts.train.network import network_label
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps precision and device for the whole process; tests differ in them."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def tiny():
+    """Makes a configuration of a second or so: 96 digits of 8x8, two epochs of three steps."""
+
+    def make(**changes) -> TrainConfig:
+        settings = {
+            "model": "dsnet20",
+            "img_size": 8,
+            "crop_padding": 1,
+            "limit_train": 96,
+            "limit_test": 50,
+            "batch_size": 32,
+            "epochs": 2,
+            "warmup_epochs": 0,
+            "lr": 0.05,
+        }
+        return TrainConfig(**settings | changes)
+
+    return make
+
+
+@pytest.fixture
+def fit():
+    """Trains one network in a folder and gives its metrics."""
+
+    def run(config: TrainConfig, folder: Path) -> list[dict]:
+        folder.mkdir(parents=True, exist_ok=True)
+        config = config.resolved()
+        display = Display([network_label(config)], config.epochs, Console(quiet=True))
+        train_network(config, load_data(config), folder, display)
+        return read_metrics(folder / METRICS)
+
+    return run
+
+
+@pytest.fixture
+def parquet_folder(tmp_path) -> Path:
+    """Twelve training and six test images."""
+    folder = tmp_path / "cifar"
+    write_parquet(folder, "train", [png(i) for i in range(12)], [i % 3 for i in range(12)])
+    write_parquet(folder, "test", [png(100 + i) for i in range(6)], [i % 3 for i in range(6)])
+    return folder
+
+
+@pytest.fixture
+def image_folder(tmp_path) -> Path:
+    """Two classes with eight training and three validation images each."""
+    folder = tmp_path / "images"
+    for part, count in (("train", 8), ("val", 3)):
+        for label, name in enumerate(("ants", "bees")):
+            (folder / part / name).mkdir(parents=True)
+            for i in range(count):
+                (folder / part / name / f"{i}.png").write_bytes(png(1000 * label + i, size=20))
+    return folder
+
+
+@pytest.fixture
+def cifar100() -> Path:
+    """The folder of the real CIFAR-100 parquet files."""
+    default = Path(__file__).parents[2] / ".." / "shared" / "data"
+    folder = Path(os.environ.get("DENSE_SHORTCUTS_DATA", default)) / "cifar100"
+    if not folder.is_dir():
+        pytest.skip(f"no CIFAR-100 in {folder}: set DENSE_SHORTCUTS_DATA to a folder that holds cifar100/")
+    return folder.resolve()

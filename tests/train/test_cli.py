@@ -1,0 +1,305 @@
+"""The command line: the installed command in a temporary folder, and what it leaves there."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from train_helpers import png, unclocked, write_parquet
+
+from dense_shortcuts import DenseShortcutError
+from dense_shortcuts.cli import main, parse
+from dense_shortcuts.train.checkpoint import WEIGHTS, read_tensors
+from dense_shortcuts.train.loop import read_metrics
+
+DSNET = Path(sys.executable).with_name("dsnet")
+NETWORKS = ("identity", "stage-group")
+TINY = [
+    "--model",
+    "dsnet20",
+    "--img-size",
+    "8",
+    "--crop-padding",
+    "1",
+    "--limit-train",
+    "96",
+    "--limit-test",
+    "50",
+    "--batch-size",
+    "32",
+    "--epochs",
+    "3",
+    "--warmup-epochs",
+    "0",
+    "--lr",
+    "0.05",
+]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("DENSE_SHORTCUTS_DATA", raising=False)
+
+
+def metrics(run: Path | str) -> dict[str, list[dict]]:
+    return {name: unclocked(read_metrics(Path(run) / name / "metrics.jsonl")) for name in NETWORKS}
+
+
+def weights(run: Path | str) -> dict[str, bytes]:
+    return {name: (Path(run) / name / WEIGHTS).read_bytes() for name in NETWORKS}
+
+
+def refused(arguments: list[str], capsys) -> str:
+    """The sentence of a command that must end with code 2 and leave everything as it was."""
+    before = contents()
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert contents() == before
+    assert error.startswith("dsnet: error: ") and error.count("\n") == 1 and error.endswith(".\n")
+    return error
+
+
+def contents() -> dict[str, bytes]:
+    return {str(p): p.read_bytes() if p.is_file() else b"folder" for p in Path().rglob("*")}
+
+
+def test_compare_leaves_table_curves_configuration_metrics_and_checkpoints():
+    done = subprocess.run([DSNET, "compare", *TINY, "--name", "a"], capture_output=True, text=True, check=True)
+    run = Path("runs/a")
+    assert {p.name for p in run.iterdir()} == {
+        "config.yaml", "environment.json", "table.md", "table.json", "curves.png", *NETWORKS
+    }  # fmt: skip
+    for name in NETWORKS:
+        files = {p.name for p in (run / name).iterdir()}
+        assert files == {"metrics.jsonl", "state.safetensors", "model.safetensors", "model.json"}
+    table = json.loads((run / "table.json").read_text())
+    for row, name in zip(table["networks"], NETWORKS, strict=True):
+        last = read_metrics(run / name / "metrics.jsonl")[-1]
+        assert (row["network"], row["test_top1"], row["epochs"]) == (name, last["test_top1"], 3)
+        assert row["parameters"] == sum(
+            t.numel() for k, t in read_tensors(run / name / WEIGHTS)[0].items() if is_learned(k)
+        )
+        assert min(row["multiply_adds"], row["peak_bytes"], row["infer_images_per_second"]) > 0
+    host, dense = (row["test_top1"] for row in table["networks"])
+    pairs = table["paired"]
+    assert pairs["images"] == 50
+    assert (dense - host) / 100 * 50 == pytest.approx(pairs["only_second"] - pairs["only_first"])
+
+    lines = done.stdout.splitlines()
+    assert [line.split()[:3] for line in lines if " epoch " in line] == [
+        [name, "epoch", f"{epoch}/3"] for name in NETWORKS for epoch in (1, 2, 3)
+    ]
+    assert table["verdict"] in " ".join(done.stdout.split())
+    assert lines[-1].startswith("next: dsnet compare ")
+    assert done.stderr == ""
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["packages"]["timm"] and environment["seed"] == 0 and environment["command"] == "compare"
+
+
+def is_learned(key: str) -> bool:
+    return not key.endswith(("running_mean", "running_var", "num_batches_tracked"))
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    return subprocess.Popen([DSNET, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def read_until(process: subprocess.Popen, text: str) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(process.communicate()[1])
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_an_interrupted_comparison_resumes_to_the_same_result(number, code, capsys):
+    # The epochs before the signal are many, so that it comes while the network trains.
+    long = [*TINY[: TINY.index("--epochs")], "--epochs", "12", *TINY[TINY.index("--epochs") + 2 :]]
+    process = start("compare", *long, "--name", "cut")
+    read_until(process, "epoch 2/12" if number == signal.SIGTERM else "stage-group  epoch 2/12")
+    process.send_signal(number)
+    error = process.communicate()[1]
+    assert process.returncode == code
+    if number != signal.SIGKILL:
+        assert error.strip() == "dsnet: interrupted: go on with `dsnet compare --resume runs/cut`."
+    assert not Path("runs/cut/stage-group/model.json").exists()
+
+    assert main(["compare", "--resume", "runs/cut"]) == 0
+    assert main(["compare", *long, "--name", "whole"]) == 0
+    assert metrics("runs/cut") == metrics("runs/whole")
+    assert weights("runs/cut") == weights("runs/whole")
+    capsys.readouterr()
+
+
+def test_a_finished_comparison_that_is_resumed_trains_nothing_again(capsys):
+    assert main(["compare", *TINY, "--name", "a"]) == 0
+    before, times = weights("runs/a"), [p.stat().st_mtime_ns for p in Path("runs/a").rglob("*/*")]
+    capsys.readouterr()
+    assert main(["compare", "--resume", "runs/a"]) == 0
+    assert " epoch " not in capsys.readouterr().out
+    assert weights("runs/a") == before and [p.stat().st_mtime_ns for p in Path("runs/a").rglob("*/*")] == times
+
+
+def test_eval_gives_the_last_accuracy_of_the_run(capsys):
+    assert main(["train", *TINY, "--name", "a", "--ema-decay", "0.9"]) == 0
+    capsys.readouterr()
+    last = read_metrics(Path("runs/a/stage-group/metrics.jsonl"))[-1]
+    for checkpoint in ("runs/a/stage-group", "runs/a/stage-group/model.safetensors"):
+        assert main(["eval", checkpoint]) == 0
+        out = capsys.readouterr().out
+        assert f"accuracy {last['test_top1']:.2f} %, top-5 {last['test_top5']:.2f} %" in out
+        assert f"loss {last['test_loss']:.4f} on 50 test images" in out
+    assert main(["eval", "runs/a/stage-group", "--limit-test", "20"]) == 0
+    assert "on 20 test images" in capsys.readouterr().out
+
+
+def test_train_leaves_one_network(capsys):
+    assert main(["train", *TINY, "--aggregate", "identity", "--name", "host"]) == 0
+    assert {p.name for p in Path("runs/host").iterdir() if p.is_dir()} == {"identity"}
+    assert "% accuracy" in capsys.readouterr().out
+
+
+def test_a_recipe_gives_the_defaults_and_flags_have_the_last_word():
+    Path("r.yaml").write_text("epochs: 7\nlr: 0.3\nmilestones: [2, 4]\nsched: multistep\n")
+    config = parse(["train", "--recipe", "r.yaml", "--lr", "0.1"]).config
+    assert (config.epochs, config.lr, config.milestones, config.sched) == (7, 0.1, (2, 4), "multistep")
+    assert parse(["compare", "--milestones", "3", "5", "--sched", "multistep"]).config.milestones == (3, 5)
+
+
+def test_the_saved_configuration_is_a_recipe_for_the_same_run(capsys):
+    assert main(["compare", *TINY, "--name", "a"]) == 0
+    assert main(["compare", "--recipe", "runs/a/config.yaml", "--name", "b"]) == 0
+    assert metrics("runs/a") == metrics("runs/b")
+    capsys.readouterr()
+
+
+def test_a_run_folder_that_exists_is_refused_and_untouched(capsys):
+    Path("runs/a").mkdir(parents=True)
+    Path("runs/a/notes.txt").write_text("mine")
+    assert "runs/a exists already: choose another --name" in refused(["compare", *TINY, "--name", "a"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--model", "dsnet21"], "unknown model 'dsnet21'"),
+        (["train", "--model", "vit_tiny_patch16_224"], "no adapter for the block class"),
+        (["train", "--groups", "7"], "7 groups do not divide"),
+        (["train", "--groups", "4", "--norm", "batch"], "groups=4 goes with norm='group'"),
+        (["train", "--inner", "True"], "needs bottleneck blocks"),
+        (["train", "--opt", "sgdx"], "--opt 'sgdx'"),
+        (["train", "--precision", "fp16"], "--precision fp16 does not work here"),
+        (["train", "--limit-train", "10"], "fewer than one batch"),
+        (["train", "--auto-augment", "nonsense"], "--auto-augment 'nonsense'"),
+        (["compare", "--aggregate", "identity"], "is the host itself"),
+        (["train", "--epochs", "0"], "--epochs is 0"),
+        (["train", "--name", "a/b"], "not a plain folder name"),
+        (["train", "--data", "cifar100"], "--data-dir DIR"),
+        (["train", "--data", "imagefolder", "--data-dir", "nowhere"], "nowhere is not a folder"),
+        (["train", "--recipe", "missing.yaml"], "cannot read missing.yaml"),
+        (["train", "--resume", "nowhere"], "nowhere is no run to resume"),
+        (["train", "--resume", "nowhere", "--lr", "1"], "give no other flag beside it"),
+        (["eval", "nowhere"], "nowhere"),
+        (["train", "--output", "file.txt"], "cannot make file.txt"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_sentence_with_code_2_and_leaves_nothing(arguments, message, capsys):
+    Path("file.txt").write_text("not a folder")
+    assert message in refused(arguments, capsys)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["train", "--norm", "grup"], ["train", "--epochs", "many"], ["train", "--epoch", "3"], ["trian"]]
+)
+def test_a_flag_that_cannot_be_read_is_told_with_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2 and arguments[-1] in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [([png(0), b"broken"], [0, 1], "row 1 of"), ([png(0), png(1)], [0, 100], "the label 100")],
+    ids=["image", "label"],
+)
+def test_broken_cifar_data_leaves_no_run(images, labels, message, capsys):
+    folder = Path("data")
+    write_parquet(folder, "train", [png(i) for i in range(4)], [0, 1, 2, 3])
+    write_parquet(folder, "test", images, labels)
+    assert message in refused(["train", "--data", "cifar100", "--data-dir", "data", "--batch-size", "2"], capsys)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_truncated_image_in_a_folder_ends_the_run_with_its_name(image_folder, workers, capsys):
+    broken = image_folder / "train" / "bees" / "4.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    size = ["--img-size", "32", "--batch-size", "4", "--epochs", "2", "--name", "a", "--workers", workers]
+    assert main(["train", "--data", "imagefolder", "--data-dir", str(image_folder), "--model", "dsnet20", *size]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"dsnet: error: {broken} is not a whole image") and error.count("\n") == 1
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_its_keys(capsys):
+    assert main(["compare", *TINY, "--name", "a"]) == 0
+    capsys.readouterr()
+    Path("runs/a/identity/model.json").write_bytes(Path("runs/a/stage-group/model.json").read_bytes())
+    assert "layer1.shortcut.weights.0" in refused(["eval", "runs/a/identity"], capsys)
+    weights_file = Path("runs/a/stage-group/model.safetensors")
+    weights_file.write_bytes(weights_file.read_bytes()[:5000])
+    assert "is not a whole safetensors file" in refused(["eval", "runs/a/stage-group"], capsys)
+    assert "was started by `dsnet compare`" in refused(["train", "--resume", "runs/a"], capsys)
+
+
+def test_a_broken_saved_configuration_is_told_on_resume(capsys):
+    assert main(["train", *TINY, "--name", "a"]) == 0
+    capsys.readouterr()
+    Path("runs/a/config.yaml").write_text("epochs: 3\nepoch: 4\n")
+    assert "unknown key 'epoch'" in refused(["train", "--resume", "runs/a"], capsys)
+
+
+def test_models_lists_the_family_by_pattern(capsys):
+    assert main(["models", "ds2net*"]) == 0
+    assert capsys.readouterr().out.split() == ["ds2net50", "ds2net101", "ds2net152"]
+
+
+def test_the_real_cifar100_trains_from_its_parquet_files(cifar100, capsys):
+    settings = [
+        "--limit-train",
+        "64",
+        "--limit-test",
+        "32",
+        "--batch-size",
+        "32",
+        "--epochs",
+        "1",
+        "--warmup-epochs",
+        "0",
+        "--workers",
+        "0",
+    ]
+    assert main(["train", "--data", "cifar100", "--data-dir", str(cifar100), *settings, "--name", "a"]) == 0
+    card = json.loads(Path("runs/a/stage-group/model.json").read_text())
+    assert card["num_classes"] == 100 and card["classes"][0] == "apple" and card["img_size"] == 32
+    capsys.readouterr()
+
+
+def test_the_recipe_reader_is_the_one_that_the_command_uses():
+    Path("r.yaml").write_text("epoch: 7\n")
+    with pytest.raises(DenseShortcutError, match="did you mean 'epochs'"):
+        parse(["train", "--recipe", "r.yaml"])
+
+
+def test_help_starts_without_the_training_libraries():
+    code = "import sys, dense_shortcuts.cli; print([m for m in ('accelerate', 'torchmetrics', 'matplotlib') if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ)
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,144 @@
+"""The table, the curves and the verdict: figures against closed forms and known values."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+import dense_shortcuts as ds
+from dense_shortcuts.train import measure, report
+from dense_shortcuts.train.config import TrainConfig
+
+
+def test_multiply_adds_of_a_small_network_are_the_closed_form():
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(8 * 36, 5)
+    )
+    assert measure.multiply_adds(net, 6) == 36 * (3 * 8 * 9 + 8 * 8) + 8 * 36 * 5
+
+
+@pytest.mark.parametrize("backend", ["plain", "channels_last"])
+def test_dense_shortcuts_cost_one_multiply_add_for_each_number_of_each_pair(backend):
+    dense = timm.create_model("dsnet20", num_classes=10).train()
+    host = ds.unplug(timm.create_model("dsnet20", num_classes=10))
+    if backend == "channels_last":
+        dense, host = (m.to(memory_format=torch.channels_last) for m in (dense, host))
+    pairs = 3 * 4 // 2  # three blocks a stage
+    expected = pairs * (16 * 32 * 32 + 32 * 16 * 16 + 64 * 8 * 8)
+    assert measure.multiply_adds(dense, 32) - measure.multiply_adds(host, 32) == expected
+    assert dense.training and not dense.layer1.shortcut._forward_hooks
+
+
+def test_inner_shortcuts_cost_one_multiply_add_for_each_number_of_their_map():
+    outer = ds.plug_in(timm.create_model("resnet26", num_classes=10))
+    inner = ds.plug_in(timm.create_model("resnet26", num_classes=10), inner=True)
+    # Two bottlenecks a stage; the 3x3 of the first one keeps its shape in the first stage only.
+    expected = 2 * 64 * 16 * 16 + 128 * 8 * 8 + 256 * 4 * 4 + 512 * 2 * 2
+    assert measure.multiply_adds(inner, 64) - measure.multiply_adds(outer, 64) == expected
+
+
+def test_resnet50_has_its_known_parameters_and_multiply_adds():
+    net = timm.create_model("resnet50")
+    assert measure.parameters(net) == 25_557_032
+    assert measure.multiply_adds(net, 224) == pytest.approx(4.09e9, rel=0.005)
+
+
+def test_memory_of_a_training_step_holds_at_least_what_must_be_there_and_grows_with_the_batch():
+    small, large = (measure.training_step_memory(TrainConfig(batch_size=b, img_size=16), 10) for b in (8, 64))
+    parameters = 4 * measure.parameters(timm.create_model("dsnet20", num_classes=10))
+    assert small > 3 * parameters  # weights, gradients, momentum
+    # The stem's and the three stages' maps before and after each norm are kept for the backward pass.
+    kept = 4 * (16 * 16 * 16 + 6 * 16 * 16 * 16 + 6 * 32 * 8 * 8 + 6 * 64 * 4 * 4)
+    assert large - small > 56 * kept
+    assert large - small < 56 * kept * 6
+
+
+def test_gradient_checkpointing_lowers_the_memory_of_a_training_step():
+    plain, checkpointed = (
+        measure.training_step_memory(TrainConfig(batch_size=64, img_size=16, grad_checkpointing=c), 10)
+        for c in (False, True)
+    )
+    assert checkpointed < 0.8 * plain
+
+
+def test_inference_speed_ranks_a_deep_network_below_a_shallow_one():
+    config = TrainConfig(img_size=16, batch_size=16)
+    nets = [timm.create_model(name, num_classes=10) for name in ("dsnet20", "dsnet110")]
+    fast, slow = measure.inference_speed(nets, config, rounds=1)
+    assert fast > 2 * slow > 0
+
+
+@pytest.mark.parametrize(
+    ("only_first", "only_second", "p_value"),
+    [(0, 0, 1.0), (1, 0, 1.0), (5, 0, 0.0625), (9, 1, 22 / 1024), (10, 10, 1.0)],
+)
+def test_the_paired_test_gives_mcnemars_exact_p_value(only_first, only_second, p_value):
+    labels = torch.zeros(40, dtype=torch.long)
+    first, second = torch.zeros(40, dtype=torch.long), torch.zeros(40, dtype=torch.long)
+    second[:only_first] = 1
+    first[20 : 20 + only_second] = 1
+    pairs = report.paired(first, second, labels)
+    assert (pairs["images"], pairs["only_first"], pairs["only_second"]) == (40, only_first, only_second)
+    assert pairs["p_value"] == pytest.approx(p_value)
+
+
+def rows(host: float, dense: float) -> list[dict]:
+    return [{"network": "identity", "test_top1": host}, {"network": "stage-group", "test_top1": dense}]
+
+
+def test_the_verdict_names_winner_points_and_whether_chance_gives_as_much():
+    pairs = {"images": 360, "only_first": 1, "only_second": 3, "p_value": 0.625}
+    text = report.verdict(rows(97.5, 98.06), pairs)
+    assert text.startswith("The DSNet (stage-group) won by 0.56 points: 98.06 % against 97.50 % of the host (identity)")
+    assert "3 of them only the winner got right, 1 only the other" in text and "chance gives too easily" in text
+    pairs = {"images": 9000, "only_first": 200, "only_second": 90, "p_value": 1e-10}
+    text = report.verdict(rows(70.0, 68.78), pairs)
+    assert text.startswith("The host (identity) won by 1.22 points") and "more than chance gives" in text
+    assert "on this one seed" in text
+    pairs = {"images": 360, "only_first": 2, "only_second": 2, "p_value": 1.0}
+    assert report.verdict(rows(97.5, 97.5), pairs).startswith("A draw")
+
+
+def history(scale: float) -> list[dict]:
+    keys = ("train_loss", "test_loss", "train_top1", "test_top1")
+    speeds = {"train_images_per_second": 100.0}
+    return [{"epoch": e, **{k: scale * e for k in keys}, **speeds, "test_top5": 50.0} for e in (1, 2, 3)]
+
+
+def test_a_row_takes_the_last_epoch_and_leaves_the_first_out_of_the_speed():
+    entries = history(2.0)
+    entries[0]["train_images_per_second"], entries[2]["train_images_per_second"] = 10.0, 300.0
+    row = report.row("identity", entries, {"parameters": 1})
+    assert (row["test_top1"], row["epochs"], row["train_images_per_second"]) == (6.0, 3, 200.0)
+    assert report.row("identity", entries[:1], {})["train_images_per_second"] == 10.0
+
+
+def test_the_markdown_table_has_every_figure():
+    costs = {
+        "parameters": 1234567,
+        "multiply_adds": 41_000_000,
+        "infer_images_per_second": 2000.4,
+        "peak_bytes": 3 << 30,
+    }
+    text = report.markdown([report.row("identity", history(1.0), costs)], "A note.", "A verdict.")
+    assert "| identity | 3.00 | 1,234,567 | 41.0 M | 100 | 2,000 | 3.00 GiB |" in text
+    assert text.splitlines()[0].count("|") == text.splitlines()[2].count("|") == 8
+    assert "A note." in text and text.rstrip().endswith("A verdict.")
+
+
+def test_the_curves_are_a_picture_with_a_colour_for_each_network(tmp_path):
+    report.curves(tmp_path / "c.png", {"identity": history(1.0), "stage-group": history(2.0)})
+    pixels = np.asarray(Image.open(tmp_path / "c.png").convert("RGB")).reshape(-1, 3)
+    for colour in ((31, 119, 180), (255, 127, 14)):  # the first two of matplotlib's tab10
+        assert (pixels == colour).all(1).sum() > 200
+    assert (pixels == (255, 255, 255)).all(1).mean() > 0.5
+    assert [p.name for p in tmp_path.iterdir()] == ["c.png"]
+
+
+def test_a_row_is_json():
+    row = report.row("identity", history(1.0), {"parameters": 1})
+    assert json.loads(json.dumps(row)) == row
