@@ -1,7 +1,7 @@
 """Dense shortcuts for residual networks: ResNet in, DSNet out.
 
-    import timm, dense_shortcuts as ds
-    net = ds.plug_in(timm.create_model("resnet50"))
+import timm, dense_shortcuts as ds
+net = ds.plug_in(timm.create_model("resnet50"))
 """
 
 from . import models  # registers the families with timm

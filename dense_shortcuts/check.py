@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from .plug import dense_stages, shortcut_parameters
-from .shortcut import start_weight
+from .shortcut import InnerShortcut, start_weight
 from .stage import DenseStage
 
 
@@ -35,20 +35,29 @@ def check(model: nn.Module, input_size: tuple[int, int, int] = (3, 64, 64), at_s
 
 
 def _static_faults(name: str, stage: DenseStage, at_start: bool) -> list[str]:
-    shortcut = stage.shortcut
-    if not shortcut.weighted:
-        return []
-    where = f"{name}.shortcut.weights"
-    if not isinstance(shortcut.weights, nn.ParameterList):
-        return [f"{where} is a {type(shortcut.weights).__name__}, not registered, so it never trains: use nn.ParameterList"]
     faults = []
-    for k, weight in enumerate(shortcut.weights):
-        if not weight.requires_grad:
-            faults.append(f"{where}.{k} is frozen: call requires_grad_() on it")
-        if at_start and not torch.equal(weight.detach().cpu().double(), start_weight(shortcut.init, *weight.shape).double()):
-            faults.append(f"{where}.{k} does not start as init={shortcut.init!r} asks: plug the network in anew")
+    for block_name, block in stage.named_children():
+        inner = getattr(block, "inner", None)
+        if isinstance(inner, InnerShortcut):
+            faults += _weight_faults(f"{name}.{block_name}.inner.weight", inner.weight, "zeros", at_start)
+    shortcut, where = stage.shortcut, f"{name}.shortcut.weights"
+    if not shortcut.weighted:
+        return faults
+    if not isinstance(shortcut.weights, nn.ParameterList):
+        kind = type(shortcut.weights).__name__
+        return [*faults, f"{where} is a {kind}, not registered, so it never trains: use nn.ParameterList"]
     if len(shortcut.weights) != len(stage):
         faults.append(f"{where} has {len(shortcut.weights)} weights for {len(stage)} blocks: plug the network in anew")
+    for k, weight in enumerate(shortcut.weights):
+        faults += _weight_faults(f"{where}.{k}", weight, shortcut.init, at_start)
+    return faults
+
+
+def _weight_faults(name: str, weight: Tensor, init: str, at_start: bool) -> list[str]:
+    faults = [] if weight.requires_grad else [f"{name} is frozen: call requires_grad_() on it"]
+    rows = weight.detach().cpu().reshape(-1, weight.shape[-1])
+    if at_start and not torch.equal(rows, start_weight(init, *rows.shape).to(rows.dtype)):
+        faults.append(f"{name} does not start as init={init!r} asks: plug the network in anew")
     return faults
 
 
@@ -96,7 +105,9 @@ def _unregistered_faults(first: _Trace, second: _Trace, registered: set[int]) ->
     for key, module in second.strangers.items():
         what = f"a {type(module).__name__} called in {second.stranger_owner[key]}"
         if key in first.strangers:
-            faults.append(f"{what} is not registered, so it never trains: assign it as an attribute, not in a plain list")
+            faults.append(
+                f"{what} is not registered, so it never trains: assign it as an attribute, not in a plain list"
+            )
         else:
             faults.append(f"{what} is built anew at each forward call, so it never trains: build it once in __init__")
     inside_strangers = {id(p) for m in second.strangers.values() for p in m.parameters()}
@@ -105,7 +116,9 @@ def _unregistered_faults(first: _Trace, second: _Trace, registered: set[int]) ->
             continue
         what = f"a tensor of shape {tuple(leaf.shape)} used in {second.leaf_owner[key]}"
         if key in first.leaves:
-            faults.append(f"{what} is not a registered parameter, so it never trains: use nn.Parameter, not a plain list")
+            faults.append(
+                f"{what} is not a registered parameter, so it never trains: use nn.Parameter, not a plain list"
+            )
         else:
             faults.append(f"{what} is built anew at each forward call, so it never trains: build it once in __init__")
     return faults

@@ -54,10 +54,14 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, shortcu
     if any(faults.values()):
         told = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in faults.items() if keys)
         hint = " (shortcuts='drop' leaves shortcut keys out)" if any(map(_looks_like_shortcut, extra)) else ""
-        raise DenseShortcutError(f"the weights are of another network, build the one they were saved from{hint} - {told}.")
+        raise DenseShortcutError(
+            f"the weights are of another network, build the one they were saved from{hint} - {told}."
+        )
     model.load_state_dict(state, strict=False)
     if started:
-        _logger.warning("%d shortcut keys are not in the weights and stay at their start: %s", len(started), ", ".join(started))
+        _logger.warning(
+            "%d shortcut keys are not in the weights and stay at their start: %s", len(started), ", ".join(started)
+        )
     return started
 
 

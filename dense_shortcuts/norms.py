@@ -5,9 +5,11 @@ and convert to SyncBatchNorm as everywhere else; only what they would compute is
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.fx
 from torch import Tensor, nn
 
 from .errors import DenseShortcutError
@@ -80,12 +82,12 @@ def uses_running_statistics(norm: nn.Module) -> bool:
     )
 
 
-def affine_form(norm: nn.Module, mean: Tensor, var: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
+def affine_form(norm: nn.Module, mean: Tensor | None, var: Tensor | None, pixels: int) -> tuple[Tensor, Tensor]:
     """r and s with norm(x) = r * x + s; in training, batch norm updates its running statistics as PyTorch's does.
 
     Args:
         norm: a module for which `has_affine_form` holds.
-        mean, var: `moments` of x, both (N, C); not looked at where `uses_running_statistics` holds.
+        mean, var: `moments` of x, both (N, C); None where `uses_running_statistics` holds.
         pixels: H * W of x.
 
     Returns:
@@ -114,17 +116,41 @@ def _pool(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 def _batch_moments(
     norm: nn.BatchNorm2d | nn.SyncBatchNorm, mean: Tensor, var: Tensor, pixels: int
 ) -> tuple[Tensor, Tensor]:
-    if uses_running_statistics(norm):
-        dtype = torch.promote_types(norm.running_mean.dtype, torch.float32)
-        return norm.running_mean.to(dtype)[None], norm.running_var.to(dtype)[None]
+    buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+    synchronised = isinstance(norm, nn.SyncBatchNorm) and norm.training and _world_size(norm) > 1
+    group = (norm.process_group or dist.group.WORLD) if synchronised else None
+    return _batch_statistics(mean, var, pixels, *buffers, norm.momentum, norm.training, group)
+
+
+@torch.fx.wrap  # one node of a traced graph, whose buffers stay buffers
+def _batch_statistics(
+    mean: Tensor,
+    var: Tensor,
+    pixels: int,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    training: bool,
+    group: Any,
+) -> tuple[Tensor, Tensor]:
+    """Batch norm's mean and variance, (1, C): the running ones in eval mode, else the batch's, which move those on."""
+    if not training and running_mean is not None and running_var is not None:
+        dtype = torch.promote_types(running_mean.dtype, torch.float32)
+        return running_mean.to(dtype)[None], running_var.to(dtype)[None]
     count: int | Tensor = mean.shape[0] * pixels
     mean, var = _pool(mean, var, dim=0)
-    if isinstance(norm, nn.SyncBatchNorm) and norm.training and _world_size(norm) > 1:
-        mean, var, count = _across_processes(norm, mean, var, count)
+    if group is not None:
+        mean, var, count = _across_processes(mean, var, count, group)
     elif count == 1:  # as F.batch_norm does
         raise ValueError("Expected more than 1 value per channel when training, got one image of one pixel")
-    if norm.training:
-        _update_running(norm, mean.detach()[0], (var * count / (count - 1)).detach()[0])
+    if training and running_mean is not None and running_var is not None and num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+        dtype = running_mean.dtype
+        # momentum=None asks for the cumulative average, as in PyTorch
+        step: float | Tensor = 1.0 / num_batches_tracked.to(dtype) if momentum is None else momentum
+        running_mean.lerp_(mean.detach()[0].to(dtype), step)
+        running_var.lerp_((var * count / (count - 1)).detach()[0].to(dtype), step)
     return mean, var
 
 
@@ -132,24 +158,12 @@ def _world_size(norm: nn.SyncBatchNorm) -> int:
     return dist.get_world_size(norm.process_group) if dist.is_available() and dist.is_initialized() else 1
 
 
-def _across_processes(norm: nn.SyncBatchNorm, mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, ...]:
+def _across_processes(mean: Tensor, var: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Moments over the batches of all processes, which may differ in size; gradients cross the processes too."""
     from torch.distributed.nn.functional import all_reduce
 
-    group = norm.process_group if norm.process_group is not None else dist.group.WORLD
     total = mean.new_tensor(float(count))
     dist.all_reduce(total, group=group)
     share = count / total
     joint = all_reduce(mean * share, group=group)
     return joint, all_reduce((var + (mean - joint).square()) * share, group=group), total
-
-
-def _update_running(norm: nn.BatchNorm2d | nn.SyncBatchNorm, mean: Tensor, unbiased_var: Tensor) -> None:
-    if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
-        return
-    norm.num_batches_tracked.add_(1)
-    dtype = norm.running_mean.dtype
-    # momentum=None asks for the cumulative average, as in PyTorch
-    momentum: float | Tensor = norm.momentum if norm.momentum is not None else 1.0 / norm.num_batches_tracked.to(dtype)
-    norm.running_mean.lerp_(mean.to(dtype), momentum)
-    norm.running_var.lerp_(unbiased_var.to(dtype), momentum)

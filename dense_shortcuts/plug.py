@@ -1,5 +1,6 @@
 """plan -> plug_in -> unplug: the surgery. A plan raises on any doubt before anything is changed."""
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from torch import nn
 from .adapters import DENSE_CLASSES, HOST_CLASSES
 from .errors import DenseShortcutError
 from .norms import Norm
+from .ops import BACKENDS
 from .shortcut import DenseShortcut, InnerShortcut
 from .stage import DenseStage
 
@@ -83,6 +85,7 @@ def plan(
     init: str | None = None,
     inner: bool = False,
     keep_identity: bool = False,
+    backend: str = "auto",
 ) -> Plan:
     """What `plug_in` with the same arguments would do. Changes nothing.
 
@@ -92,6 +95,8 @@ def plan(
     """
     if aggregate not in AGGREGATES:
         raise DenseShortcutError(f"unknown aggregate {aggregate!r}: choose one of {', '.join(AGGREGATES)}.")
+    if backend not in BACKENDS:
+        raise DenseShortcutError(f"unknown back end {backend!r}: choose one of {', '.join(BACKENDS)}.")
     if dense_stages(model):
         raise DenseShortcutError("the network is plugged in already: call dense_shortcuts.unplug(model) first.")
     init = init if init is not None else "zeros" if keep_identity else "nearest"
@@ -105,6 +110,7 @@ def plan(
             groups=groups,
             init=init,
             weighted=aggregate != "dense_identity",
+            backend=backend,
         )
         inners = _inner_shortcuts(name, blocks, norm, groups) if inner else {}
         _check_names(name, stage, blocks)
@@ -123,6 +129,7 @@ def plug_in(
     init: str | None = None,
     inner: bool = False,
     keep_identity: bool = False,
+    backend: str = "auto",
 ) -> nn.Module:
     """The same network with dense shortcuts (DSNet), changed in place: weights, module names and hooks are kept.
 
@@ -137,6 +144,7 @@ def plug_in(
             "zeros". None takes "nearest", or "zeros" with keep_identity.
         inner: DS2, a weighted shortcut around the 3x3 of each bottleneck as well.
         keep_identity: keep the host's own shortcut beside the dense one. The network then starts as its host.
+        backend: form of the operator: "auto", "plain" (PyTorch alone, any device) or "cpu".
 
     Returns:
         `model`.
@@ -154,6 +162,7 @@ def plug_in(
         init=init,
         inner=inner,
         keep_identity=keep_identity,
+        backend=backend,
     )
     for stage_plan in options.stages:
         stage = model.get_submodule(stage_plan.name)
@@ -165,9 +174,7 @@ def plug_in(
             if inner_shortcut is not None:
                 _match(inner_shortcut, block)
             block.register_module("inner", inner_shortcut)
-        DenseStage.adopt(
-            stage, stage_plan.shortcut, aggregate=options.aggregate, keep_identity=options.keep_identity
-        )
+        DenseStage.adopt(stage, stage_plan.shortcut, aggregate=options.aggregate, keep_identity=options.keep_identity)
     return model
 
 
@@ -205,7 +212,8 @@ def shortcut_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def _find_stages(model: nn.Module) -> dict[str, nn.Sequential]:
     """Every nn.Sequential that holds blocks with an adapter, in the host's order."""
-    found, seen = {}, set()
+    found: dict[str, nn.Sequential] = {}
+    seen: set[int] = set()
     for name, module in model.named_modules():
         classes = [type(child) for child in module.children()]
         adapted = [cls for cls in classes if cls in DENSE_CLASSES]
@@ -230,21 +238,23 @@ def _find_stages(model: nn.Module) -> dict[str, nn.Sequential]:
 
 def _no_adapter(cls: type[nn.Module], where: str) -> str:
     known = ", ".join(f"{c.__module__.split('.')[0]}'s {c.__name__}" for c in DENSE_CLASSES)
-    return f"no adapter for the block class {cls.__module__}.{cls.__qualname__} (in {where}): choose a network of {known}."
+    return (
+        f"there is no adapter for the block class {cls.__module__}.{cls.__qualname__} (in {where}), "
+        f"so there is nothing to plug into: choose a network of {known}."
+    )
 
 
 def _nothing_found(model: nn.Module) -> str:
-    """Names the class that looks most like the network's block: the one that most often stands in a container."""
-    repeated = Counter(
-        (type(child), name)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Sequential | nn.ModuleList)
-        for child in module.children()
-        if not type(child).__module__.startswith("torch.nn") and next(child.children(), None) is not None
+    """Names the class that looks most like the network's residual block: by its name, the most frequent one."""
+    named = Counter(
+        type(module)
+        for module in model.modules()
+        if re.search("block|bottle|basic|residual|layer", type(module).__name__, re.IGNORECASE)
+        and next(module.children(), None) is not None
+        and module is not model
     )
-    if repeated:
-        (cls, where), _ = repeated.most_common(1)[0]
-        return _no_adapter(cls, where)
+    if named:
+        return _no_adapter(named.most_common(1)[0][0], type(model).__name__)
     return f"{type(model).__name__} holds no residual blocks: there is nothing to plug into."
 
 

@@ -1,4 +1,4 @@
-"""The dense shortcut of a stage: one norm for each earlier feature map, one weight per channel for each pair of blocks."""
+"""The dense shortcut of a stage: one norm for each earlier feature map, one weight per channel for each pair."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -98,10 +98,10 @@ class DenseShortcut(nn.Module):
             branch: residual branch, (N, C, H, W).
             terms: the k + 1 earlier maps.
             relu: whether to apply the activation, ReLU, in the same pass.
-            finish: whether the result is X_l itself, whose statistics are then taken in the same pass.
+            finish: whether the result is X_l itself, whose statistics may then be taken in the same pass.
 
         Returns:
-            the sum, (N, C, H, W), and with `finish` its Term.
+            the sum, (N, C, H, W), and its Term where `finish` was made use of; else it takes `enter`.
         """
         norm = self._norm(k + 1) if finish else None
         one_pass = finish and (norm is None or has_affine_form(norm))
@@ -114,9 +114,7 @@ class DenseShortcut(nn.Module):
             later=self.depth - 1 - k if one_pass else 0,
             backend=ops.choose(branch, self.backend),
         )
-        if not finish:
-            return joined.map, None
-        return joined.map, as_term(norm, joined) if one_pass else self.enter(k + 1, joined.map)
+        return joined.map, as_term(norm, joined) if one_pass else None
 
     def _norm(self, i: int) -> nn.Module | None:
         return self.norms[i] if len(self.norms) else None
@@ -149,7 +147,8 @@ class InnerShortcut(nn.Module):
     def forward(self, branch: Tensor, term: Term, start: int = 0) -> Tensor:
         """branch + v * N(H_1) for the channels from `start` on that the branch, (N, C, H, W), stands for."""
         part = slice(start, start + branch.shape[1])
-        term = Term(*(t if t is None else t[:, part] for t in term[:3]))
+        scale, shift = (t if t is None else t[:, part] for t in (term.scale, term.shift))
+        term = Term(term.map[:, part], scale, shift)
         weight = self.weight[None, part]
         return weighted_sum(branch, [term], weight, relu=False, statistics=False, later=0, backend="plain").map
 
@@ -172,6 +171,7 @@ def as_term(norm: nn.Module | None, joined: ops.Joined) -> Term:
     """A finished map as later sums use it."""
     if norm is None:
         return Term(joined.map, None, None, joined.links)
+    # mean and var are None where the norm goes by its running statistics, which do not ask for them
     pixels = joined.map.shape[2] * joined.map.shape[3]
     return Term(joined.map, *affine_form(norm, joined.mean, joined.var, pixels), joined.links)
 
@@ -191,8 +191,8 @@ def weighted_sum(
     if weight is not None:
         scales = weight[:, None].to(ops.accumulation_dtype(weight.dtype))
         if terms[0].scale is not None:
-            bias = (scales * torch.stack([t.shift for t in terms])).sum(0)
-            scales = scales * torch.stack([t.scale for t in terms])
+            bias = (scales * torch.stack([t.shift for t in terms if t.shift is not None])).sum(0)
+            scales = scales * torch.stack([t.scale for t in terms if t.scale is not None])
     return ops.join(
         branch,
         [t.map for t in terms],

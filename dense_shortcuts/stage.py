@@ -7,7 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-from .shortcut import DenseShortcut, Term
+from . import ops
+from .shortcut import DenseShortcut
+
 _GLOBAL_HOOKS = (
     _module._global_forward_hooks,
     _module._global_forward_pre_hooks,
@@ -31,7 +33,7 @@ class DenseStage(nn.Module):
     def adopt(cls, stage: nn.Sequential, shortcut: DenseShortcut, *, aggregate: str, keep_identity: bool) -> None:
         """Turn `stage`, whose children are `adapters.block.DenseBlock`s, into a DenseStage in place."""
         stage.add_module("shortcut", shortcut)
-        stage.__class__ = cls
+        stage.__class__ = cls  # type: ignore[assignment]
         stage.aggregate = aggregate  # type: ignore[assignment]
         stage.keep_identity = keep_identity  # type: ignore[assignment]
 
@@ -79,7 +81,8 @@ class DenseStage(nn.Module):
             earlier = terms
             if self.aggregate == "block" and not last:
                 terms = (*terms, self.shortcut.enter(k + 1, branch))
-            relu = type(activation) is nn.ReLU and not _observed(activation)
+            fused = ops.choose(branch, self.shortcut.backend) != "plain"
+            relu = fused and type(activation) is nn.ReLU and not _observed(activation)
             finish = relu and self.aggregate != "block" and not last and not _observed(block)
             branch = branch + identity if self.keep_identity else branch
             x, ahead = self.shortcut(k, branch, earlier, relu, finish)

@@ -21,9 +21,16 @@ EXTRAS: dict[str, Callable[[], dict[str, Any]]] = {
     "timm_basic_droppath": lambda: {"drop_path": DropPath(0.4)},
     "timm_basic_silu": lambda: {"act_layer": nn.SiLU},
     "timm_basic_aa": lambda: {"aa_layer": BlurPool2d},
-    "timm_basic_dropblock": lambda: {"drop_block": partial(DropBlock2d, drop_prob=0.2, block_size=3)},
+    "timm_basic_dropblock": lambda: {
+        "act_layer": nn.SiLU,
+        "drop_block": partial(DropBlock2d, drop_prob=0.2, block_size=3),
+    },
     "timm_bottleneck_se": lambda: {"attn_layer": SqueezeExcite},
     "timm_bottleneck_groups": lambda: {"cardinality": 2, "base_width": 64},
+    "timm_bottleneck_dropblock": lambda: {
+        "act_layer": nn.SiLU,  # a ReLU would hide the order of the two
+        "drop_block": partial(DropBlock2d, drop_prob=0.2, block_size=3),
+    },
     "timm_bottleneck_dilated": lambda: {"dilation": 2},
     "timm_bottleneck_leaky": lambda: {"act_layer": nn.LeakyReLU},
     "timm_bottle2neck_scale1": lambda: {"scale": 1, "base_width": 64},

@@ -206,7 +206,7 @@ def test_group_norm_statistics_are_formed_once_for_each_map_and_not_for_each_pai
     from dense_shortcuts import shortcut as module
 
     real = module.affine_form
-    monkeypatch.setattr(module, "affine_form", lambda norm, x: calls.append(norm) or real(norm, x))
+    monkeypatch.setattr(module, "affine_form", lambda norm, *moments: calls.append(norm) or real(norm, *moments))
     stage = plugged_stage(6)
     stage(torch.randn(2, 8, 5, 3))
     assert len(calls) == 6

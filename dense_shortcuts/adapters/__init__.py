@@ -4,13 +4,13 @@
 counts: a subclass may have another forward pass.
 """
 
+from typing import Any
+
 from torch import nn
 
 from . import timm_res2net, timm_resnet, torchvision_resnet
 
-DENSE_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
-    cls.__bases__[-1]: cls
-    for family in (timm_resnet, timm_res2net, torchvision_resnet)
-    for cls in family.BLOCKS
+DENSE_CLASSES: dict[type[nn.Module], Any] = {
+    cls.__bases__[-1]: cls for family in (timm_resnet, timm_res2net, torchvision_resnet) for cls in family.BLOCKS
 }
 HOST_CLASSES = {dense: host for host, dense in DENSE_CLASSES.items()}

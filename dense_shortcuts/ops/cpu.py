@@ -85,7 +85,7 @@ def pull(
     rows: int,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `fused.pull`."""
+    """See `reference.pull`."""
     pulled = torch.empty_like(x)
     dtype = accumulation_dtype(x.dtype)
     grad_scales = x.new_zeros((len(maps), rows, x.shape[1]), dtype=dtype)

@@ -33,7 +33,8 @@ def choose(x: Tensor, wanted: str = "auto") -> str:
     device = x.device.type
     own, reason = own_backend(device)
     if wanted == "auto":
-        _log_once(device, own, reason)
+        if not torch.compiler.is_compiling():  # a logger cannot be called from a compiled graph
+            _log_once(device, own, reason)
         return own
     if wanted != own and not (wanted == "triton" and interpreted()):
         raise DenseShortcutError(

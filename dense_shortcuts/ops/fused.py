@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu
+from . import cpu, reference
 from .reference import accumulation_dtype
+
 
 def _kernels(backend: str) -> Any:
     if backend == "cpu":
@@ -121,21 +122,7 @@ def pull(
     relu: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of a map from everything that used it, and what it means for the sum that made the map, in one pass.
-
-    Args:
-        x: the map, (N, C, H, W).
-        grad: gradient from the next block's residual branch, (N, C, H, W), or None for zero.
-        offset, slope: gradient through the moments, offset + slope * x, both (N, C), or None for zero.
-        later_grads, later_scales: G_l (N, C, H, W) and a_{l,i} (rows, C) of the later sums.
-        maps: the maps that were summed to x; none for a map that was not made by a join.
-        rows: rows of the scales of that sum, 1 or N.
-        relu: whether x is behind ReLU.
-        backend: as in `join`.
-
-    Returns:
-        the gradient G of the sum, (N, C, H, W), and those of its scales, (len(maps), rows, C), and bias, (rows, C).
-    """
+    """`reference.pull` in one pass; backend as in `join`."""
     return _kernels(backend).pull(x, grad, offset, slope, later_grads, later_scales, maps, rows, relu)
 
 
@@ -174,7 +161,9 @@ def _pull(
     pairs = list(zip(grad_links[::2], grad_links[1::2], strict=True))
     later_grads = [g for g, a in pairs if g is not None and a is not None]
     later_scales = [a for g, a in pairs if g is not None and a is not None]
-    return pull(x, grad, offset, slope, later_grads, later_scales, maps, rows, relu, backend)
+    arguments = (x, grad, offset, slope, later_grads, later_scales, maps, rows, relu)
+    # Under create_graph=True the gradient is to be differentiated in its turn, which the kernels cannot be.
+    return reference.pull(*arguments) if torch.is_grad_enabled() else pull(*arguments, backend)
 
 
 def _through_moments(
@@ -201,6 +190,9 @@ def _join_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _join_backward(ctx: Any, grad: Any, grad_mean: Any, grad_var: Any, grad_links: Any) -> Any:
     y, mean, scales, *maps = ctx.saved_tensors
+    if all(g is None for g in (grad, grad_mean, grad_var, *grad_links)):
+        nothing = [None] * len(maps)
+        return None, nothing, nothing * 2 if ctx.linked else [], None, None, None, None, None, None
     y = grad if y is None else y
     g, grad_scales, grad_bias = _pull(
         y, mean, grad, grad_mean, grad_var, grad_links, maps, scales.shape[1], ctx.relu, ctx.backend

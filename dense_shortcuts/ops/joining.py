@@ -62,9 +62,7 @@ def join(
     if scales is None:
         scales = branch.new_ones((len(maps), 1, branch.shape[1]), dtype=accumulation_dtype(branch.dtype))
     flat = [t for link in links for t in link] if linked else []
-    y, mean, var, new = fused.join(
-        branch, maps, flat, scales, bias, relu, statistics, later if linked else 0, backend
-    )
+    y, mean, var, new = fused.join(branch, maps, flat, scales, bias, relu, statistics, later if linked else 0, backend)
     return Joined(y, mean, var, tuple(new)) if statistics else Joined(y, None, None, tuple(new))
 
 

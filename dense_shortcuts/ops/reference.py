@@ -1,4 +1,4 @@
-"""The operator in plain PyTorch, written from the equations. Runs on any device and is what faster forms are held to."""
+"""The operator in plain PyTorch, written from the equations: runs on any device; faster forms are held to it."""
 
 from collections.abc import Sequence
 
@@ -46,3 +46,42 @@ def dense_sum(branch: Tensor, maps: Sequence[Tensor], scales: Tensor | None, bia
         # addcmul takes the map in its own dtype: no float32 copy of it is made or saved for the backward pass.
         total = total + x if scales is None else torch.addcmul(total, x, scales[i][:, :, None, None])
     return total.to(branch.dtype)
+
+
+def pull(
+    x: Tensor,
+    grad: Tensor | None,
+    offset: Tensor | None,
+    slope: Tensor | None,
+    later_grads: Sequence[Tensor],
+    later_scales: Sequence[Tensor],
+    maps: Sequence[Tensor],
+    rows: int,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of a map from everything that used it, and what it means for the sum that made the map.
+
+    Args:
+        x: the map, (N, C, H, W).
+        grad: gradient from the next block's residual branch, (N, C, H, W), or None for zero.
+        offset, slope: gradient through the moments, offset + slope * x, both (N, C), or None for zero.
+        later_grads, later_scales: G_l (N, C, H, W) and a_{l,i} (rows, C) of the later sums.
+        maps: the maps that were summed to x; none for a map that was not made by a sum.
+        rows: rows of the scales of that sum, 1 or N.
+        relu: whether x is behind ReLU.
+
+    Returns:
+        the gradient G of the sum, (N, C, H, W), and those of its scales, (len(maps), rows, C), and bias, (rows, C).
+    """
+    dtype = accumulation_dtype(x.dtype)
+    total = torch.zeros_like(x, dtype=dtype) if grad is None else grad.to(dtype)
+    if offset is not None and slope is not None:
+        total = total + offset[:, :, None, None] + slope[:, :, None, None] * x
+    for later, scale in zip(later_grads, later_scales, strict=True):
+        total = total + scale[:, :, None, None] * later
+    if relu:
+        total = total.masked_fill(x <= 0, 0)
+    over = (2, 3) if rows > 1 else (0, 2, 3)
+    sums = [(total * earlier).sum(over).view(rows, -1) for earlier in maps]
+    grad_scales = torch.stack(sums) if maps else total.new_zeros((0, rows, x.shape[1]))
+    return total.to(x.dtype), grad_scales, total.sum(over).view(rows, -1)

@@ -168,7 +168,7 @@ def restore_training(
     current = optimizer.state_dict()
     saved_groups = _join(about["groups"], tensors)
     needed = [group.keys() - {"params"} for group in current["param_groups"]]
-    if len(saved_groups) != len(needed) or any(g.keys() < n for g, n in zip(saved_groups, needed, strict=True)):
+    if len(saved_groups) != len(needed) or any(not g.keys() >= n for g, n in zip(saved_groups, needed, strict=True)):
         raise DenseShortcutError("the saved optimizer is another one: resume with the configuration of the run.")
     groups = [own | saved for own, saved in zip(current["param_groups"], saved_groups, strict=True)]
     optimizer.load_state_dict({"state": _join(about["optimizer"], tensors), "param_groups": groups})

@@ -105,11 +105,13 @@ class TrainConfig:
     output: str = "runs"
     """Folder in which the run's folder is made."""
 
-    def __post_init__(self) -> None:
-        _check(self)
-
     def resolved(self) -> "TrainConfig":
-        """The same with nothing left open: what the data set decides is filled in and the data folder is absolute."""
+        """The same with nothing left open: what the data set decides is filled in and the data folder is absolute.
+
+        Raises:
+            DenseShortcutError: settings that cannot work.
+        """
+        _check(self)
         own = DATA_DEFAULTS[self.data]
         chosen = {key: value for key, value in own.items() if getattr(self, key) is None}
         return dataclasses.replace(self, **chosen, data_dir=_data_dir(self))
@@ -188,7 +190,9 @@ def read_yaml(path: Path) -> TrainConfig:
         if key not in kinds:
             near = difflib.get_close_matches(str(key), kinds, n=1)
             raise DenseShortcutError(f"{path} has the unknown key {key!r}: {_advice(near)}.")
-    return TrainConfig(**{key: _convert(value, kinds[key], f"{key} in {path}") for key, value in values.items()})
+    config = TrainConfig(**{key: _convert(value, kinds[key], f"{key} in {path}") for key, value in values.items()})
+    _check(config)
+    return config
 
 
 def write_yaml(config: TrainConfig) -> str:

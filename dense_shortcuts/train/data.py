@@ -178,14 +178,28 @@ def load_data(config: TrainConfig) -> Data:
 
 
 def train_transform(config: TrainConfig, look: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
-    """timm's training transform; with `crop_padding` a crop from the padded image stands in for the resized crop."""
+    """timm's training transform; with `crop_padding` a crop from the padded image stands in for the resized crop.
+
+    Raises:
+        DenseShortcutError: an augmentation policy that timm does not know.
+    """
     from timm.data import create_transform
     from torchvision import transforms
 
     assert config.img_size is not None
     # Colour jitter is left out by None; by 0 it would be run and change nothing.
     settings = look | {"hflip": 0.5 if config.flip else 0.0, "auto_augment": config.auto_augment, "color_jitter": None}
-    transform = create_transform(config.img_size, is_training=True, **settings)
+    try:
+        try:
+        transform = create_transform(config.img_size, is_training=True, **settings)
+    except (AssertionError, ValueError, KeyError, IndexError) as error:
+        raise DenseShortcutError(
+            f"--auto-augment {config.auto_augment!r} does not work ({error}): take one such as rand-m9-mstd0.5."
+        ) from error
+    except (AssertionError, ValueError) as error:
+        raise DenseShortcutError(
+            f"--auto-augment {config.auto_augment!r} is none of timm's policies ({error}): try rand-m9-mstd0.5."
+        ) from error
     if config.crop_padding is not None:  # as DeiT does for CIFAR
         resize = transforms.Resize(config.img_size, transforms.InterpolationMode(look["interpolation"]))
         crop = transforms.RandomCrop(config.img_size, config.crop_padding)

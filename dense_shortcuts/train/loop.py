@@ -45,6 +45,8 @@ def make_accelerator(config: TrainConfig) -> "Accelerator":
         )
     except ValueError as error:
         raise DenseShortcutError(f"--precision {config.precision} does not work here: {error}") from error
+    if config.precision == "fp16" and accelerator.device.type == "cpu":
+        raise DenseShortcutError("--precision fp16 needs a GPU, for a CPU has no loss scaling: take bf16 or no.")
     if config.batch_size % accelerator.num_processes:
         raise DenseShortcutError(
             f"--batch-size {config.batch_size} does not divide among {accelerator.num_processes} processes: "

@@ -79,7 +79,9 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
             parameter_groups(model, config.weight_decay), opt=config.opt, lr=config.lr, momentum=config.momentum
         )
     except (ValueError, AssertionError, TypeError, ImportError) as error:
-        raise DenseShortcutError(f"--opt {config.opt!r} does not work with these settings ({error}): try sgd or adamw.") from error
+        raise DenseShortcutError(
+            f"--opt {config.opt!r} does not work with these settings ({error}): try sgd or adamw."
+        ) from error
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from ..errors import DenseShortcutError
 from . import report
-from .checkpoint import CARD, STATE, read_json, read_model, read_tensors, write_text
+from .checkpoint import CARD, STATE, WEIGHTS, read_json, read_model, read_tensors, write_text
 from .config import TrainConfig, read_yaml, write_yaml
 from .data import Data, load_data
 from .display import Display
@@ -265,6 +265,10 @@ def evaluate(checkpoint: Path, **given: Any) -> dict[str, Any]:
     Raises:
         DenseShortcutError: no or a broken checkpoint, weights of another network, data with other classes.
     """
+    if not checkpoint.exists():
+        raise DenseShortcutError(f"{checkpoint} does not exist: give a network's folder in a run.")
+    if not checkpoint.is_dir() and (checkpoint.name != WEIGHTS or not checkpoint.is_file()):
+        raise DenseShortcutError(f"{checkpoint} is no checkpoint: give a network's folder or the {WEIGHTS} in it.")
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     model, card = read_model(folder)
     changes = {key: value for key, value in given.items() if value is not None}
