@@ -21,7 +21,7 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, shortcu
     Args:
         model: a network, plugged in or not.
         source: a state dict, or the path of a .safetensors file.
-        shortcuts: what to do with shortcut keys that the model has no place for: "keep" refuses, "drop" leaves them out.
+        shortcuts: shortcut keys that the model has no place for are refused by "keep" and left out by "drop".
 
     Returns:
         The shortcut keys that the source does not have, which are also logged. Empty where every key was found.

@@ -93,10 +93,12 @@ def affine_form(norm: nn.Module, mean: Tensor | None, var: Tensor | None, pixels
     Returns:
         r and s, (1, C) for batch norm and (N, C) for the others, in float32 (float64 for a float64 map).
     """
+    if isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
+        mean, var = _batch_moments(norm, mean, var, pixels)
+    assert mean is not None and var is not None
     if isinstance(norm, nn.GroupNorm):
         mean, var = _group_moments(mean, var, norm.num_groups)
-    elif isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
-        mean, var = _batch_moments(norm, mean, var, pixels)
+    assert isinstance(norm.eps, float)
     r = torch.rsqrt(var + norm.eps)
     return r, -mean * r
 
@@ -114,7 +116,7 @@ def _pool(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def _batch_moments(
-    norm: nn.BatchNorm2d | nn.SyncBatchNorm, mean: Tensor, var: Tensor, pixels: int
+    norm: nn.BatchNorm2d | nn.SyncBatchNorm, mean: Tensor | None, var: Tensor | None, pixels: int
 ) -> tuple[Tensor, Tensor]:
     buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
     synchronised = isinstance(norm, nn.SyncBatchNorm) and norm.training and _world_size(norm) > 1
@@ -124,8 +126,8 @@ def _batch_moments(
 
 @torch.fx.wrap  # one node of a traced graph, whose buffers stay buffers
 def _batch_statistics(
-    mean: Tensor,
-    var: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
     pixels: int,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -138,10 +140,12 @@ def _batch_statistics(
     if not training and running_mean is not None and running_var is not None:
         dtype = torch.promote_types(running_mean.dtype, torch.float32)
         return running_mean.to(dtype)[None], running_var.to(dtype)[None]
-    count: int | Tensor = mean.shape[0] * pixels
+    assert mean is not None and var is not None
+    images = mean.shape[0] * pixels
+    count: int | Tensor = images
     mean, var = _pool(mean, var, dim=0)
     if group is not None:
-        mean, var, count = _across_processes(mean, var, count, group)
+        mean, var, count = _across_processes(mean, var, images, group)
     elif count == 1:  # as F.batch_norm does
         raise ValueError("Expected more than 1 value per channel when training, got one image of one pixel")
     if training and running_mean is not None and running_var is not None and num_batches_tracked is not None:

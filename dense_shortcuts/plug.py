@@ -266,7 +266,7 @@ def _width(stage: str, blocks: dict[str, nn.Module]) -> int:
                 f"{stage}.{name} changes the shape in the middle of a stage: put it at the head of its own stage."
             )
     block = next(iter(blocks.values()))
-    return DENSE_CLASSES[type(block)].width(block)
+    return DENSE_CLASSES[type(block)].out_channels(block)
 
 
 def _inner_shortcuts(

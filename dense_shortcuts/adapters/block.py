@@ -27,7 +27,7 @@ class DenseBlock:
         """What follows the add: s."""
         raise NotImplementedError
 
-    def width(self) -> int:
+    def out_channels(self) -> int:
         """Channels C of F_l and X_l."""
         raise NotImplementedError
 

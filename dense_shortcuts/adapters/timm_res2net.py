@@ -4,14 +4,15 @@ import torch
 from timm.models.res2net import Bottle2neck
 from torch import Tensor, nn
 
+from ..shortcut import InnerShortcut
 from .block import DenseBlock
 from .timm_resnet import after_last_norm
 
 
 class DenseBottle2neck(DenseBlock, Bottle2neck):
-    inner: nn.Module | None
+    inner: InnerShortcut | None
 
-    def width(self) -> int:
+    def out_channels(self) -> int:
         return self.conv3.out_channels
 
     def inner_widths(self) -> tuple[int, int] | None:

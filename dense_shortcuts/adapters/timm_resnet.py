@@ -1,13 +1,16 @@
 """timm's ResNet blocks, which also make up its ResNeXt, Wide ResNet and SE-ResNet."""
 
+from typing import Any
+
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
+from ..shortcut import InnerShortcut
 from .block import DenseBlock, widths_of_3x3
 
 
 class DenseBasicBlock(DenseBlock, BasicBlock):
-    def width(self) -> int:
+    def out_channels(self) -> int:
         return self.conv2.out_channels
 
     def branch(self, x: Tensor) -> Tensor:
@@ -22,9 +25,9 @@ class DenseBasicBlock(DenseBlock, BasicBlock):
 
 
 class DenseBottleneck(DenseBlock, Bottleneck):
-    inner: nn.Module | None
+    inner: InnerShortcut | None
 
-    def width(self) -> int:
+    def out_channels(self) -> int:
         return self.conv3.out_channels
 
     def inner_widths(self) -> tuple[int, int] | None:
@@ -46,7 +49,7 @@ class DenseBottleneck(DenseBlock, Bottleneck):
         return self.act3
 
 
-def after_last_norm(block: nn.Module, x: Tensor) -> Tensor:
+def after_last_norm(block: Any, x: Tensor) -> Tensor:
     """Attention and drop path, which stay in the residual branch."""
     if block.se is not None:
         x = block.se(x)

@@ -3,11 +3,12 @@
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from ..shortcut import InnerShortcut
 from .block import DenseBlock, widths_of_3x3
 
 
 class DenseBasicBlock(DenseBlock, BasicBlock):
-    def width(self) -> int:
+    def out_channels(self) -> int:
         return self.conv2.out_channels
 
     def branch(self, x: Tensor) -> Tensor:
@@ -20,9 +21,9 @@ class DenseBasicBlock(DenseBlock, BasicBlock):
 
 
 class DenseBottleneck(DenseBlock, Bottleneck):
-    inner: nn.Module | None
+    inner: InnerShortcut | None
 
-    def width(self) -> int:
+    def out_channels(self) -> int:
         return self.conv3.out_channels
 
     def inner_widths(self) -> tuple[int, int] | None:

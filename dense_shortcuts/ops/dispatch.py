@@ -9,14 +9,14 @@ from torch import Tensor
 
 from ..errors import DenseShortcutError
 
-BACKENDS = ("auto", "plain", "cpu", "triton")
+BACKENDS = ("auto", "plain", "cpu")
 VARIABLE = "DENSE_SHORTCUTS_BACKEND"
 
 _logger = logging.getLogger(__name__)
 
 
 def choose(x: Tensor, wanted: str = "auto") -> str:
-    """The back end for a map: "plain", "cpu" or "triton".
+    """The back end for a map: "plain" or "cpu".
 
     Args:
         x: a feature map, (N, C, H, W).
@@ -36,7 +36,7 @@ def choose(x: Tensor, wanted: str = "auto") -> str:
         if not torch.compiler.is_compiling():  # a logger cannot be called from a compiled graph
             _log_once(device, own, reason)
         return own
-    if wanted != own and not (wanted == "triton" and interpreted()):
+    if wanted != own:
         raise DenseShortcutError(
             f"the back end {wanted!r} cannot run on {device} here ({reason}): choose 'auto' or 'plain'."
         )
@@ -47,24 +47,7 @@ def own_backend(device: str) -> tuple[str, str]:
     """The back end that "auto" takes for a device type, and why."""
     if device in ("cpu", "meta"):
         return "cpu", "in-place sums over pieces that stay in cache"
-    if device == "cuda" and torch.version.hip is None:
-        if has_triton():
-            return "triton", "CUDA with Triton"
-        return "plain", "Triton is not installed"
-    return "plain", f"no kernels of our own for {device}"
-
-
-@cache
-def has_triton() -> bool:
-    """Whether Triton can be imported."""
-    from importlib.util import find_spec
-
-    return find_spec("triton") is not None
-
-
-def interpreted() -> bool:
-    """Whether Triton kernels are to run in its interpreter, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1" and has_triton()
+    return "plain", f"no kernels of our own for {device} yet"
 
 
 def _is_traced(x: Tensor) -> bool:

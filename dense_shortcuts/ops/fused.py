@@ -1,11 +1,11 @@
 """The operator as registered PyTorch operators, with gradients that are pulled rather than pushed.
 
-A sum y_l = s(f_l + b_l + sum_i a_{l,i} * X_i) would push a gradient a_{l,i} * G_l to every earlier map X_i, each of them
-written to memory and added to what came before: G_l is the gradient of y_l before the activation. Instead, each pair (l, i)
-has a *link*, a pair of outputs of the operator that made X_i and inputs of the one that makes y_l. They hold no data
-(one element, expanded); backwards they carry G_l and a_{l,i} as they stand. The operator that made X_i then has all of
-its later gradients at hand and sums a_{l,i} * G_l in one pass, together with the gradient of X_i's statistics, the mask of
-the activation and the sums that give the gradients of its own scales and bias. Nothing is saved but the maps themselves,
+A sum y_l = s(f_l + b_l + sum_i a_{l,i} * X_i) would push a gradient a_{l,i} * G_l to every earlier map X_i, each one
+written to memory and added to what came before; G_l is the gradient of y_l before the activation. Instead, each pair
+(l, i) has a *link*: two outputs of the operator that made X_i and inputs of the one that makes y_l. They hold no data
+(one element, expanded); backwards they carry G_l and a_{l,i} as they stand. The operator that made X_i then has all
+of its later gradients at hand and sums a_{l,i} * G_l in one pass, together with the gradient of X_i's statistics, the
+mask of the activation and the sums that give the gradients of its own scales and bias. Only the maps are saved,
 which the host's next convolutions save as well.
 
 Source: the affine form in docs/paper-map.md; `reference.py` is what these operators are held to.
@@ -20,13 +20,7 @@ from torch import Tensor
 from . import cpu, reference
 from .reference import accumulation_dtype
 
-
-def _kernels(backend: str) -> Any:
-    if backend == "cpu":
-        return cpu
-    from . import triton
-
-    return triton
+_KERNELS = {"cpu": cpu}
 
 
 def _new_links(x: Tensor, later: int, rows: int) -> list[Tensor]:
@@ -58,12 +52,12 @@ def join(
         relu: whether s is ReLU, else there is none.
         statistics: whether to give the moments.
         later: number of later sums that will take the result, for which links are made.
-        backend: whose kernels run, "cpu" or "triton".
+        backend: whose kernels run, by name.
 
     Returns:
         y (N, C, H, W), mean and biased variance of y over its pixels, both (N, C), and the links.
     """
-    y, mean, var = _kernels(backend).join(branch, maps, scales, bias, relu, statistics)
+    y, mean, var = _KERNELS[backend].join(branch, maps, scales, bias, relu, statistics)
     return y, mean, var, _new_links(branch, later, scales.shape[1])
 
 
@@ -97,7 +91,7 @@ def enter(x: Tensor, statistics: bool, later: int, rows: int, backend: str) -> t
         mean and biased variance, both (N, C), and the links.
     """
     if statistics:
-        mean, var = _kernels(backend).moments(x)
+        mean, var = _KERNELS[backend].moments(x)
     else:
         mean, var = (x.new_empty(0, dtype=accumulation_dtype(x.dtype)) for _ in range(2))
     return mean, var, _new_links(x, later, rows)
@@ -123,7 +117,7 @@ def pull(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.pull` in one pass; backend as in `join`."""
-    return _kernels(backend).pull(x, grad, offset, slope, later_grads, later_scales, maps, rows, relu)
+    return _KERNELS[backend].pull(x, grad, offset, slope, later_grads, later_scales, maps, rows, relu)
 
 
 @pull.register_fake

@@ -11,7 +11,7 @@ from .reference import accumulation_dtype, dense_sum, moments
 
 
 class Joined(NamedTuple):
-    """A finished feature map, (N, C, H, W), with its moments, both (N, C) or None, and the links of later sums to it."""
+    """A finished feature map, (N, C, H, W), its moments, both (N, C) or None, and the links of later sums to it."""
 
     map: Tensor
     mean: Tensor | None
@@ -50,7 +50,8 @@ def join(
     if backend == "plain":
         y = dense_sum(branch, maps, scales, bias)
         y = torch.relu(y) if relu else y
-        return Joined(y, *(moments(y) if statistics else (None, None)), ())
+        mean, var = moments(y) if statistics else (None, None)
+        return Joined(y, mean, var, ())
     from . import fused
 
     linked = torch.is_grad_enabled()
@@ -69,7 +70,8 @@ def join(
 def enter(x: Tensor, *, statistics: bool, later: int, rows: int, backend: str) -> Joined:
     """A map that no `join` made, (N, C, H, W), with what later sums need of it; `rows` are those of their scales."""
     if backend == "plain":
-        return Joined(x, *(moments(x) if statistics else (None, None)), ())
+        mean, var = moments(x) if statistics else (None, None)
+        return Joined(x, mean, var, ())
     from . import fused
 
     mean, var, new = fused.enter(x, statistics, later if torch.is_grad_enabled() else 0, rows, backend)

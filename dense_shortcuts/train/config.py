@@ -34,6 +34,8 @@ class TrainConfig:
     """DS2: a shortcut inside each bottleneck too; None is the model's own."""
     keep_identity: bool = False
     """Keep the host's identity shortcut beside the dense one."""
+    zero_init_last: bool | None = None
+    """Start the last norm of each residual branch at zero; None is the host's own (timm's ResNets do)."""
 
     data: Literal["digits", "cifar100", "imagefolder"] = "digits"
     """scikit-learn's handwritten digits, CIFAR-100, or a folder with train/ and val/ or test/."""

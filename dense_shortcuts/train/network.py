@@ -31,6 +31,8 @@ def build_network(config: TrainConfig, num_classes: int) -> nn.Module:
     settings: dict[str, Any] = {"num_classes": num_classes}
     if config.drop_path:
         settings["drop_path_rate"] = config.drop_path
+    if config.zero_init_last is not None:
+        settings["zero_init_last"] = config.zero_init_last
     torch.manual_seed(config.seed)
     model: Any = timm.create_model(config.model, **settings, **(options if ours else {}))
     if ours and config.aggregate == "identity":
