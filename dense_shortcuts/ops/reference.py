@@ -81,7 +81,7 @@ def pull(
         total = total + scale[:, :, None, None] * later
     if relu:
         total = total.masked_fill(x <= 0, 0)
-    over = (2, 3) if rows > 1 else (0, 2, 3)
-    sums = [(total * earlier).sum(over).view(rows, -1) for earlier in maps]
+    over = (0, 2, 3) if rows == 1 else (2, 3)
+    sums = [(total * earlier).sum(over).view(rows, x.shape[1]) for earlier in maps]
     grad_scales = torch.stack(sums) if maps else total.new_zeros((0, rows, x.shape[1]))
-    return total.to(x.dtype), grad_scales, total.sum(over).view(rows, -1)
+    return total.to(x.dtype), grad_scales, total.sum(over).view(rows, x.shape[1])

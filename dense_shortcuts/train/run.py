@@ -265,8 +265,6 @@ def evaluate(checkpoint: Path, **given: Any) -> dict[str, Any]:
     Raises:
         DenseShortcutError: no or a broken checkpoint, weights of another network, data with other classes.
     """
-    if not checkpoint.exists():
-        raise DenseShortcutError(f"{checkpoint} does not exist: give a network's folder in a run.")
     if not checkpoint.is_dir() and (checkpoint.name != WEIGHTS or not checkpoint.is_file()):
         raise DenseShortcutError(f"{checkpoint} is no checkpoint: give a network's folder or the {WEIGHTS} in it.")
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from train_helpers import png, unclocked, write_parquet
 
 from dense_shortcuts import DenseShortcutError
@@ -18,25 +20,10 @@ from dense_shortcuts.train.loop import read_metrics
 DSNET = Path(sys.executable).with_name("dsnet")
 NETWORKS = ("identity", "stage-group")
 TINY = [
-    "--model",
-    "dsnet20",
-    "--img-size",
-    "8",
-    "--crop-padding",
-    "1",
-    "--limit-train",
-    "96",
-    "--limit-test",
-    "50",
-    "--batch-size",
-    "32",
-    "--epochs",
-    "3",
-    "--warmup-epochs",
-    "0",
-    "--lr",
-    "0.05",
+    *("--model=dsnet20", "--img-size=8", "--crop-padding=1", "--limit-train=96", "--limit-test=50"),
+    *("--batch-size=32", "--warmup-epochs=0", "--lr=0.05", "--epochs=3"),
 ]
+LONG = [*TINY[:-1], "--epochs=12"]
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +31,24 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("DENSE_SHORTCUTS_DATA", raising=False)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A folder with two finished comparisons, tiny and long."""
+    folder = tmp_path_factory.mktemp("made")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for name, settings in (("tiny", TINY), ("long", LONG)):
+        assert main(["compare", *settings, "--output", str(folder), "--name", name]) == 0
+    torch.set_num_threads(before)
+    return folder
+
+
+@pytest.fixture
+def finished(made) -> Path:
+    """A copy of the finished short comparison, in runs/a."""
+    return Path(shutil.copytree(made / "tiny", "runs/a"))
 
 
 def metrics(run: Path | str) -> dict[str, list[dict]]:
@@ -118,10 +123,8 @@ def read_until(process: subprocess.Popen, text: str) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_an_interrupted_comparison_resumes_to_the_same_result(number, code, capsys):
-    # The epochs before the signal are many, so that it comes while the network trains.
-    long = [*TINY[: TINY.index("--epochs")], "--epochs", "12", *TINY[TINY.index("--epochs") + 2 :]]
-    process = start("compare", *long, "--name", "cut")
+def test_an_interrupted_comparison_resumes_to_the_same_result(number, code, made):
+    process = start("compare", *LONG, "--name", "cut")
     read_until(process, "epoch 2/12" if number == signal.SIGTERM else "stage-group  epoch 2/12")
     process.send_signal(number)
     error = process.communicate()[1]
@@ -131,19 +134,15 @@ def test_an_interrupted_comparison_resumes_to_the_same_result(number, code, caps
     assert not Path("runs/cut/stage-group/model.json").exists()
 
     assert main(["compare", "--resume", "runs/cut"]) == 0
-    assert main(["compare", *long, "--name", "whole"]) == 0
-    assert metrics("runs/cut") == metrics("runs/whole")
-    assert weights("runs/cut") == weights("runs/whole")
-    capsys.readouterr()
+    assert metrics("runs/cut") == metrics(made / "long")
+    assert weights("runs/cut") == weights(made / "long")
 
 
-def test_a_finished_comparison_that_is_resumed_trains_nothing_again(capsys):
-    assert main(["compare", *TINY, "--name", "a"]) == 0
-    before, times = weights("runs/a"), [p.stat().st_mtime_ns for p in Path("runs/a").rglob("*/*")]
-    capsys.readouterr()
+def test_a_finished_comparison_that_is_resumed_trains_nothing_again(finished, capsys):
+    before, times = weights(finished), [p.stat().st_mtime_ns for p in finished.rglob("*/*")]
     assert main(["compare", "--resume", "runs/a"]) == 0
     assert " epoch " not in capsys.readouterr().out
-    assert weights("runs/a") == before and [p.stat().st_mtime_ns for p in Path("runs/a").rglob("*/*")] == times
+    assert weights(finished) == before and [p.stat().st_mtime_ns for p in finished.rglob("*/*")] == times
 
 
 def test_eval_gives_the_last_accuracy_of_the_run(capsys):
@@ -172,11 +171,9 @@ def test_a_recipe_gives_the_defaults_and_flags_have_the_last_word():
     assert parse(["compare", "--milestones", "3", "5", "--sched", "multistep"]).config.milestones == (3, 5)
 
 
-def test_the_saved_configuration_is_a_recipe_for_the_same_run(capsys):
-    assert main(["compare", *TINY, "--name", "a"]) == 0
-    assert main(["compare", "--recipe", "runs/a/config.yaml", "--name", "b"]) == 0
-    assert metrics("runs/a") == metrics("runs/b")
-    capsys.readouterr()
+def test_the_saved_configuration_is_a_recipe_for_the_same_run(finished):
+    assert main(["train", "--recipe", "runs/a/config.yaml", "--output", "runs", "--name", "b"]) == 0
+    assert unclocked(read_metrics(Path("runs/b/stage-group/metrics.jsonl"))) == metrics(finished)["stage-group"]
 
 
 def test_a_run_folder_that_exists_is_refused_and_untouched(capsys):
@@ -204,7 +201,10 @@ def test_a_run_folder_that_exists_is_refused_and_untouched(capsys):
         (["train", "--recipe", "missing.yaml"], "cannot read missing.yaml"),
         (["train", "--resume", "nowhere"], "nowhere is no run to resume"),
         (["train", "--resume", "nowhere", "--lr", "1"], "give no other flag beside it"),
-        (["eval", "nowhere"], "nowhere"),
+        (["eval", "nowhere"], "nowhere is no checkpoint"),
+        (["eval", "file.txt"], "file.txt is no checkpoint"),
+        (["eval", "."], "cannot read model.json"),
+        (["train", "--precision", "fp16"], "--precision fp16 needs a GPU"),
         (["train", "--output", "file.txt"], "cannot make file.txt"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -246,9 +246,7 @@ def test_a_truncated_image_in_a_folder_ends_the_run_with_its_name(image_folder, 
     assert error.startswith(f"dsnet: error: {broken} is not a whole image") and error.count("\n") == 1
 
 
-def test_a_checkpoint_of_another_model_is_refused_with_its_keys(capsys):
-    assert main(["compare", *TINY, "--name", "a"]) == 0
-    capsys.readouterr()
+def test_a_checkpoint_of_another_model_is_refused_with_its_keys(finished, capsys):
     Path("runs/a/identity/model.json").write_bytes(Path("runs/a/stage-group/model.json").read_bytes())
     assert "layer1.shortcut.weights.0" in refused(["eval", "runs/a/identity"], capsys)
     weights_file = Path("runs/a/stage-group/model.safetensors")
@@ -257,11 +255,9 @@ def test_a_checkpoint_of_another_model_is_refused_with_its_keys(capsys):
     assert "was started by `dsnet compare`" in refused(["train", "--resume", "runs/a"], capsys)
 
 
-def test_a_broken_saved_configuration_is_told_on_resume(capsys):
-    assert main(["train", *TINY, "--name", "a"]) == 0
-    capsys.readouterr()
+def test_a_broken_saved_configuration_is_told_on_resume(finished, capsys):
     Path("runs/a/config.yaml").write_text("epochs: 3\nepoch: 4\n")
-    assert "unknown key 'epoch'" in refused(["train", "--resume", "runs/a"], capsys)
+    assert "unknown key 'epoch'" in refused(["compare", "--resume", "runs/a"], capsys)
 
 
 def test_models_lists_the_family_by_pattern(capsys):
@@ -270,20 +266,7 @@ def test_models_lists_the_family_by_pattern(capsys):
 
 
 def test_the_real_cifar100_trains_from_its_parquet_files(cifar100, capsys):
-    settings = [
-        "--limit-train",
-        "64",
-        "--limit-test",
-        "32",
-        "--batch-size",
-        "32",
-        "--epochs",
-        "1",
-        "--warmup-epochs",
-        "0",
-        "--workers",
-        "0",
-    ]
+    settings = [*TINY, "--img-size=32", "--epochs=1", "--workers=0"]
     assert main(["train", "--data", "cifar100", "--data-dir", str(cifar100), *settings, "--name", "a"]) == 0
     card = json.loads(Path("runs/a/stage-group/model.json").read_text())
     assert card["num_classes"] == 100 and card["classes"][0] == "apple" and card["img_size"] == 32

@@ -1,0 +1,264 @@
+"""Every back end of the operator against the equations, and where a pulled gradient could differ from a pushed one."""
+
+import copy
+from collections.abc import Callable
+
+import hosts
+import pytest
+import torch
+from hosts import Reference, assert_close
+from test_stage import compare
+from torch import Tensor, nn
+
+import dense_shortcuts as ds
+from dense_shortcuts import ops
+from dense_shortcuts.ops import cpu
+
+BACKENDS = pytest.mark.parametrize("backend", ["plain", "cpu"])
+
+
+@BACKENDS
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("norm", ["group", "batch", "layer", "instance", None])
+@pytest.mark.parametrize("aggregate", ["stage", "block", "dense_identity"])
+def test_each_back_end_matches_the_equations(aggregate, norm, train, backend, monkeypatch):
+    monkeypatch.setenv("DENSE_SHORTCUTS_BACKEND", backend)
+    compare("timm_basic", 4, aggregate=aggregate, norm=norm, train=train, keep_identity=norm == "layer")
+    compare("tv_bottleneck", 3, aggregate=aggregate, norm=norm, train=train, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 2000, 5000])
+@pytest.mark.parametrize("norm", ["group", "batch", None])
+def test_maps_cut_into_several_pieces_match_the_equations(norm, piece_bytes, monkeypatch):
+    """One image a piece, and pieces of several images with a smaller last one."""
+    monkeypatch.setattr(cpu, "PIECE_BYTES", piece_bytes)
+    cuts = list(cpu._pieces(torch.empty(5, 8, 7, 5, dtype=torch.float64)))
+    assert len(cuts) == (3 if piece_bytes == 5000 else 5)
+    for aggregate in ("stage", "block", "dense_identity"):
+        compare("timm_basic", 4, aggregate=aggregate, norm=norm, shape=(5, 8, 7, 5))
+    compare("timm_basic", 4, norm=norm, shape=(5, 8, 7, 5), dtype=torch.float32)
+
+
+def test_maps_larger_than_a_piece_match_the_equations():
+    x = torch.empty(5, 32, 57, 55)
+    assert len(list(cpu._pieces(x))) > 1
+    compare("timm_basic", 2, shape=tuple(x.shape), channels=32, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("aggregate", ["stage", "block", "dense_identity"])
+@pytest.mark.parametrize("norm", ["group", "batch", None])
+def test_gradient_of_a_gradient_matches_the_equations(norm, aggregate):
+    """A gradient penalty, with ReLU: the second pass runs through what the fused backward computed."""
+    host = nn.Sequential(hosts.make_stage("timm_basic", 3, 8, in_channels=6)).double()
+    hosts.randomise(host, seed=1)
+    blocks = hosts.frozen_copy(host[0])
+    variant = {"norm": norm, "aggregate": aggregate}
+    stage = ds.plug_in(host, **variant)[0]
+    hosts.randomise_parameters(ds.shortcut_parameters(host), seed=2)
+    expected = Reference(blocks, stage, channels=8, **variant)
+    given = torch.randn(2, 6, 5, 7, dtype=torch.float64)
+
+    def penalty(run: Callable[[Tensor], Tensor]) -> Tensor:
+        x = given.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(run(x).square().mean(), x, create_graph=True)
+        gradient.square().sum().backward()
+        return x.grad
+
+    assert_close(penalty(stage), penalty(lambda x: expected.maps(x)[-1]), 1e-10, "gradient of the input")
+    wanted = expected.parameters()
+    for name, parameter in stage.named_parameters():
+        if wanted[name].grad is None:
+            assert parameter.grad is None or not parameter.grad.any(), name
+        else:
+            assert_close(parameter.grad, wanted[name].grad, 1e-10, name)
+
+
+def loss_of(net: nn.Module, x: Tensor) -> Tensor:
+    return (net(x) * torch.linspace(-1, 1, 5, dtype=x.dtype)).square().sum()
+
+
+def full_gradients(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    net.zero_grad()
+    loss_of(net, x).backward()
+    return {name: p.grad.clone() for name, p in net.named_parameters()}
+
+
+def double_net(**variant) -> tuple[nn.Module, Tensor]:
+    net = ds.plug_in(hosts.small_net("timm_bottleneck"), **variant).double().eval()
+    hosts.randomise_parameters(ds.shortcut_parameters(net), seed=3)
+    return net, torch.randn(2, 3, 9, 7, dtype=torch.float64)
+
+
+VARIANTS = pytest.mark.parametrize(
+    "variant",
+    [{}, {"aggregate": "block"}, {"aggregate": "dense_identity"}, {"norm": None}, {"norm": "batch", "inner": True}],
+    ids=str,
+)
+
+
+@VARIANTS
+def test_gradient_of_one_parameter_alone_is_that_of_all_together(variant):
+    net, x = double_net(**variant)
+    expected = full_gradients(net, x)
+    loss = loss_of(net, x)
+    for name, p in net.named_parameters():
+        (alone,) = torch.autograd.grad(loss, p, retain_graph=True)
+        assert_close(alone, expected[name], 1e-12, name)
+
+
+@VARIANTS
+@pytest.mark.parametrize(
+    "frozen",
+    ["shortcut", "conv1", "layer1", "layer1.0", "layer1.1", "layer2", "layer1.shortcut.weights.1", "bn"],
+)
+def test_freezing_some_parameters_leaves_the_gradients_of_the_others(frozen, variant):
+    net, x = double_net(**variant)
+    expected = full_gradients(net, x)
+    net.zero_grad()
+    for name, p in net.named_parameters():
+        p.requires_grad_(frozen not in name)
+    loss_of(net, x).backward()
+    for name, p in net.named_parameters():
+        if frozen in name:
+            assert p.grad is None, name
+        else:
+            assert_close(p.grad, expected[name], 1e-12, name)
+
+
+@VARIANTS
+def test_two_backward_passes_through_one_graph_add_up(variant):
+    net, x = double_net(**variant)
+    expected = full_gradients(net, x)
+    net.zero_grad()
+    loss = loss_of(net, x)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for name, p in net.named_parameters():
+        assert_close(p.grad, 2 * expected[name], 1e-12, name)
+
+
+@VARIANTS
+def test_two_forward_passes_before_one_backward_add_up(variant):
+    net, x = double_net(**variant)
+    other = x.flip(0) + 1
+    expected = [full_gradients(net, x), full_gradients(net, other)]
+    net.zero_grad()
+    (loss_of(net, x) + loss_of(net, other)).backward()
+    for name, p in net.named_parameters():
+        assert_close(p.grad, expected[0][name] + expected[1][name], 1e-12, name)
+
+
+@VARIANTS
+def test_no_grad_and_inference_mode_give_the_output_of_training(variant):
+    net, x = double_net(**variant)
+    expected = net(x)
+    with torch.no_grad():
+        assert torch.equal(net(x), expected)
+    with torch.inference_mode():
+        assert torch.equal(net(x), expected)
+    assert not net(x.clone()).isnan().any() and expected.requires_grad
+
+
+@VARIANTS
+@pytest.mark.parametrize("layout", ["expanded", "sliced", "transposed"])
+def test_input_and_upstream_gradient_of_any_layout_are_taken(layout, variant):
+    net, _ = double_net(**variant)
+    stage, base = net.layer1, torch.randn(3, 8, 10, 14, dtype=torch.float64)
+    x = {
+        "expanded": base[:1].expand(3, 8, 10, 14),
+        "sliced": base[:, :, ::2, 1::3],
+        "transposed": base.transpose(2, 3),
+    }[layout]
+    results = []
+    for given in (x, x.contiguous()):
+        leaf = given.detach().requires_grad_()
+        stage.zero_grad()
+        y = stage(leaf)
+        y.backward(torch.ones((), dtype=torch.float64).expand_as(y))
+        results.append([y.detach(), leaf.grad, *(p.grad.clone() for p in stage.parameters())])
+    for a, b in zip(*results, strict=True):
+        assert_close(a, b, 1e-12, "number")
+
+
+@pytest.mark.parametrize(
+    "variant", [{}, {"aggregate": "block", "norm": "batch"}, {"aggregate": "dense_identity"}], ids=str
+)
+def test_a_float32_map_beside_bf16_branches_keeps_its_gradient(variant):
+    """Under autocast X_0 may be the stage's float32 input, while the branches are in bf16."""
+    host = nn.Sequential(hosts.make_stage("timm_basic", 3, 16, in_channels=16))
+    hosts.randomise(host, seed=1)
+    stage = ds.plug_in(host, **variant)[0].eval()
+    given, upstream, runs = torch.randn(2, 16, 9, 7), torch.randn(2, 16, 9, 7), []
+    for enabled in (False, True):
+        stage.zero_grad()
+        x = given.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = stage(x)
+        (y.float() * upstream).sum().backward()
+        runs.append((y.detach(), x.grad, torch.cat([p.grad.flatten() for p in stage.parameters()])))
+    for exact, rounded in zip(*runs, strict=True):
+        assert ((rounded.double() - exact).norm() / exact.double().norm()) < 0.05
+    assert runs[1][1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["timm_basic", "tv_bottleneck"])
+def test_hooks_on_activations_fire_and_change_no_number(kind):
+    net = ds.plug_in(hosts.small_net(kind)).double().eval()
+    x, fired = torch.randn(2, 3, 9, 7, dtype=torch.float64), []
+    expected, output = full_gradients(net, x), net(x)
+    last = net.layer1[1].act2 if kind == "timm_basic" else net.layer1[1].relu
+    last.inplace = False  # PyTorch allows no backward hook on a module that works in place
+    last.register_forward_hook(lambda module, args, out: fired.append(out.detach().clone()))
+    last.register_full_backward_hook(lambda module, gin, gout: fired.append(gout[0].clone()))
+    actual = full_gradients(net, x)
+    assert torch.equal(net(x), output)
+    for name, gradient in expected.items():
+        assert_close(actual[name], gradient, 1e-12, name)
+    calls = 1 if kind == "timm_basic" else 3
+    assert len(fired) == 2 * calls + calls  # forward and backward of one pass, forward of another
+
+
+def test_changing_the_activation_after_plugging_is_seen():
+    net = ds.plug_in(hosts.small_net()).double().eval()
+    x = torch.randn(2, 3, 9, 7, dtype=torch.float64)
+    before = net(x)
+    for block in net.layer1.blocks:
+        block.act2 = nn.SiLU()
+    changed = net(x)
+    assert not torch.allclose(before, changed)
+    blocks = [copy.deepcopy(b) for b in net.layer1.blocks]
+    expected = Reference(blocks, net.layer1, channels=8, norm="group", aggregate="stage")
+    stem = net.relu(net.bn1(net.conv1(x)))
+    assert_close(net.layer1(stem), expected.maps(stem)[-1], 1e-10, "layer1")
+
+
+def test_the_back_end_runs_that_is_named_and_another_name_is_refused(monkeypatch):
+    calls = []
+    real = cpu.join
+    monkeypatch.setattr(cpu, "join", lambda *a: calls.append(1) or real(*a))
+    net, x = ds.plug_in(hosts.small_net()), torch.randn(2, 3, 9, 7)
+    for backend, launches in (("plain", 0), ("cpu", 5)):
+        calls.clear()
+        monkeypatch.setenv("DENSE_SHORTCUTS_BACKEND", backend)
+        net(x)
+        assert len(calls) == launches
+    monkeypatch.setenv("DENSE_SHORTCUTS_BACKEND", "fast")
+    with pytest.raises(ds.DenseShortcutError, match="'fast'"):
+        net(x)
+    monkeypatch.delenv("DENSE_SHORTCUTS_BACKEND")
+    with pytest.raises(ds.DenseShortcutError, match="'triton'"):
+        ops.choose(x, "triton")
+
+
+def test_a_stage_run_in_part_without_gradients_is_refused_and_never_trains_half():
+    stage, x = ds.plug_in(hosts.small_net()).layer1, torch.randn(2, 8, 5, 7)
+    steps = list(stage)
+    with torch.no_grad():
+        state = steps[0](x)
+    with pytest.raises(ds.DenseShortcutError, match="without gradients"):
+        steps[1](state)
+
+
+def test_an_empty_batch_passes_in_evaluation_mode():
+    net = ds.plug_in(hosts.small_net()).eval()
+    assert net(torch.randn(0, 3, 9, 7)).shape == (0, 5)
