@@ -20,5 +20,5 @@ def test_dsnet_beats_its_twin_in_a_short_run_on_a_subset_of_cifar100(tmp_path, m
     recipe = str(ROOT / "recipes" / "cifar100-cpu.yaml")
     assert main(["compare", "--recipe", recipe, "--data-dir", str(DATA), "--name", "run"]) == 0
     host, dense = json.loads((tmp_path / "runs" / "run" / "table.json").read_text())["networks"]
-    assert (host["label"], dense["label"]) == ("identity", "stage-group")
+    assert (host["network"], dense["network"]) == ("identity", "stage-group")
     assert dense["test_top1"] > host["test_top1"]

@@ -173,8 +173,8 @@ def test_compiled_code_trains_as_eager_does():
     twin = copy.deepcopy(net)
     compiled = torch.compile(twin, fullgraph=True)
     optimizers = [torch.optim.SGD(n.parameters(), 0.02) for n in (net, twin)]
-    for _ in range(3):
-        x = torch.randn(SHAPE)
+    for batch in (2, 2, 5):  # another batch size makes the compiler trace with a symbolic one
+        x = torch.randn(batch, *SHAPE[1:])
         for model, optimizer in zip((net, compiled), optimizers, strict=True):
             optimizer.zero_grad()
             model(x).square().mean().backward()

@@ -17,7 +17,9 @@ def maps(count: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) 
 
 @pytest.mark.parametrize("piece_bytes", [1, 2**21])
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
 @pytest.mark.parametrize("shape", [(3, 5, 7, 2), (1, 1, 1, 1), (4, 6, 3, 3), (0, 3, 2, 2)])
 @pytest.mark.parametrize("rows", ["one", "each"])
 def test_cpu_kernels_match_the_plain_form(shape, rows, dtype, tolerance, channels_last, piece_bytes, monkeypatch):
@@ -120,7 +122,9 @@ def test_a_hooked_block_gets_the_whole_gradient_of_its_map():
         for _, weight in ds.shortcut_parameters(net):
             torch.nn.init.normal_(weight)
         net.layer2[1].register_forward_hook(
-            lambda module, args, out, backend=backend: out.register_hook(lambda g: seen.__setitem__(backend, g)) and None
+            lambda module, args, out, backend=backend: (
+                out.register_hook(lambda g: seen.__setitem__(backend, g)) and None
+            )
         )
         net(torch.randn(3, 3, 96, 96, dtype=torch.float64)).square().sum().backward()
     torch.testing.assert_close(seen["cpu"], seen["plain"], rtol=1e-7, atol=1e-9)
