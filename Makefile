@@ -3,16 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: compare test accuracy check clean
+.PHONY: compare test check clean
 
 compare: $(VENV)/installed
 	$(BIN)/dsnet compare
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
-
-accuracy: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m accuracy -s
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -145,3 +145,7 @@ def print_figures(figures: dict[str, Any]) -> None:
         f"{figures['checkpoint']} ({figures['model']}): accuracy {figures['top1']:.2f} %{top5}, "
         f"loss {figures['loss']:.4f} on {figures['images']:,} test images"
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -83,7 +83,7 @@ class DenseStage(nn.Module):
                 terms = (*terms, self.shortcut.enter(k + 1, branch))
             fused = ops.choose(branch, self.shortcut.backend) != "plain"
             relu = fused and type(activation) is nn.ReLU and not _observed(activation)
-            finish = relu and self.aggregate != "block" and not last and not _observed(block)
+            finish = relu and self.aggregate != "block" and not last and not self._map_is_observed(k)
             branch = branch + identity if self.keep_identity else branch
             x, ahead = self.shortcut(k, branch, earlier, relu, finish)
             return x if relu else activation(x)
@@ -94,6 +94,10 @@ class DenseStage(nn.Module):
         if self.aggregate != "block":
             terms = (*terms, self.shortcut.enter(k + 1, x) if ahead is None else ahead)
         return x, terms
+
+    def _map_is_observed(self, k: int) -> bool:
+        """Whether a hook may take X_l, l = k + 1: on its block, or on the next one or a layer in it, as their input."""
+        return _observed(self[k]) or any(_observed(module) for module in self[k + 1].modules())
 
     def forward(self, x: Tensor) -> Tensor:
         """X_L, (N, C, H', W'), from the stage's input (N, C_in, H, W)."""

@@ -167,14 +167,26 @@ def test_the_whole_network_is_one_graph_for_the_compiler(kind, variant):
         assert_close(buffer, other.double(), 1e-4, name)
 
 
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_one_compiled_graph_serves_another_batch_size_and_resolution(norm):
+    torch._dynamo.reset()
+    net = short_net("timm_basic", norm=norm)
+    compiled = torch.compile(copy.deepcopy(net), fullgraph=True, backend="aot_eager")
+    for shape in ((2, 3, 9, 7), (5, 3, 9, 7), (3, 3, 12, 8), (7, 3, 6, 10)):
+        x = torch.randn(shape)
+        actual = run(compiled, x)
+        actual = (*actual[:2], {name.removeprefix("_orig_mod."): g for name, g in actual[2].items()})
+        assert_runs_agree(actual, run(net, x), 1e-4)
+
+
 def test_compiled_code_trains_as_eager_does():
     torch._dynamo.reset()
     net = short_net("timm_basic")
     twin = copy.deepcopy(net)
     compiled = torch.compile(twin, fullgraph=True)
     optimizers = [torch.optim.SGD(n.parameters(), 0.02) for n in (net, twin)]
-    for batch in (2, 2, 5):  # another batch size makes the compiler trace with a symbolic one
-        x = torch.randn(batch, *SHAPE[1:])
+    for _ in range(3):
+        x = torch.randn(SHAPE)
         for model, optimizer in zip((net, compiled), optimizers, strict=True):
             optimizer.zero_grad()
             model(x).square().mean().backward()
@@ -285,30 +297,79 @@ def test_batch_norms_of_shortcuts_convert_to_sync_batch_norm():
 
 @pytest.mark.parametrize("kind", hosts.KINDS)
 @pytest.mark.parametrize("aggregate", ["stage", "block", "dense_identity"])
-def test_forward_and_full_backward_hooks_on_every_block_see_maps_and_gradients(aggregate, kind):
-    net, x = plugged(kind, aggregate=aggregate), torch.randn(SHAPE)
+def test_forward_and_full_backward_hooks_on_every_block_see_the_equations_maps_and_whole_gradients(aggregate, kind):
+    """The gradient of X_l has a part from each later block; a hook that saw only the next one's would mislead."""
+    host = nn.Sequential(hosts.make_stage(kind, 4, 16, in_channels=6)).double()
+    hosts.randomise(host, seed=1)
+    blocks, variant = hosts.frozen_copy(host[0]), {"aggregate": aggregate, "norm": "group"}
+    stage = ds.plug_in(host, **variant)[0]
+    hosts.randomise_parameters(ds.shortcut_parameters(host), seed=2)
+    expected = hosts.Reference(blocks, stage, channels=16, **variant)
+    outputs: dict[int, Tensor] = {}
+    copies: dict[int, Tensor] = {}
+    gradients: dict[int, Tensor] = {}
+
+    def forward_hook(k: int, module: nn.Module, args: tuple, output: Tensor) -> None:
+        outputs[k], copies[k] = output, output.detach().clone()
+
+    def backward_hook(k: int, module: nn.Module, grad_input: tuple, grad_output: tuple) -> None:
+        gradients[k] = grad_output[0].clone()
+
+    for k in range(4):
+        stage[k].register_forward_hook(partial(forward_hook, k))
+        stage[k].register_full_backward_hook(partial(backward_hook, k))
+    x = torch.randn(2, 6, 7, 5, dtype=torch.float64)
+    y, maps = stage(x.clone().requires_grad_()), expected.maps(x.clone().requires_grad_())
+    upstream = torch.randn_like(y)
+    wanted = torch.autograd.grad(maps[-1], maps[1:], upstream, retain_graph=True)
+    y.backward(upstream)
+    maps[-1].backward(upstream)
+    for k in range(4):
+        assert_close(outputs[k], maps[k + 1], 1e-10, f"X_{k + 1}")
+        assert torch.equal(outputs[k], copies[k]), f"X_{k + 1} was written into after the hook saw it"
+        assert_close(gradients[k], wanted[k], 1e-10, f"gradient of X_{k + 1}")
+    for name, parameter in expected.parameters().items():
+        assert_close(stage.get_parameter(name).grad, parameter.grad, 1e-10, name)
+
+
+@pytest.mark.parametrize("aggregate", ["stage", "block", "dense_identity"])
+def test_a_hook_on_one_block_alone_sees_its_whole_gradient_and_changes_no_other(aggregate):
+    net, x, seen = plugged("timm_basic", aggregate=aggregate).double(), torch.randn(SHAPE, dtype=torch.float64), []
     expected = run(copy.deepcopy(net), x)
-    blocks = [(n, k) for n in (1, 2) for k in range(len(getattr(net, f"layer{n}")))]
-    maps: dict[tuple[int, int], Tensor] = {}
-    copies: dict[tuple[int, int], Tensor] = {}
-    gradients: dict[tuple[int, int], Tensor] = {}
+    twin = copy.deepcopy(net)
+    for block in twin.layer1.blocks:
+        block.register_forward_hook(lambda module, args, output: output.retain_grad())
+    kept = []
+    twin.layer1[0].register_forward_hook(lambda module, args, output: kept.append(output))
+    run(twin, x)
+    net.layer1[0].register_full_backward_hook(lambda module, gin, gout: seen.append(gout[0].clone()))
+    assert_runs_agree(run(net, x), expected, 1e-12)
+    assert_close(seen[0], kept[0].grad, 1e-12, "gradient of X_1")
 
-    def forward_hook(key: tuple[int, int], module: nn.Module, args: tuple, output: Tensor) -> None:
-        output.retain_grad()
-        maps[key], copies[key] = output, output.detach().clone()
 
-    def backward_hook(key: tuple[int, int], module: nn.Module, grad_input: tuple, grad_output: tuple) -> None:
-        gradients[key] = grad_output[0].clone()
+@pytest.mark.parametrize("target", ["1", "1.conv1"])
+@pytest.mark.parametrize("aggregate", ["stage", "block", "dense_identity"])
+def test_a_pre_hook_on_the_next_block_or_its_first_layer_sees_the_whole_gradient_of_the_map_it_takes(aggregate, target):
+    """Grad-CAM tools take a layer's input as often as its output; X_1 has a part of its gradient from each block."""
+    host = nn.Sequential(hosts.make_stage("timm_basic", 4, 8, in_channels=6)).double()
+    hosts.randomise(host, seed=1)
+    blocks, variant, kept = hosts.frozen_copy(host[0]), {"aggregate": aggregate, "norm": "group"}, []
+    stage = ds.plug_in(host, **variant)[0]
+    hosts.randomise_parameters(ds.shortcut_parameters(host), seed=2)
+    expected = hosts.Reference(blocks, stage, channels=8, **variant)
 
-    for n, k in blocks:
-        block = getattr(net, f"layer{n}")[k]
-        block.register_forward_hook(partial(forward_hook, (n, k)))
-        block.register_full_backward_hook(partial(backward_hook, (n, k)))
-    assert_runs_agree(run(net, x), expected, 1e-6)
-    assert list(maps) == blocks and set(gradients) == set(blocks)
-    for key in blocks:
-        assert torch.equal(maps[key], copies[key]), f"the map of block {key} was written into after the hook saw it"
-        assert_close(gradients[key], maps[key].grad.double(), 1e-6, f"gradient at block {key}")
+    def keep(module: nn.Module, args: tuple) -> None:
+        args[0].retain_grad()
+        kept.append(args[0])
+
+    stage.get_submodule(target).register_forward_pre_hook(keep)
+    x = torch.randn(2, 6, 7, 5, dtype=torch.float64)
+    y, maps = stage(x), expected.maps(x)
+    upstream = torch.randn_like(y)
+    y.backward(upstream)
+    (wanted,) = torch.autograd.grad(maps[-1], maps[1], upstream)
+    assert_close(kept[0], maps[1], 1e-10, "X_1")
+    assert_close(kept[0].grad, wanted, 1e-10, "gradient of X_1")
 
 
 def test_grad_cam_of_the_last_block_is_the_gradient_weighted_sum_of_its_maps():

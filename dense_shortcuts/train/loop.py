@@ -267,12 +267,14 @@ def make_meters(
     from torchmetrics.classification import MulticlassAccuracy
 
     sync: dict[str, Any] = {"sync_on_compute": not gathered}
+    # Labels are checked when they are read; checking them here would wait for the accelerator at every step.
+    micro = sync | {"average": "micro", "validate_args": False}
     meters: dict[str, Metric | MetricCollection] = {
         "loss": MeanMetric(nan_strategy="disable", **sync),
-        "top1": MulticlassAccuracy(num_classes, average="micro", **sync),
+        "top1": MulticlassAccuracy(num_classes, **micro),
     }
     if top5:
-        meters["top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro", **sync)
+        meters["top5"] = MulticlassAccuracy(num_classes, top_k=5, **micro)
     return MetricCollection(meters, compute_groups=False).to(accelerator.device)
 
 

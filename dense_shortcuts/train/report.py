@@ -104,7 +104,8 @@ def curves(path: Path, histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> 
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, 2)
-    for axes, figure_name, heading in zip(panels, ("loss", "top1"), ("loss", "accuracy, %"), strict=True):
+    headings = ("loss (of training: with smoothing, augmentation)", "accuracy, %")
+    for axes, figure_name, heading in zip(panels, ("loss", "top1"), headings, strict=True):
         for colour, (label, history) in zip(matplotlib.color_sequences["tab10"], histories.items(), strict=False):
             epochs = [h["epoch"] for h in history]
             for part, style in (("train", "--"), ("test", "-")):

@@ -181,11 +181,11 @@ def git_state() -> dict[str, Any] | None:
 
 def heading(config: TrainConfig, data: Data, labels: Sequence[str], folder: Path, device: torch.device) -> str:
     """A run's first lines."""
-    where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    where = f"CPU ({torch.get_num_threads()} threads)" if device.type == "cpu" else torch.cuda.get_device_name(device)
     return (
-        f"{config.model} ({' against '.join(reversed(labels))}) on {config.data}: {len(data.train):,} training and "
-        f"{len(data.test):,} test images of {config.img_size}x{config.img_size}, {len(data.classes)} classes, "
-        f"{config.epochs} epochs, {where}\nrun folder: {folder}"
+        f"{config.model} ({' against '.join(reversed(labels))}), {config.epochs} epochs of {config.data} on {where}\n"
+        f"{len(data.train):,} training and {len(data.test):,} test images of {config.img_size}x{config.img_size} "
+        f"pixels, {len(data.classes)} classes\nrun folder: {folder}"
     )
 
 
