@@ -1,6 +1,7 @@
 """DSNet and DS2Net families: a timm network plus `plug_in`, registered with timm under names that follow its own."""
 
 import fnmatch
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,11 +12,12 @@ from timm.models.res2net import Bottle2neck
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
-from ..norms import Norm
 from ..plug import plug_in
 from .cifar import cifar_resnet
 
 CIFAR_MEAN, CIFAR_STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)  # of CIFAR-100's training images
+
+_OPTIONS = [name for name, p in inspect.signature(plug_in).parameters.items() if p.kind is p.KEYWORD_ONLY]
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -96,26 +98,10 @@ def _abilities(name: str) -> dict[str, bool]:
     return {"features_only": True, "output_stride": not cifar, "inner": name.startswith("ds2")}
 
 
-def _plugged(
-    host: Callable[..., nn.Module],
-    *,
-    aggregate: str = "stage",
-    norm: Norm = "group",
-    groups: int | None = None,
-    init: str | None = None,
-    inner: bool = False,
-    keep_identity: bool = False,
-    **kwargs: Any,
-) -> nn.Module:
-    return plug_in(
-        host(**kwargs),
-        aggregate=aggregate,
-        norm=norm,
-        groups=groups,
-        init=init,
-        inner=inner,
-        keep_identity=keep_identity,
-    )
+def _plugged(host: Callable[..., nn.Module], **kwargs: Any) -> nn.Module:
+    """The host network plugged in; keywords that `plug_in` knows are its own, the rest are the host's."""
+    options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+    return plug_in(host(**kwargs), **options)
 
 
 def _host(**kwargs: Any) -> dict[str, Any]:
