@@ -1,10 +1,12 @@
-"""N of the equations: normalisation without affine parameters, as an affine form whose statistics are taken once a map.
+"""N of the equations, as an affine form whose statistics are taken once a map.
 
 The modules are PyTorch's own (GroupNorm, BatchNorm2d, InstanceNorm2d with affine=False), so that they print, save, move
 and convert to SyncBatchNorm as everywhere else; only what they would compute is written down here as N(x) = r * x + s.
+The last norm of a residual branch, with its affine parameters, has such a form too.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from .errors import DenseShortcutError
+from .ops import BATCH, NONE, RAW, form, pool
 
 NormFactory = Callable[[int], nn.Module]
 Norm = str | NormFactory | None
@@ -62,9 +65,35 @@ def make_norm(norm: Norm, channels: int, groups: int | None = None) -> nn.Module
 def has_affine_form(norm: nn.Module) -> bool:
     """Whether `affine_form` knows this module; any other norm is called as it stands."""
     known = type(norm) in (nn.GroupNorm, nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d)
-    if not known or norm.affine:
-        return False
-    return not (isinstance(norm, nn.InstanceNorm2d) and norm.track_running_stats)
+    return known and not (isinstance(norm, nn.InstanceNorm2d) and norm.track_running_stats)
+
+
+def joins(norm: nn.Module) -> bool:
+    """Whether the last norm of a residual branch may be computed by the operator: batch norm on one process."""
+    return type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and not _is_synchronised(norm)
+
+
+@contextlib.contextmanager
+def frozen_statistics(*modules: nn.Module) -> Iterator[None]:
+    """Batch norms in these modules normalise as ever but leave their running statistics and counters as they are.
+
+    A forward pass that is run a second time to recompute activations would otherwise count its batch twice.
+    """
+    norms = [
+        norm
+        for module in modules
+        for norm in module.modules()
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training and norm.track_running_stats
+    ]
+    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    try:
+        for norm, _, counter in kept:
+            norm.momentum = 0.0
+            norm.num_batches_tracked = None if counter is None else counter.clone()
+        yield
+    finally:
+        for norm, momentum, counter in kept:
+            norm.momentum, norm.num_batches_tracked = momentum, counter
 
 
 def is_batch_norm(norm: nn.Module) -> bool:
@@ -82,92 +111,138 @@ def uses_running_statistics(norm: nn.Module) -> bool:
     )
 
 
-def affine_form(norm: nn.Module, mean: Tensor | None, var: Tensor | None, pixels: int) -> tuple[Tensor, Tensor]:
+def statistics(norm: nn.Module | None) -> tuple[int, float]:
+    """What the operator is to gather of a map for this norm, and eps: a number of groups, BATCH, RAW or NONE."""
+    if norm is None or uses_running_statistics(norm):
+        return NONE, 0.0
+    assert isinstance(norm, nn.GroupNorm | nn.BatchNorm2d | nn.SyncBatchNorm | nn.InstanceNorm2d)
+    if isinstance(norm, nn.GroupNorm):
+        return norm.num_groups, norm.eps
+    if isinstance(norm, nn.InstanceNorm2d):
+        return norm.num_features, norm.eps
+    return RAW if _is_synchronised(norm) else BATCH, norm.eps
+
+
+def affine_form(norm: nn.Module, gathered: Sequence[Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     """r and s with norm(x) = r * x + s; in training, batch norm updates its running statistics as PyTorch's does.
 
     Args:
         norm: a module for which `has_affine_form` holds.
-        mean, var: `moments` of x, both (N, C); None where `uses_running_statistics` holds.
-        pixels: H * W of x.
+        gathered: what the operator gave for `statistics` of the norm: r and s without affine parameters, pooled mean
+            and variance; for RAW the mean and variance of each channel and image in place of r and s.
+        x: the map, (N, C, H, W).
 
     Returns:
         r and s, (1, C) for batch norm and (N, C) for the others, in float32 (float64 for a float64 map).
     """
-    if isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
-        mean, var = _batch_moments(norm, mean, var, pixels)
-    assert mean is not None and var is not None
-    if isinstance(norm, nn.GroupNorm):
-        mean, var = _group_moments(mean, var, norm.num_groups)
     assert isinstance(norm.eps, float)
-    r = torch.rsqrt(var + norm.eps)
-    return r, -mean * r
+    weight, bias = _tensor(norm.weight), _tensor(norm.bias)
+    if uses_running_statistics(norm):
+        return running_form(norm, x)
+    rate, shift, pooled, variance = gathered
+    if isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
+        count = _counted(x.shape[0], x.shape[2] * x.shape[3])
+        if _is_synchronised(norm):
+            rate, shift, pooled, variance, total = _across_processes(norm, rate, shift, count)
+            rate = move_statistics(norm, rate, pooled, variance, total)
+        else:
+            rate = move_statistics(norm, rate, pooled, variance, count)
+    if weight is not None:
+        rate, shift = rate * weight.to(rate.dtype), shift * weight.to(shift.dtype)
+    return rate, shift if bias is None else shift + bias.to(shift.dtype)
 
 
-def _group_moments(mean: Tensor, var: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    n, c = mean.shape
-    mean, var = _pool(mean.view(n, groups, c // groups), var.view(n, groups, c // groups), dim=2)
-    return mean.expand(n, groups, c // groups).reshape(n, c), var.expand(n, groups, c // groups).reshape(n, c)
+@torch.fx.wrap
+def _counted(images: int, pixels: int) -> int:
+    """Values a channel of batch norm is normalised over."""
+    if images * pixels == 1:  # as F.batch_norm does
+        raise ValueError("Expected more than 1 value per channel when training, got one image of one pixel")
+    return images * pixels
 
 
-def _pool(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Moments of a union of equally large sets (law of total variance), without the cancellation of E[x^2] - E[x]^2."""
-    between, pooled = torch.var_mean(mean, dim=dim, correction=0, keepdim=True)
-    return pooled, var.mean(dim=dim, keepdim=True) + between
+def _tensor(value: Any) -> Any:
+    """A norm's parameter or buffer, which may be None; PyTorch annotates these as modules too."""
+    return value
 
 
-def _batch_moments(
-    norm: nn.BatchNorm2d | nn.SyncBatchNorm, mean: Tensor | None, var: Tensor | None, pixels: int
-) -> tuple[Tensor, Tensor]:
-    buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
-    synchronised = isinstance(norm, nn.SyncBatchNorm) and norm.training and _world_size(norm) > 1
-    group = (norm.process_group or dist.group.WORLD) if synchronised else None
-    return _batch_statistics(mean, var, pixels, *buffers, norm.momentum, norm.training, group)
+def running_form(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """r and s of batch norm by its running statistics, both (1, C), for a map x (N, C, H, W)."""
+    mean, var, weight, bias = (_tensor(t) for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias))
+    assert isinstance(norm.eps, float)
+    return _running_form(x, mean, var, norm.eps, weight, bias)
 
 
 @torch.fx.wrap  # one node of a traced graph, whose buffers stay buffers
-def _batch_statistics(
-    mean: Tensor | None,
-    var: Tensor | None,
-    pixels: int,
+def _running_form(
+    x: Tensor, mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    # x is taken so that a trace has something to hang the node on: it would fold the buffers into constants else
+    dtype = torch.promote_types(mean.dtype, torch.float32)
+    rate = torch.rsqrt(var.to(dtype) + eps)
+    rate = rate if weight is None else rate * weight.to(dtype)
+    shift = -mean.to(dtype) * rate if bias is None else torch.addcmul(bias.to(dtype), mean.to(dtype), rate, value=-1)
+    return rate[None], shift[None]
+
+
+def move_statistics(
+    norm: nn.BatchNorm2d | nn.SyncBatchNorm, rate: Tensor, mean: Tensor, var: Tensor, count: int | Tensor
+) -> Tensor:
+    """One step of the running statistics by a batch's mean and biased variance, both (1, C), over `count` values.
+
+    Gives `rate` back as it is: a traced graph would drop a step whose result nobody takes.
+    """
+    if not (norm.training and norm.track_running_stats):
+        return rate
+    buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+    return _move_statistics(rate, mean.detach(), var.detach(), count, norm.momentum, *buffers)
+
+
+@torch.fx.wrap
+def _move_statistics(
+    rate: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    count: int | Tensor,
+    momentum: float | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    training: bool,
-    group: Any,
-) -> tuple[Tensor, Tensor]:
-    """Batch norm's mean and variance, (1, C): the running ones in eval mode, else the batch's, which move those on."""
-    if not training and running_mean is not None and running_var is not None:
-        dtype = torch.promote_types(running_mean.dtype, torch.float32)
-        return running_mean.to(dtype)[None], running_var.to(dtype)[None]
-    assert mean is not None and var is not None
-    images = mean.shape[0] * pixels
-    count: int | Tensor = images
-    mean, var = _pool(mean, var, dim=0)
-    if group is not None:
-        mean, var, count = _across_processes(mean, var, images, group)
-    elif count == 1:  # as F.batch_norm does
-        raise ValueError("Expected more than 1 value per channel when training, got one image of one pixel")
-    if training and running_mean is not None and running_var is not None and num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-        dtype = running_mean.dtype
-        # momentum=None asks for the cumulative average, as in PyTorch
-        step: float | Tensor = 1.0 / num_batches_tracked.to(dtype) if momentum is None else momentum
-        running_mean.lerp_(mean.detach()[0].to(dtype), step)
-        running_var.lerp_((var * count / (count - 1)).detach()[0].to(dtype), step)
-    return mean, var
+) -> Tensor:
+    if running_mean is None or running_var is None or num_batches_tracked is None:
+        return rate
+    num_batches_tracked.add_(1)
+    dtype = running_mean.dtype
+    # momentum=None asks for the cumulative average, as in PyTorch
+    step: float | Tensor = 1.0 / num_batches_tracked.to(dtype) if momentum is None else momentum
+    running_mean.lerp_(mean[0].to(dtype), step)
+    running_var.lerp_((var[0] * (count / (count - 1))).to(dtype), step)
+    return rate
+
+
+def _is_synchronised(norm: nn.Module) -> bool:
+    return isinstance(norm, nn.SyncBatchNorm) and norm.training and _world_size(norm) > 1
 
 
 def _world_size(norm: nn.SyncBatchNorm) -> int:
     return dist.get_world_size(norm.process_group) if dist.is_available() and dist.is_initialized() else 1
 
 
-def _across_processes(mean: Tensor, var: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Moments over the batches of all processes, which may differ in size; gradients cross the processes too."""
+def _across_processes(
+    norm: nn.BatchNorm2d | nn.SyncBatchNorm, mean: Tensor, var: Tensor, count: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Batch norm over the batches of all processes, which may differ in size; gradients cross the processes too.
+
+    Returns:
+        r and s without affine parameters, mean and variance, all (1, C), and the number of values a channel has.
+    """
     from torch.distributed.nn.functional import all_reduce
 
+    group = _tensor(norm.process_group) or dist.group.WORLD
+    mean, var = pool(mean, var, 0)
     total = mean.new_tensor(float(count))
     dist.all_reduce(total, group=group)
     share = count / total
     joint = all_reduce(mean * share, group=group)
-    return joint, all_reduce((var + (mean - joint).square()) * share, group=group), total
+    var = all_reduce((var + (mean - joint).square()) * share, group=group)
+    rate, shift, _, _ = form(joint, var, BATCH, norm.eps, None, None)
+    return rate, shift, joint, var, total

@@ -8,22 +8,48 @@ from torch import Tensor, nn
 
 from . import ops
 from .errors import DenseShortcutError
-from .norms import Norm, affine_form, has_affine_form, is_batch_norm, make_norm, uses_running_statistics
+from .norms import (
+    Norm,
+    affine_form,
+    has_affine_form,
+    is_batch_norm,
+    make_norm,
+    move_statistics,
+    running_form,
+    statistics,
+    uses_running_statistics,
+)
+from .tiling import Tiling
 
 INITS = ("nearest", "uniform", "ones", "zeros")
 
 
 class Term(NamedTuple):
-    """An earlier feature map as the later sums use it: N(X) = scale * map + shift, the statistics taken once.
+    """A map as sums use it: N(X) = scale * map + shift, the statistics taken once.
 
     map is (N, C, H, W); scale and shift are (1 or N, C), or None where the map is used as it stands. links are those of
-    the fused operator, two tensors for each later sum in turn (`ops/fused.py`); none on the plain path.
+    the fused operator, two tensors for each later user in turn (`ops/fused.py`); none on the plain path.
     """
 
     map: Tensor
     scale: Tensor | None
     shift: Tensor | None
     links: tuple[Tensor, ...] = ()
+
+
+class Memory(NamedTuple):
+    """What a stage keeps from block to block: its maps X_0 .. X_{l-1} and, in a deep stage, the sums made ahead.
+
+    partial has a sum (N, C, H, W) for each block of the group under way, closed the links from each group of maps to
+    the later groups of blocks (`tiling.py`).
+    """
+
+    terms: tuple[Term, ...] = ()
+    partial: tuple[Tensor, ...] = ()
+    closed: tuple[list[Tensor], ...] = ()
+
+    def add(self, term: Term) -> "Memory":
+        return self._replace(terms=(*self.terms, term))
 
 
 def start_weight(init: str, maps: int, channels: int) -> Tensor:
@@ -73,6 +99,7 @@ class DenseShortcut(nn.Module):
     ) -> None:
         super().__init__()
         self.depth, self.channels, self.init = depth, channels, init
+        self.tiling = Tiling.best(depth)
         self.weighted, self.backend = weighted, backend
         starts = [start_weight(init, k + 1, channels) for k in range(depth)] if weighted else []
         self.weights = nn.ParameterList([nn.Parameter(w) for w in starts])
@@ -80,41 +107,109 @@ class DenseShortcut(nn.Module):
         self.norms = nn.ModuleList([n for n in norms if n is not None])
 
     @property
+    def normalised(self) -> bool:
+        """Whether maps are normalised before they are summed."""
+        return len(self.norms) > 0
+
+    @property
     def pairs(self) -> int:
         """Number of pairs (l, i), L(L+1)/2."""
         return self.depth * (self.depth + 1) // 2
 
-    def enter(self, i: int, x: Tensor) -> Term:
+    def enter(self, i: int, x: Tensor, backend: str) -> Term:
         """X_i, (N, C, H, W), as a map that no sum of this shortcut made."""
-        return enter(self._norm(i), x, later=self.depth - i, backend=ops.choose(x, self.backend))
+        return enter(self._norm(i), x, later=self._later(i), backend=backend)
+
+    def sum_ahead(self, k: int, memory: Memory, backend: str) -> Memory:
+        """Where block k begins a group of a deep stage: the sums of all maps finished so far, one for each block."""
+        if backend == "plain" or not self.tiling.begins(k):
+            return memory
+        terms, blocks, groups = memory.terms, self.tiling.blocks(k), self.tiling.later_groups(k)
+        scales = self._scales_ahead(blocks, terms)
+        new = [terms[i].links[-2:] for i in self.tiling.finished(k)]
+        links = ops.close(terms[-1].map, new, [len(group) for group in groups], self.rows(memory), backend)
+        closed = (*memory.closed, links)
+        begun = range(self.tiling.size, k + 1, self.tiling.size)
+        # Each `close` links to all groups begun since; of these, the one that begins now comes after full ones.
+        skipped = [(k - first) // self.tiling.size * (self.tiling.size + 1) for first in begun]
+        mine = [links[n : n + len(blocks) + 1] for n, links in zip(skipped, closed, strict=True)]
+        sizes = [len(self.tiling.finished(first)) for first in begun]
+        partial = ops.ahead([t.map for t in terms], mine, scales, len(blocks), sizes, backend)
+        return Memory(terms, tuple(partial), closed)
 
     def forward(
-        self, k: int, branch: Tensor, terms: Sequence[Term], relu: bool = False, finish: bool = False
+        self,
+        k: int,
+        addends: Sequence[Tensor],
+        memory: Memory,
+        *,
+        branch: ops.Branch | None = None,
+        norm: nn.Module | None = None,
+        relu: bool = False,
+        finish: bool = False,
+        overwrite: bool = False,
+        backend: str = "plain",
     ) -> tuple[Tensor, Term | None]:
-        """branch + sum_i w_{l,i} * N(X_i) for block l = k + 1.
+        """addends + branch + sum_i w_{l,i} * N(X_i) for block l = k + 1.
 
         Args:
             k: position of the block in its stage, from 0.
-            branch: residual branch, (N, C, H, W).
-            terms: the k + 1 earlier maps.
+            addends: the residual branch, and what else is added to it, each (N, C, H, W).
+            memory: the k + 1 earlier maps.
+            branch, norm: the residual branch before its last norm, in place of an addend, and that norm.
             relu: whether to apply the activation, ReLU, in the same pass.
             finish: whether the result is X_l itself, whose statistics may then be taken in the same pass.
+            overwrite: whether the residual branch may be overwritten.
+            backend: from `ops.choose`.
 
         Returns:
             the sum, (N, C, H, W), and its Term where `finish` was made use of; else it takes `enter`.
         """
-        norm = self._norm(k + 1) if finish else None
-        one_pass = finish and (norm is None or has_affine_form(norm))
-        joined = weighted_sum(
+        own = self._norm(k + 1) if finish else None
+        one_pass = finish and (own is None or has_affine_form(own))
+        direct = range(k + 1) if backend == "plain" else self.tiling.direct(k)
+        terms = [memory.terms[i] for i in direct]
+        partial = [memory.partial[k % self.tiling.size]] if memory.partial else []
+        groups, eps = statistics(own) if one_pass else (ops.NONE, 0.0)
+        joined = ops.join(
+            [*addends, *partial],
             branch,
-            [t._replace(links=t.links[2 * (k - i) : 2 * (k - i) + 2]) for i, t in enumerate(terms)],
+            [t.map for t in terms],
+            [t.links[2 * (k - i) :][:2] for i, t in zip(direct, terms, strict=True)],
             self.weights[k] if self.weighted else None,
+            [t.scale for t in memory.terms if t.scale is not None],
+            [t.shift for t in memory.terms if t.shift is not None],
             relu=relu,
-            statistics=one_pass and needs_moments(norm),
-            later=self.depth - 1 - k if one_pass else 0,
-            backend=ops.choose(branch, self.backend),
+            groups=groups,
+            eps=eps,
+            later=self._later(k + 1) if one_pass else 0,
+            backend=backend,
+            overwrite=overwrite,
         )
-        return joined.map, as_term(norm, joined) if one_pass else None
+        if branch is not None and branch.map is not None and joined.branch_gathered:
+            assert isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
+            rate, _, mean, var = joined.branch_gathered
+            move_statistics(norm, rate, mean, var, branch.map.numel() // branch.map.shape[1])
+        return joined.map, as_term(own, joined) if one_pass else None
+
+    @staticmethod
+    def rows(memory: Memory) -> int:
+        """Rows of the scales of these maps: N where each image has its own, else 1."""
+        scale = memory.terms[0].scale
+        return 1 if scale is None else scale.shape[0]
+
+    def _later(self, i: int) -> int:
+        """Number of users of map i that take a link to it: blocks, and one for all groups that sum it ahead."""
+        return len(self.tiling.users(i)) + self.tiling.is_closed(i)
+
+    def _scales_ahead(self, blocks: range, terms: Sequence[Term]) -> Tensor | None:
+        """a_{l,i} of some blocks for all of these maps, (len(blocks), len(terms), 1 or N, C); None for ones."""
+        if not self.weighted:
+            return None
+        weight = torch.stack([self.weights[k][: len(terms)] for k in blocks])[:, :, None]
+        weight = weight.to(ops.accumulation_dtype(weight.dtype))
+        scales = [t.scale for t in terms if t.scale is not None]
+        return weight * torch.stack(scales) if scales else weight
 
     def _norm(self, i: int) -> nn.Module | None:
         return self.norms[i] if len(self.norms) else None
@@ -147,10 +242,10 @@ class InnerShortcut(nn.Module):
     def forward(self, branch: Tensor, term: Term, start: int = 0) -> Tensor:
         """branch + v * N(H_1) for the channels from `start` on that the branch, (N, C, H, W), stands for."""
         part = slice(start, start + branch.shape[1])
-        scale, shift = (t if t is None else t[:, part] for t in (term.scale, term.shift))
-        term = Term(term.map[:, part], scale, shift)
-        weight = self.weight[None, part]
-        return weighted_sum(branch, [term], weight, relu=False, statistics=False, later=0, backend="plain").map
+        scales, bias = self.weight[None, None, part].to(ops.accumulation_dtype(branch.dtype)), None
+        if term.scale is not None and term.shift is not None:
+            scales, bias = scales * term.scale[:, part], scales[0] * term.shift[:, part]
+        return ops.dense_sum([branch], [term.map[:, part]], scales, bias)
 
 
 def enter(norm: nn.Module | None, x: Tensor, *, later: int, backend: str) -> Term:
@@ -158,49 +253,22 @@ def enter(norm: nn.Module | None, x: Tensor, *, later: int, backend: str) -> Ter
     if norm is not None and not has_affine_form(norm):
         x, norm = norm(x), None
     rows = 1 if norm is None or is_batch_norm(norm) else x.shape[0]
-    joined = ops.enter(x, statistics=needs_moments(norm), later=later, rows=rows, backend=backend)
-    return as_term(norm, joined)
+    groups, eps = statistics(norm)
+    return as_term(norm, ops.enter(x, groups=groups, eps=eps, later=later, rows=rows, backend=backend))
 
 
-def needs_moments(norm: nn.Module | None) -> bool:
-    """Whether it takes a map's own moments to normalise it."""
-    return norm is not None and not uses_running_statistics(norm)
+def as_branch(norm: nn.Module, x: Tensor) -> ops.Branch:
+    """A residual branch before its last norm, one for which `norms.joins` holds; x is (N, C, H, W)."""
+    assert isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
+    affine = (norm.weight, norm.bias) if norm.affine else ()
+    if not uses_running_statistics(norm):
+        return ops.Branch(x, affine, (), norm.eps)
+    return ops.Branch(x, (), running_form(norm, x), norm.eps)
 
 
 def as_term(norm: nn.Module | None, joined: ops.Joined) -> Term:
     """A finished map as later sums use it."""
     if norm is None:
         return Term(joined.map, None, None, joined.links)
-    # mean and var are None where the norm goes by its running statistics, which do not ask for them
-    pixels = joined.map.shape[2] * joined.map.shape[3]
-    return Term(joined.map, *affine_form(norm, joined.mean, joined.var, pixels), joined.links)
-
-
-def weighted_sum(
-    branch: Tensor,
-    terms: Sequence[Term],
-    weight: Tensor | None,
-    *,
-    relu: bool,
-    statistics: bool,
-    later: int,
-    backend: str,
-) -> ops.Joined:
-    """s(branch + sum_i weight[i] * N(X_i)), with a = w * scale and b = sum_i w_i * shift_i; weight is (maps, C)."""
-    scales = bias = None
-    if weight is not None:
-        scales = weight[:, None].to(ops.accumulation_dtype(weight.dtype))
-        if terms[0].scale is not None:
-            bias = (scales * torch.stack([t.shift for t in terms if t.shift is not None])).sum(0)
-            scales = scales * torch.stack([t.scale for t in terms if t.scale is not None])
-    return ops.join(
-        branch,
-        [t.map for t in terms],
-        [t.links for t in terms],
-        scales,
-        bias,
-        relu=relu,
-        statistics=statistics,
-        later=later,
-        backend=backend,
-    )
+    form = affine_form(norm, joined.gathered, joined.map)
+    return Term(joined.map, form[0], form[1], joined.links)  # by index: a traced graph cannot unpack

@@ -1,14 +1,17 @@
 """The stage container: runs a stage's blocks, keeps their feature maps, and forms each block's dense shortcut."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from . import ops
-from .shortcut import DenseShortcut
+from .norms import frozen_statistics, joins
+from .shortcut import DenseShortcut, Memory, as_branch
 
 _GLOBAL_HOOKS = (
     _module._global_forward_hooks,
@@ -68,36 +71,78 @@ class DenseStage(nn.Module):
             state: the stage's input X_in (N, C_in, H, W) for the first block, else what the step before gave.
 
         Returns:
-            (X_l, terms of X_0 .. X_l), or after the last block X_L alone, (N, C, H, W).
+            (X_l, what the stage keeps for the blocks to come), or after the last block X_L alone, (N, C, H, W).
         """
-        x, terms = (state, ()) if k == 0 else state
+        x, memory = (state, Memory()) if k == 0 else state
         block, last = self[k], k == len(self) - 1
-        ahead = None  # the Term of X_l, where it came out of the same pass as X_l
+        shortcut, entered = self.shortcut, False  # whether the memory has X_l already, from the pass that made it
 
-        def join(branch: Tensor, identity: Tensor, activation: nn.Module) -> Tensor:
-            nonlocal terms, ahead
+        def join(branch: Tensor, norm: nn.Module | None, identity: Tensor, activation: nn.Module) -> Tensor:
+            nonlocal memory, entered
+            backend = ops.choose(branch, shortcut.backend)
+            fused = backend != "plain"
             if k == 0:
-                terms = (self.shortcut.enter(0, identity),)
-            earlier = terms
+                memory = memory.add(shortcut.enter(0, identity, backend))
+            memory = shortcut.sum_ahead(k, memory, backend)
+            later = memory
+
+            before_norm, addends = None, [identity] if self.keep_identity else []
+            if norm is not None and fused and self._joins_norm(norm, last):
+                before_norm = as_branch(norm, branch)
+            else:
+                branch = branch if norm is None else norm(branch)
+                addends = [branch, *addends]
             if self.aggregate == "block" and not last:
-                terms = (*terms, self.shortcut.enter(k + 1, branch))
-            fused = ops.choose(branch, self.shortcut.backend) != "plain"
+                later, entered = memory.add(shortcut.enter(k + 1, branch, backend)), True
+
             relu = fused and type(activation) is nn.ReLU and not _observed(activation)
-            finish = relu and self.aggregate != "block" and not last and not self._map_is_observed(k)
-            branch = branch + identity if self.keep_identity else branch
-            x, ahead = self.shortcut(k, branch, earlier, relu, finish)
+            finish = relu and not entered and not last and not self._map_is_observed(k)
+            records = torch.is_grad_enabled() or torch.compiler.is_compiling()
+            overwrite = fused and not records and not entered and self._is_own(branch, block, identity, memory)
+            x, ahead = shortcut(
+                k,
+                addends,
+                memory,
+                branch=before_norm,
+                norm=norm,
+                relu=relu,
+                finish=finish,
+                overwrite=overwrite,
+                backend=backend,
+            )
+            memory = later
+            if ahead is not None:
+                memory, entered = memory.add(ahead), True
             return x if relu else activation(x)
 
-        x = block(x, join)
-        if last:
-            return x
-        if self.aggregate != "block":
-            terms = (*terms, self.shortcut.enter(k + 1, x) if ahead is None else ahead)
-        return x, terms
+        with frozen_statistics(block, self.shortcut) if _is_recomputing() else contextlib.nullcontext():
+            x = block(x, join)
+            if last:
+                return x
+            if not entered:
+                memory = memory.add(shortcut.enter(k + 1, x, ops.choose(x, shortcut.backend)))
+        return x, memory
+
+    def _joins_norm(self, norm: nn.Module, last: bool) -> bool:
+        """Whether the last norm of the branch may be computed in the pass that adds the shortcuts.
+
+        Not where the branch's output is itself a map to remember, nor where the host's own numbers are promised bit
+        for bit, which the other order of additions would break.
+        """
+        exact = self.keep_identity or not self.shortcut.normalised
+        return not exact and (self.aggregate != "block" or last) and joins(norm) and not _observed(norm)
+
+    @staticmethod
+    def _is_own(branch: Tensor, block: nn.Module, identity: Tensor, memory: Memory) -> bool:
+        """Whether nobody but this block has the branch's memory: no hook may have seen it, and it is no other map's."""
+        if _has_hooks(block):
+            return False
+        others = {term.map.untyped_storage().data_ptr() for term in memory.terms}
+        return branch.untyped_storage().data_ptr() not in {*others, identity.untyped_storage().data_ptr()}
 
     def _map_is_observed(self, k: int) -> bool:
         """Whether a hook may take X_l, l = k + 1: on its block, or on the next one or a layer in it, as their input."""
-        return _observed(self[k]) or any(_observed(module) for module in self[k + 1].modules())
+        return torch.is_grad_enabled() and (_observed(self[k]) or _has_hooks(self[k + 1]))
 
     def forward(self, x: Tensor) -> Tensor:
         """X_L, (N, C, H', W'), from the stage's input (N, C_in, H, W)."""
@@ -115,5 +160,15 @@ def _observed(module: nn.Module) -> bool:
     Such an output must be a tensor to which all later gradients come; where X_l and its statistics are made in one pass
     they do not all come to X_l (`ops/fused.py`).
     """
-    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(own) or any(_GLOBAL_HOOKS)
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own) or any(_GLOBAL_HOOKS)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether a hook may look at the output of the module or of one in it."""
+    return _observed(module) or any(_has_hooks(child) for child in module._modules.values() if child is not None)
+
+
+def _is_recomputing() -> bool:
+    """Whether this forward pass is run by a backward pass, as activation checkpointing does."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -115,8 +115,8 @@ def test_plain_tensors_as_shortcut_weights_are_named():
 def test_a_shortcut_built_anew_at_each_forward_call_is_named():
     net = ds.plug_in(hosts.small_net())
 
-    def build_and_call(*args: object) -> object:
-        return ds.DenseShortcut(3, 8)(*args)
+    def build_and_call(*args: object, **options: object) -> object:
+        return ds.DenseShortcut(3, 8)(*args, **options)
 
     net.layer1.shortcut.forward = build_and_call
     assert faults_naming(net, "layer1", "anew")

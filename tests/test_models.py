@@ -318,7 +318,8 @@ def test_drop_path_drops_branches_in_training_only(name):
     plain = create(name)
     plain.load_state_dict(net.state_dict())
     with torch.no_grad():
-        assert torch.equal(net.eval()(x), plain.eval()(x))
+        # to rounding: without drop path the branch's last norm joins the pass that adds the shortcuts
+        torch.testing.assert_close(net.eval()(x), plain.eval()(x), rtol=1e-4, atol=1e-4)
         net.train()
         torch.manual_seed(1)
         one = net(x)

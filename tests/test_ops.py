@@ -1,5 +1,11 @@
 """The fused operator against the plain one: forward and every gradient, all back ends, odd shapes and dtypes."""
 
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+
 import pytest
 import timm
 import torch
@@ -7,7 +13,8 @@ from torch import Tensor
 
 import dense_shortcuts as ds
 from dense_shortcuts import ops
-from dense_shortcuts.ops import cpu, fused, reference
+from dense_shortcuts.ops import cpu, forms, fused, native, reference
+from dense_shortcuts.tiling import Tiling
 
 
 def maps(count: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
@@ -15,69 +22,241 @@ def maps(count: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) 
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(count)]
 
 
-@pytest.mark.parametrize("piece_bytes", [1, 2**21])
+@pytest.mark.parametrize("kernels", ["cpu", "cpu in pieces", "native"])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)],
 )
-@pytest.mark.parametrize("shape", [(3, 5, 7, 2), (1, 1, 1, 1), (4, 6, 3, 3), (0, 3, 2, 2)])
+@pytest.mark.parametrize(
+    "shape", [(3, 5, 7, 2), (1, 1, 1, 1), (4, 6, 3, 3), (0, 3, 2, 2), (2, 70, 9, 1), (2, 3, 29, 37), (2, 515, 2, 2)]
+)
 @pytest.mark.parametrize("rows", ["one", "each"])
-def test_cpu_kernels_match_the_plain_form(shape, rows, dtype, tolerance, channels_last, piece_bytes, monkeypatch):
-    monkeypatch.setattr(cpu, "PIECE_BYTES", piece_bytes)
+def test_kernels_match_the_plain_form(shape, rows, dtype, tolerance, channels_last, kernels, monkeypatch):
+    if kernels == "native" and not native.supports(dtype):
+        pytest.skip(f"no compiled kernels for {dtype}: {native.library()[1]}")
+    monkeypatch.setattr(cpu, "PIECE_BYTES", 1 if kernels == "cpu in pieces" else 2**21)
+    k = native if kernels == "native" else cpu
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    branch, *earlier = (x.contiguous(memory_format=layout) for x in maps(4, shape, dtype))
+    branch, extra, *earlier = (x.contiguous(memory_format=layout) for x in maps(5, shape, dtype))
     n = 1 if rows == "one" else shape[0]
-    wide = ops.accumulation_dtype(dtype)
+    wide, pixels = ops.accumulation_dtype(dtype), max(1, shape[2] * shape[3])
     scales, bias = torch.randn(3, n, shape[1], dtype=wide), torch.randn(n, shape[1], dtype=wide)
 
-    y, mean, var = cpu.join(branch, earlier, scales, bias, True, True)
-    expected = torch.relu(reference.dense_sum(branch, earlier, scales, bias))
-    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
-    for ours, theirs in zip((mean, var), reference.moments(y), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    def close(ours: Tensor, theirs: Tensor, size: float = 1.0) -> None:
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * size)
+
+    for addends, relu, b in (([branch], True, bias), ([branch, extra], False, None), ([], True, bias)):
+        y, mean, var = k.join(addends, earlier, scales, b, relu, True)
+        close(y, reference.join(addends, earlier, scales, b, relu, False)[0], 4)
+        for ours, theirs in zip((mean, var), reference.moments(y), strict=True):
+            close(ours, theirs, 4)
+        if shape[0] and shape[1] > 1:
+            assert y.is_contiguous(memory_format=layout)
+    for ours, theirs in zip(k.moments(branch), reference.moments(branch), strict=True):
+        close(ours, theirs)
 
     grad, *later = (x.contiguous(memory_format=layout) for x in maps(3, shape, dtype, seed=1))
-    offset, slope = torch.randn(2, shape[0], shape[1], dtype=wide)
-    arguments = (y, grad, offset, slope, later, list(torch.randn(2, n, shape[1], dtype=wide)), earlier, n, True)
-    for ours, theirs in zip(cpu.pull(*arguments), reference.pull(*arguments), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * max(1, shape[2] * shape[3]))
-    if shape[0] and shape[1] > 1:
-        assert y.is_contiguous(memory_format=layout)
+    for moment_rows in {1, shape[0]}:
+        offset, slope = torch.randn(2, moment_rows, shape[1], dtype=wide)
+        arguments = (y, grad, offset, slope, later, list(torch.randn(2, n, shape[1], dtype=wide)), earlier, n, True)
+        for ours, theirs in zip(k.pull(*arguments), reference.pull(*arguments), strict=True):
+            close(ours, theirs, 4 * pixels)
+    arguments = (y, None, None, None, later, list(torch.randn(2, n, shape[1], dtype=wide)), [], 0, False)
+    close(k.pull(*arguments)[0], reference.pull(*arguments)[0], 4)
+
+    tile = torch.randn(4, 3, n, shape[1], dtype=wide)
+    for ours, theirs in zip(k.mix(earlier, tile), reference.mix(earlier, tile), strict=True):
+        close(ours, theirs, 4)
+    close(k.dots(later, earlier, n), reference.dots(later, earlier, n), 4 * pixels)
 
 
+@pytest.mark.parametrize("kernels", [cpu, native])
+def test_variance_of_a_map_far_from_zero_does_not_cancel(kernels):
+    x = 100 + torch.randn(2, 8, 24, 24, generator=torch.Generator().manual_seed(0))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        _, var = kernels.moments(x.contiguous(memory_format=layout))
+        torch.testing.assert_close(var.double(), x.double().var((2, 3), correction=0), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("kernels", [cpu, native])
+def test_nan_passes_the_activation_and_infinities_stay(kernels):
+    branch = torch.tensor([float("nan"), -1.0, float("inf"), 2.0]).view(1, 4, 1, 1).expand(1, 4, 3, 3).contiguous()
+    y, _, _ = kernels.join([branch], [], torch.empty(0, 1, 4), None, True, False)
+    assert torch.equal(y.isnan(), branch.isnan()) and torch.equal(y[:, 1:], branch[:, 1:].relu())
+
+
+@pytest.mark.parametrize("kernels", [cpu, native])
+def test_a_result_may_take_the_place_of_its_first_operand(kernels):
+    branch, *earlier = maps(4, (3, 6, 5, 5), torch.float32)
+    scales, bias = torch.randn(3, 1, 6), torch.randn(1, 6)
+    expected = reference.join([branch], earlier, scales, bias, True, False)[0]
+    y, _, _ = kernels.join([branch], earlier, scales, bias, True, False, branch)
+    assert y.data_ptr() == branch.data_ptr()
+    torch.testing.assert_close(y, expected)
+
+
+def test_compiled_kernels_give_the_same_bits_with_any_number_of_threads():
+    branch, *earlier = maps(4, (3, 40, 30, 29), torch.float32)
+    scales, bias = torch.randn(3, 3, 40), torch.randn(3, 40)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            joined = native.join([branch], earlier, scales, bias, True, True)
+            found.append((*joined, *native.pull(branch, None, None, None, earlier, list(scales), earlier, 3, True)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("groups", [ops.BATCH, 1, 2, 6])
+@pytest.mark.parametrize("affine", [False, True])
+def test_compiled_arithmetic_per_channel_matches_the_plain_one(groups, affine, dtype, tolerance):
+    n, c = 3, 6
+    mean, var = torch.randn(n, c, dtype=dtype), torch.rand(n, c, dtype=dtype)
+    weight, bias = torch.randn(2, c, dtype=dtype) if affine else (None, None)
+    found = forms.form(mean, var, groups, 1e-5, weight, bias)
+    assert_all_close(native.form(mean, var, groups, 1e-5, weight, bias), found, tolerance)
+    grads = (torch.randn_like(found[0]), torch.randn_like(found[0]))
+    arguments = (*found[2:], groups, 1e-5, weight, *grads, 7)
+    assert_all_close(native.form_backward(*arguments), forms.form_backward(*arguments), 100 * tolerance)
+
+    rows = found[0].shape[0]
+    rates, shifts = torch.randn(2, 3, rows, c, dtype=dtype)
+    for first in (0, 2, 3):
+        for branch in (None, tuple(torch.randn(2, 1, c, dtype=dtype))):
+            arguments = (torch.randn(3, c, dtype=dtype), list(rates), list(shifts), first)
+            scales, offset = forms.coefficients(*arguments, branch)
+            assert_all_close(native.coefficients(*arguments, branch), (scales, offset), tolerance)
+            arguments = (*arguments, branch is not None, torch.randn_like(scales), torch.randn_like(offset))
+            for ours, theirs in zip(
+                native.coefficients_backward(*arguments), forms.coefficients_backward(*arguments), strict=True
+            ):
+                listed = isinstance(ours, list)
+                assert_all_close(ours if listed else [ours], theirs if listed else [theirs], 10 * tolerance)
+
+
+def assert_all_close(ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("groups", [ops.BATCH, 2])
+def test_the_written_gradient_of_a_norms_form_is_that_of_autograd(groups):
+    x = torch.randn(3, 8, 4, 5, dtype=torch.float64, requires_grad=True)
+    weight, bias = torch.randn(2, 8, dtype=torch.float64).requires_grad_().unbind()
+    rate, shift, pooled, variance = forms.form(*reference.moments(x), groups, 1e-3, weight, bias)
+    grads = (torch.randn_like(rate), torch.randn_like(shift))
+    expected = torch.autograd.grad((rate, shift), (x, weight, bias), grads)
+    count = 20 * (3 if groups == ops.BATCH else 4)
+    offset, slope, *to_affine = forms.form_backward(pooled, variance, groups, 1e-3, weight, *grads, count)
+    found = (offset[:, :, None, None] + slope[:, :, None, None] * x, *to_affine)
+    assert_all_close(found, expected, 1e-10)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "native"])
 @pytest.mark.parametrize("later", [0, 2])
-@pytest.mark.parametrize("statistics", [False, True])
-def test_the_registered_operators_pass_opcheck(later, statistics):
-    branch, x = (t.requires_grad_() for t in maps(2, (2, 3, 4, 2), torch.float32))
-    links = [torch.zeros(1).expand(x.shape).requires_grad_(), torch.zeros(1).expand(2, 3).requires_grad_()]
-    scales, bias = torch.randn(1, 2, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
-    torch.library.opcheck(fused.join, (branch, [x], links, scales, bias, True, statistics, later, "cpu"))
-    torch.library.opcheck(fused.enter, (branch, statistics, later, 2, "cpu"))
+@pytest.mark.parametrize("groups", [ops.NONE, ops.RAW, ops.BATCH, 1, 3])
+def test_the_registered_operators_pass_opcheck(groups, later, backend):
+    branch, x, other = (t.requires_grad_() for t in maps(3, (2, 3, 4, 2), torch.float32))
+    rows = 1 if groups == ops.BATCH else 2
+    affine = list(torch.randn(2, 3).requires_grad_().unbind())
+    weight = torch.randn(2, 3, requires_grad=True)
+    rates, shifts = ([torch.randn(rows, 3, requires_grad=True) for _ in range(2)] for _ in range(2))
+    settings = (True, groups, 1e-5, later, backend)
+    for before, norm, fixed in ((None, [], []), (branch, affine, []), (branch, [], affine_rows(affine))):
+        addends = [other] if before is None else []
+        link = links_to(x, rows)
+        arguments = (addends, before, norm, fixed, 1e-5, [x], link, weight, rates, shifts, *settings)
+        torch.library.opcheck(fused.block.registered, arguments)
+    torch.library.opcheck(fused.enter.registered, (branch, groups, 1e-5, later, rows, backend))
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3, 8, 31, 32, 33, 37, 64])
-@pytest.mark.parametrize("norm", ["group", "batch"])
-def test_back_ends_agree_at_every_depth(norm, depth):
+def affine_rows(affine: list[Tensor]) -> list[Tensor]:
+    return [t.detach()[None].clone().requires_grad_() for t in affine]
+
+
+def links_to(x: Tensor, rows: int) -> list[Tensor]:
+    shapes = (x.shape, (rows, x.shape[1]))
+    return [torch.zeros(1).expand(shape).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "native"])
+def test_the_registered_operators_of_tiles_pass_opcheck(backend):
+    x, other = (t.requires_grad_() for t in maps(2, (2, 3, 4, 2), torch.float32))
+    scales = torch.randn(3, 2, 2, 3, requires_grad=True)
+    tile = [torch.zeros(1).expand(x.shape).requires_grad_() for _ in range(3)]
+    tile.append(torch.zeros(1).expand(scales.shape).requires_grad_())
+    torch.library.opcheck(fused.ahead.registered, ([x, other], tile, scales, [2], backend))
+    links = [*links_to(x, 2), *links_to(other, 2)]
+    torch.library.opcheck(fused.close.registered, (other, links, [3, 1], 2, backend))
+
+
+DEPTHS = [1, 2, 3, 8, 31, 32, 33, 37, 64]
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("variant", [{"groups": 2}, {"norm": "batch"}, {"aggregate": "block"}], ids=str)
+def test_back_ends_agree_at_every_depth(variant, depth):
     grads = {}
-    for backend in ("plain", "cpu"):
+    for backend in ("plain", "cpu", "native"):
         torch.manual_seed(3)
         net = timm.create_model("resnet18", layers=(depth, 1, 1, 1), channels=(8, 8, 8, 8), num_classes=2)
-        ds.plug_in(net, norm=norm, groups=2 if norm == "group" else None, backend=backend).double()
+        ds.plug_in(net, **variant, backend=backend).double()
+        assert (net.layer1.shortcut.tiling.size < depth) == (depth > 8)
         for _, weight in ds.shortcut_parameters(net):
             torch.nn.init.normal_(weight, std=0.3)
         x = torch.randn(2, 3, 32, 32, dtype=torch.float64, requires_grad=True)
         y = net(x)
         y.square().sum().backward()
         grads[backend] = [y.detach(), x.grad, *(p.grad for p in net.parameters())]
-    for ours, theirs in zip(grads["cpu"], grads["plain"], strict=True):
-        scale = max(1.0, theirs.abs().max().item())
-        assert (ours - theirs).abs().max().item() <= 1e-9 * scale
+    for backend in ("cpu", "native"):
+        for ours, theirs in zip(grads[backend], grads["plain"], strict=True):
+            scale = max(1.0, theirs.abs().max().item())
+            assert (ours - theirs).abs().max().item() <= 1e-9 * scale
 
 
-def test_the_cpu_kernels_run_by_default_and_a_named_back_end_is_kept(monkeypatch):
+@pytest.mark.parametrize("depth", range(1, 20))
+def test_a_tiling_takes_every_pair_once(depth):
+    for size in range(1, depth + 1):
+        tiling = Tiling(depth, size)
+        for k in range(depth):
+            ahead = range(k - k % size + 1) if k >= size else range(0)
+            assert sorted([*ahead, *tiling.direct(k)]) == list(range(k + 1))
+            assert [i for i in range(depth) if k in tiling.users(i)] == list(tiling.direct(k))
+        for i in range(depth):
+            closing = [k for k in range(depth) if tiling.begins(k) and i in tiling.finished(k)]
+            assert len(closing) == tiling.is_closed(i)
+
+
+def test_tiles_cut_the_traffic_of_deep_stages():
+    """ResNet-152's third stage: 666 maps are read pair by pair. Beyond, the traffic grows as L^1.5."""
+    assert Tiling(36, 36).traffic == 666
+    assert Tiling.best(36).traffic < 300
+    assert Tiling.best(6) == Tiling(6, 6)
+    assert Tiling.best(256).traffic < 1.1 * 4**1.5 * Tiling.best(64).traffic
+
+
+def test_a_deep_stage_sums_in_tiles(monkeypatch):
+    """Counted by kernels: one `mix` a group forwards and backwards, and one `dots`."""
+    calls: Counter[str] = Counter()
+    for name in ("join", "mix", "dots", "pull"):
+        real = getattr(native, name)
+        monkeypatch.setattr(native, name, lambda *a, name=name, real=real: calls.update([name]) or real(*a))
+    net = timm.create_model("resnet18", layers=(36, 1, 1, 1), channels=(8, 8, 8, 8), num_classes=2)
+    ds.plug_in(net, backend="native")(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert calls["mix"] == 5 + 5 and calls["dots"] == 5 and calls["join"] == 39
+
+
+def test_the_best_kernels_run_by_default_and_a_named_back_end_is_kept(monkeypatch):
     calls = []
-    real = cpu.join
-    monkeypatch.setattr(cpu, "join", lambda *args: calls.append(1) or real(*args))
+    own = {"cpu": cpu, "native": native}[ops.dispatch.own_backend("cpu")[0]]
+    real = own.join
+    monkeypatch.setattr(own, "join", lambda *args: calls.append(1) or real(*args))
     x = torch.randn(2, 3, 64, 64)
     ds.plug_in(timm.create_model("resnet18"))(x)
     assert len(calls) == 8
@@ -88,18 +267,50 @@ def test_the_cpu_kernels_run_by_default_and_a_named_back_end_is_kept(monkeypatch
     assert len(calls) == 8
 
 
+def test_without_a_compiler_the_sums_in_place_run(tmp_path):
+    code = """
+import torch, dense_shortcuts as ds, timm
+from dense_shortcuts.ops.dispatch import own_backend
+backend, reason = own_backend("cpu")
+assert backend == "cpu" and "no C++ compiler" in reason, (backend, reason)
+ds.plug_in(timm.create_model("resnet18"))(torch.randn(2, 3, 64, 64))
+try:
+    ds.plug_in(timm.create_model("resnet18"), backend="native")(torch.randn(2, 3, 64, 64))
+except ds.DenseShortcutError as error:
+    assert "no C++ compiler" in str(error)
+else:
+    raise SystemExit("a named back end fell back")
+"""
+    environment = {**os.environ, "CXX": str(tmp_path / "none"), "DENSE_SHORTCUTS_CACHE": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_a_compiler_that_fails_is_told_and_leaves_nothing(tmp_path):
+    code = """
+from dense_shortcuts.ops.dispatch import own_backend
+backend, reason = own_backend("cpu")
+assert backend == "cpu" and "could not build" in reason, (backend, reason)
+"""
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    environment = {**os.environ, "CXX": str(broken), "DENSE_SHORTCUTS_CACHE": str(tmp_path / "cache")}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    assert not list((tmp_path / "cache").iterdir())
+
+
 def test_an_unknown_back_end_is_refused_and_the_network_left_alone():
     net = timm.create_model("resnet18")
     with pytest.raises(ds.DenseShortcutError, match="unknown back end 'fast'"):
         ds.plug_in(net, backend="fast")
     assert not ds.dense_stages(net)
-    with pytest.raises(ds.DenseShortcutError, match="cannot run on cuda"):
+    with pytest.raises(ds.DenseShortcutError, match="maps are on cuda"):
         _on_cuda()
 
 
 def _on_cuda() -> None:
     class Elsewhere:
-        device = torch.device("cuda")
+        device, dtype = torch.device("cuda"), torch.float32
 
     ops.choose(Elsewhere(), "cpu")
 
@@ -116,7 +327,7 @@ def test_a_stage_run_in_part_without_gradients_is_refused():
 def test_a_hooked_block_gets_the_whole_gradient_of_its_map():
     """Where a map's statistics are made in one pass with it, later gradients do not come to the map itself."""
     seen = {}
-    for backend in ("plain", "cpu"):
+    for backend in ("plain", "cpu", "native"):
         torch.manual_seed(5)
         net = ds.plug_in(timm.create_model("resnet34", num_classes=2, zero_init_last=False), backend=backend).double()
         for _, weight in ds.shortcut_parameters(net):
@@ -127,4 +338,5 @@ def test_a_hooked_block_gets_the_whole_gradient_of_its_map():
             )
         )
         net(torch.randn(3, 3, 96, 96, dtype=torch.float64)).square().sum().backward()
-    torch.testing.assert_close(seen["cpu"], seen["plain"], rtol=1e-7, atol=1e-9)
+    for backend in ("cpu", "native"):
+        torch.testing.assert_close(seen[backend], seen["plain"], rtol=1e-7, atol=1e-9)

@@ -164,7 +164,7 @@ def test_dense_sum_equals_a_loop_over_maps_samples_and_channels(maps, with_bias,
     leaves = [t.requires_grad_() for t in (*tensors, scales, *([bias] if with_bias else []))]
 
     branch, xs = tensors[0], tensors[1:]
-    y = dense_sum(branch, xs, scales, bias)
+    y = dense_sum([branch], xs, scales, bias)
     rows = []
     for b in range(n):
         for ch in range(c):
@@ -185,7 +185,7 @@ def test_dense_sum_equals_a_loop_over_maps_samples_and_channels(maps, with_bias,
 def test_dense_sum_without_scales_adds_the_maps_as_they_are_and_writes_into_none():
     tensors = [torch.randn(2, 3, 4, 5) for _ in range(4)]
     before = [t.clone() for t in tensors]
-    y = dense_sum(tensors[0], tensors[1:], None, None)
+    y = dense_sum(tensors[:1], tensors[1:], None, None)
     assert torch.equal(y, tensors[0] + tensors[1] + tensors[2] + tensors[3])
     y.add_(1.0)
     assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
@@ -195,7 +195,7 @@ def test_dense_sum_without_scales_adds_the_maps_as_they_are_and_writes_into_none
 def test_dense_sum_of_half_precision_maps_keeps_the_sum_in_float32(dtype):
     """64 additions in half precision would lose a percent; one rounding at the end loses less than 2^-8."""
     xs = [torch.rand(1, 2, 5, 3).to(dtype) for _ in range(65)]
-    y = dense_sum(xs[0], xs[1:], torch.ones(64, 1, 2), None)
+    y = dense_sum(xs[:1], xs[1:], torch.ones(64, 1, 2), None)
     wanted = torch.stack(xs).double().sum(0)
     assert y.dtype == dtype
     assert ((y.double() - wanted).abs() / wanted).max() <= 2**-8

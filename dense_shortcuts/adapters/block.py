@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-Join = Callable[[Tensor, Tensor, nn.Module], Tensor]
+Join = Callable[[Tensor, nn.Module | None, Tensor, nn.Module], Tensor]
+Branch = tuple[Tensor, nn.Module | None]
 
 
 class DenseBlock:
@@ -15,8 +16,11 @@ class DenseBlock:
 
     downsample: nn.Module | None
 
-    def branch(self, x: Tensor) -> Tensor:
-        """F_l(x): everything before the add, squeeze-excite and drop path included."""
+    def branch(self, x: Tensor) -> Branch:
+        """F_l(x), everything before the add: a tensor and the norm still to be applied to it, if that comes last.
+
+        Squeeze-excite and drop path are part of the branch; where there are any, no norm is left.
+        """
         raise NotImplementedError
 
     def project(self, x: Tensor) -> Tensor:
@@ -36,8 +40,9 @@ class DenseBlock:
         return None
 
     def forward(self, x: Tensor, join: Join) -> Tensor:
-        """X_l from X_{l-1}, where join(branch, identity, activation) is what the stage makes of the three."""
-        return join(self.branch(x), self.project(x), self.activation())
+        """X_l from X_{l-1}, where join(branch, norm, identity, activation) is what the stage makes of them."""
+        branch, norm = self.branch(x)
+        return join(branch, norm, self.project(x), self.activation())
 
 
 def widths_of_3x3(conv: nn.Conv2d) -> tuple[int, int] | None:

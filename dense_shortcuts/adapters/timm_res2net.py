@@ -5,8 +5,8 @@ from timm.models.res2net import Bottle2neck
 from torch import Tensor, nn
 
 from ..shortcut import InnerShortcut
-from .block import DenseBlock
-from .timm_resnet import after_last_norm
+from .block import Branch, DenseBlock
+from .timm_resnet import with_last_norm
 
 
 class DenseBottle2neck(DenseBlock, Bottle2neck):
@@ -20,13 +20,12 @@ class DenseBottle2neck(DenseBlock, Bottle2neck):
         width = self.convs[0].in_channels
         return (width * self.scale, width * self.num_scales) if self.convs[0].stride == (1, 1) else None
 
-    def branch(self, x: Tensor) -> Tensor:
+    def branch(self, x: Tensor) -> Branch:
         hidden = self.relu(self.bn1(self.conv1(x)))
 
         x = self.drop_block(self.multi_scale(hidden))
 
-        x = self.bn3(self.conv3(x))
-        return after_last_norm(self, x)
+        return with_last_norm(self, self.conv3(x), self.bn3)
 
     def multi_scale(self, hidden: Tensor) -> Tensor:
         """The 3x3 of a bottleneck cut into pieces, each of which also takes the result of the piece before."""

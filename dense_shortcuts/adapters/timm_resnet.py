@@ -6,19 +6,18 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 from ..shortcut import InnerShortcut
-from .block import DenseBlock, widths_of_3x3
+from .block import Branch, DenseBlock, widths_of_3x3
 
 
 class DenseBasicBlock(DenseBlock, BasicBlock):
     def out_channels(self) -> int:
         return self.conv2.out_channels
 
-    def branch(self, x: Tensor) -> Tensor:
+    def branch(self, x: Tensor) -> Branch:
         x = self.act1(self.drop_block(self.bn1(self.conv1(x))))
         x = self.aa(x)
 
-        x = self.bn2(self.conv2(x))
-        return after_last_norm(self, x)
+        return with_last_norm(self, self.conv2(x), self.bn2)
 
     def activation(self) -> nn.Module:
         return self.act2
@@ -33,7 +32,7 @@ class DenseBottleneck(DenseBlock, Bottleneck):
     def inner_widths(self) -> tuple[int, int] | None:
         return widths_of_3x3(self.conv2)
 
-    def branch(self, x: Tensor) -> Tensor:
+    def branch(self, x: Tensor) -> Branch:
         hidden = self.act1(self.bn1(self.conv1(x)))
 
         x = self.bn2(self.conv2(hidden))
@@ -42,20 +41,22 @@ class DenseBottleneck(DenseBlock, Bottleneck):
         x = self.act2(self.drop_block(x))
         x = self.aa(x)
 
-        x = self.bn3(self.conv3(x))
-        return after_last_norm(self, x)
+        return with_last_norm(self, self.conv3(x), self.bn3)
 
     def activation(self) -> nn.Module:
         return self.act3
 
 
-def after_last_norm(block: Any, x: Tensor) -> Tensor:
-    """Attention and drop path, which stay in the residual branch."""
+def with_last_norm(block: Any, x: Tensor, norm: nn.Module) -> Branch:
+    """The end of the branch: its last norm, then attention and drop path, which stay in it."""
+    if block.se is None and block.drop_path is None:
+        return x, norm
+    x = norm(x)
     if block.se is not None:
         x = block.se(x)
     if block.drop_path is not None:
         x = block.drop_path(x)
-    return x
+    return x, None
 
 
 BLOCKS = (DenseBasicBlock, DenseBottleneck)

@@ -4,17 +4,17 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from ..shortcut import InnerShortcut
-from .block import DenseBlock, widths_of_3x3
+from .block import Branch, DenseBlock, widths_of_3x3
 
 
 class DenseBasicBlock(DenseBlock, BasicBlock):
     def out_channels(self) -> int:
         return self.conv2.out_channels
 
-    def branch(self, x: Tensor) -> Tensor:
+    def branch(self, x: Tensor) -> Branch:
         x = self.relu(self.bn1(self.conv1(x)))
 
-        return self.bn2(self.conv2(x))
+        return self.conv2(x), self.bn2
 
     def activation(self) -> nn.Module:
         return self.relu
@@ -29,7 +29,7 @@ class DenseBottleneck(DenseBlock, Bottleneck):
     def inner_widths(self) -> tuple[int, int] | None:
         return widths_of_3x3(self.conv2)
 
-    def branch(self, x: Tensor) -> Tensor:
+    def branch(self, x: Tensor) -> Branch:
         hidden = self.relu(self.bn1(self.conv1(x)))
 
         x = self.bn2(self.conv2(hidden))
@@ -37,7 +37,7 @@ class DenseBottleneck(DenseBlock, Bottleneck):
             x = self.inner(x, self.inner.enter(hidden))
         x = self.relu(x)
 
-        return self.bn3(self.conv3(x))
+        return self.conv3(x), self.bn3
 
     def activation(self) -> nn.Module:
         return self.relu

@@ -1,7 +1,25 @@
 """The operator: what a dense shortcut computes, apart from any module."""
 
 from .dispatch import BACKENDS, choose
-from .joining import Joined, enter, join
+from .forms import BATCH, form, pool
+from .joining import NONE, RAW, Branch, Joined, ahead, close, enter, join
 from .reference import accumulation_dtype, dense_sum, moments
 
-__all__ = ["BACKENDS", "Joined", "accumulation_dtype", "choose", "dense_sum", "enter", "join", "moments"]
+__all__ = [
+    "BACKENDS",
+    "BATCH",
+    "NONE",
+    "RAW",
+    "Branch",
+    "Joined",
+    "accumulation_dtype",
+    "ahead",
+    "choose",
+    "close",
+    "dense_sum",
+    "enter",
+    "form",
+    "join",
+    "moments",
+    "pool",
+]

@@ -51,18 +51,24 @@ def _piece_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join(
-    branch: Tensor, maps: Sequence[Tensor], scales: Tensor, bias: Tensor | None, relu: bool, statistics: bool
+    addends: Sequence[Tensor],
+    maps: Sequence[Tensor],
+    scales: Tensor,
+    bias: Tensor | None,
+    relu: bool,
+    statistics: bool,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `fused.join`."""
-    y = torch.empty_like(branch)
-    mean = branch.new_empty(branch.shape[:2] if statistics else (0,), dtype=accumulation_dtype(branch.dtype))
+    """See `reference.join`."""
+    first = (*addends, *maps)[0]
+    y = first if addends and out is first else torch.empty_like(first)
+    mean = first.new_empty(first.shape[:2] if statistics else (0,), dtype=accumulation_dtype(first.dtype))
     var = torch.empty_like(mean)
-    for piece in _pieces(branch):
+    for piece in _pieces(first):
         total = _working(y, piece)
-        if bias is None:
-            total.copy_(branch[piece])
-        else:
-            torch.add(branch[piece], _rows(bias, piece), out=total)
+        _start(total, addends[0][piece] if addends else None, None if bias is None else _rows(bias, piece))
+        for x in addends[1:]:
+            total.add_(x[piece])
         for x, scale in zip(maps, scales, strict=True):
             total.addcmul_(x[piece], _rows(scale, piece))
         if relu:
@@ -72,6 +78,18 @@ def join(
         if statistics:
             mean[piece], var[piece] = _piece_moments(y[piece])
     return y, mean, var
+
+
+def _start(total: Tensor, x: Tensor | None, bias: Tensor | None) -> None:
+    """Set total to x + bias, None standing for zero."""
+    if x is not None and bias is not None:
+        torch.add(x, bias, out=total)
+    elif x is not None:
+        total.copy_(x)
+    elif bias is not None:
+        total.copy_(bias)
+    else:
+        total.zero_()
 
 
 def pull(
@@ -92,19 +110,16 @@ def pull(
     grad_bias = x.new_zeros((rows, x.shape[1]), dtype=dtype)
     for piece in _pieces(x):
         total = _working(pulled, piece)
-        if grad is None:
-            total.zero_()
-        else:
-            total.copy_(grad[piece])
-        if offset is not None and slope is not None:
-            total.add_(_rows(offset, piece)).addcmul_(x[piece], _rows(slope, piece))
+        _start(total, None if grad is None else grad[piece], None if offset is None else _rows(offset, piece))
+        if slope is not None:
+            total.addcmul_(x[piece], _rows(slope, piece))
         for later, scale in zip(later_grads, later_scales, strict=True):
             total.addcmul_(later[piece], _rows(scale, piece))
         if relu:
             torch.ops.aten.threshold_backward.grad_input(total, x[piece], 0, grad_input=total)
         if total.dtype != pulled.dtype:
             pulled[piece] = total
-        if not maps:
+        if not rows:
             continue
         into = piece if rows > 1 else slice(0, 1)
         _add_pixel_sums(grad_bias[into], total)
@@ -112,6 +127,33 @@ def pull(
         for i, earlier in enumerate(maps):
             _add_pixel_sums(grad_scales[i, into], torch.mul(total, earlier[piece], out=product))
     return pulled, grad_scales, grad_bias
+
+
+def mix(maps: Sequence[Tensor], scales: Tensor) -> list[Tensor]:
+    """See `reference.mix`."""
+    outputs = [torch.empty_like(maps[-1]) for _ in scales]
+    for piece in _pieces(maps[-1]):
+        for output, row in zip(outputs, scales, strict=True):
+            total = _working(output, piece).zero_()
+            for x, scale in zip(maps, row, strict=True):
+                total.addcmul_(x[piece], _rows(scale, piece))
+            if total.dtype != output.dtype:
+                output[piece] = total
+    return outputs
+
+
+def dots(grads: Sequence[Tensor], maps: Sequence[Tensor], rows: int) -> Tensor:
+    """See `reference.dots`."""
+    first = maps[0]
+    dtype = accumulation_dtype(first.dtype)
+    sums = first.new_zeros((len(grads), len(maps), rows, first.shape[1]), dtype=dtype)
+    for piece in _pieces(first):
+        into = piece if rows > 1 else slice(0, 1)
+        product = torch.empty_like(first[piece], dtype=dtype)
+        for j, grad in enumerate(grads):
+            for i, x in enumerate(maps):
+                _add_pixel_sums(sums[j, i, into], torch.mul(grad[piece], x[piece], out=product))
+    return sums
 
 
 def _add_pixel_sums(into: Tensor, x: Tensor) -> None:

@@ -1,5 +1,6 @@
 """Which form of the operator runs: chosen once a call, before autograd; a named one never falls back."""
 
+import importlib.util
 import logging
 import os
 from functools import cache
@@ -8,54 +9,92 @@ import torch
 from torch import Tensor
 
 from ..errors import DenseShortcutError
+from . import native
 
-BACKENDS = ("auto", "plain", "cpu")
+BACKENDS = ("auto", "plain", "cpu", "native", "triton")
 VARIABLE = "DENSE_SHORTCUTS_BACKEND"
 
 _logger = logging.getLogger(__name__)
 
 
 def choose(x: Tensor, wanted: str = "auto") -> str:
-    """The back end for a map: "plain" or "cpu".
+    """The back end for a map: "plain", "cpu", "native" or "triton".
 
     Args:
         x: a feature map, (N, C, H, W).
         wanted: "auto" or a back end by name; the environment variable DENSE_SHORTCUTS_BACKEND goes before "auto".
 
     Raises:
-        DenseShortcutError: unknown name, or a named back end that cannot run on the map's device.
+        DenseShortcutError: unknown name, or a named back end that cannot run here or not on such a map.
     """
     wanted = os.environ.get(VARIABLE, "auto") if wanted == "auto" else wanted
     if wanted not in BACKENDS:
         raise DenseShortcutError(f"unknown back end {wanted!r}: choose one of {', '.join(BACKENDS)}.")
-    if wanted == "plain" or (wanted == "auto" and _is_traced(x)):
+    if wanted == "plain" or (wanted == "auto" and is_traced(x)):
         return "plain"
     device = x.device.type
-    own, reason = own_backend(device)
     if wanted == "auto":
-        if not torch.compiler.is_compiling():  # a logger cannot be called from a compiled graph
-            _log_once(device, own, reason)
-        return own
-    if wanted != own:
-        raise DenseShortcutError(
-            f"the back end {wanted!r} cannot run on {device} here ({reason}): choose 'auto' or 'plain'."
-        )
+        return _automatic(device, x.dtype)
+    fault = unusable(wanted, device, x.dtype)
+    if fault is not None:
+        raise DenseShortcutError(f"the back end {wanted!r} cannot run here ({fault}): choose 'auto' or 'plain'.")
     return wanted
 
 
-def own_backend(device: str) -> tuple[str, str]:
-    """The back end that "auto" takes for a device type, and why."""
+def own_backend(device: str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
+    """The back end that "auto" takes for maps on a device type, and why."""
     if device in ("cpu", "meta"):
-        return "cpu", "in-place sums over pieces that stay in cache"
-    return "plain", f"no kernels of our own for {device} yet"
+        fault = unusable("native", device, dtype)
+        if fault is None:
+            return "native", f"kernels {native.library()[1]}"
+        return "cpu", f"in-place sums over pieces that stay in cache; no compiled kernels: {fault}"
+    fault = unusable("triton", device, dtype)
+    return ("triton", "kernels by Triton") if fault is None else ("plain", fault)
 
 
-def _is_traced(x: Tensor) -> bool:
-    """Whether a graph for other runtimes is being recorded, where operators of our own would not be known."""
-    return torch.jit.is_tracing() or torch.compiler.is_exporting() or isinstance(x, torch.fx.Proxy)
+@torch.compiler.assume_constant_result  # looking for a compiler cannot be part of a compiled graph
+def unusable(backend: str, device: str, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why a back end cannot work on maps of this device type and dtype; None where it can."""
+    if backend == "plain":
+        return None
+    if dtype not in _DTYPES:
+        return f"maps are in {dtype}"
+    if backend == "triton":
+        return _without_triton(device)
+    if device not in ("cpu", "meta"):
+        return f"maps are on {device}"
+    if backend == "native" and not native.supports(dtype):
+        built, reason = native.library()
+        return f"the compiler does not know {dtype}" if built is not None else reason
+    return None
+
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _without_triton(device: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device == "cuda" and torch.version.hip is None:
+        return None
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"Triton kernels are for NVIDIA GPUs, and maps are on {'ROCm' if torch.version.hip else device}"
+
+
+@torch.compiler.assume_constant_result
+def _automatic(device: str, dtype: torch.dtype) -> str:
+    return _automatic_once(device, dtype)
 
 
 @cache
-def _log_once(device: str, backend: str, reason: str) -> None:
-    level = logging.INFO if backend != "plain" else logging.WARNING
-    _logger.log(level, "dense shortcuts on %s use the %s back end: %s", device, backend, reason)
+def _automatic_once(device: str, dtype: torch.dtype) -> str:
+    own, reason = own_backend(device, dtype)
+    level = logging.INFO if own != "plain" else logging.WARNING
+    _logger.log(level, "dense shortcuts on %s in %s use the %s back end: %s", device, dtype, own, reason)
+    return own
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether a graph for other runtimes is being recorded, where operators of our own would not be known."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting() or isinstance(x, torch.fx.Proxy)

@@ -7,72 +7,172 @@ import torch
 from torch import Tensor
 
 from ..errors import DenseShortcutError
+from .forms import form
 from .reference import accumulation_dtype, dense_sum, moments
+
+NONE, RAW = -1, -2  # in place of a number of groups: no statistics; the moments of each channel as they are
+
+
+class Branch(NamedTuple):
+    """A residual branch before its last norm, a batch norm.
+
+    map is (N, C, H, W), or None for no branch; affine holds the weight and bias of the norm, (C,), or nothing; fixed
+    holds its rate and shift, (1, C), where it goes by its running statistics, else nothing.
+    """
+
+    map: Tensor | None
+    affine: tuple[Tensor, ...]
+    fixed: tuple[Tensor, ...]
+    eps: float
 
 
 class Joined(NamedTuple):
-    """A finished feature map, (N, C, H, W), its moments, both (N, C) or None, and the links of later sums to it."""
+    """A finished feature map, (N, C, H, W), what was gathered of it, and the links of later sums to it.
+
+    gathered has rate and shift of N, (1 or N, C), and the pooled mean and variance, (1, C) or (N, groups); with RAW the
+    mean and variance of each channel, (N, C), in place of rate and shift; tensors of no elements with NONE.
+    branch_gathered is the same of the branch's norm, where it goes by this batch.
+    """
 
     map: Tensor
-    mean: Tensor | None
-    var: Tensor | None
+    gathered: Sequence[Tensor]
+    branch_gathered: Sequence[Tensor]
     links: tuple[Tensor, ...]
 
 
 def join(
-    branch: Tensor,
+    addends: Sequence[Tensor],
+    branch: Branch | None,
     maps: Sequence[Tensor],
     links: Sequence[tuple[Tensor, ...]],
-    scales: Tensor | None,
-    bias: Tensor | None,
+    weight: Tensor | None,
+    rates: Sequence[Tensor],
+    shifts: Sequence[Tensor],
     *,
     relu: bool,
-    statistics: bool,
+    groups: int,
+    eps: float,
     later: int,
     backend: str,
+    overwrite: bool = False,
 ) -> Joined:
-    """s(branch + bias + sum_i scales[i] * maps[i]) with what later sums need of it.
+    """s(sum of addends + N(branch) + sum_i w_i * N(X_i)) with what later sums need of it.
 
     Args:
-        branch: residual branch, (N, C, H, W).
-        maps: earlier feature maps, each (N, C, H, W).
+        addends: maps added as they stand, such as the residual branch, each (N, C, H, W).
+        branch: the residual branch before its last norm, or None; not for the plain back end.
+        maps: earlier feature maps that this sum reads, each (N, C, H, W).
         links: the link of each map to this sum; empty tuples on the plain path and where no gradient is asked for.
-        scales: (len(maps), 1 or N, C); None for ones.
-        bias: (1 or N, C); None for zero.
+        weight: w, a row for each earlier map, the last ones for `maps`: (all maps, C); None for ones.
+        rates, shifts: N(X_i) = rate * X_i + shift for all earlier maps, (1 or N, C) each; none for N(X) = X.
         relu: whether s is ReLU, else there is none.
-        statistics: whether the moments are wanted.
-        later: number of later sums that take the result.
+        groups, eps: the norm of the result: a number of groups, BATCH, RAW or NONE.
+        later: number of later users of the result, each of which takes a link.
         backend: from `choose`.
+        overwrite: whether the branch, or without one the first addend, may be overwritten by the result; that is made
+            use of where no graph is recorded.
+
+    Returns:
+        the sum in the dtype of the first addend, or without addends of the branch.
 
     Raises:
         DenseShortcutError: gradients are on, but a map was made while they were off.
     """
     if backend == "plain":
-        y = dense_sum(branch, maps, scales, bias)
+        y = _plain_sum(addends, maps, weight, rates, shifts)
         y = torch.relu(y) if relu else y
-        mean, var = moments(y) if statistics else (None, None)
-        return Joined(y, mean, var, ())
+        return Joined(y, _plain_gather(y, groups, eps), (), ())
     from . import fused
 
-    linked = torch.is_grad_enabled()
-    if linked and not all(links):
+    if torch.is_grad_enabled() and not all(links):
         raise DenseShortcutError(
             "a stage ran in part without gradients, so its shortcuts would get none: run it whole under one mode "
             "(for activation checkpointing, with use_reentrant=False)."
         )
-    if scales is None:
-        scales = branch.new_ones((len(maps), 1, branch.shape[1]), dtype=accumulation_dtype(branch.dtype))
-    flat = [t for link in links for t in link] if linked else []
-    y, mean, var, new = fused.join(branch, maps, flat, scales, bias, relu, statistics, later if linked else 0, backend)
-    return Joined(y, mean, var, tuple(new)) if statistics else Joined(y, None, None, tuple(new))
+    branch = branch or Branch(None, (), (), 0.0)
+    if overwrite and not torch.is_grad_enabled() and fused.is_eager((*addends, *maps)[0]):
+        out = addends[0] if branch.map is None else branch.map
+        y, own, theirs, new = fused.run_block(
+            addends, *branch, maps, weight, rates, shifts, relu, groups, eps, 0, backend, out
+        )
+        return Joined(y, own, theirs, ())
+    flat = [t for link in links for t in link] if torch.is_grad_enabled() else []
+    later = later if torch.is_grad_enabled() else 0
+    y, own, theirs, new = fused.block(
+        addends, *branch, maps, flat, weight, rates, shifts, relu, groups, eps, later, backend
+    )
+    return Joined(y, own, theirs, tuple(new))
 
 
-def enter(x: Tensor, *, statistics: bool, later: int, rows: int, backend: str) -> Joined:
+def _plain_sum(
+    addends: Sequence[Tensor],
+    maps: Sequence[Tensor],
+    weight: Tensor | None,
+    rates: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+) -> Tensor:
+    if weight is None:
+        return dense_sum(addends, maps, None, None)
+    scales = weight[:, None].to(accumulation_dtype(weight.dtype))
+    if not rates:
+        return dense_sum(addends, maps, scales, None)
+    bias = (scales * torch.stack(list(shifts))).sum(0)
+    return dense_sum(addends, maps, scales * torch.stack(list(rates)), bias)
+
+
+def _plain_gather(x: Tensor, groups: int, eps: float) -> Sequence[Tensor]:
+    if groups == NONE:
+        return ()
+    mean, var = moments(x)
+    return (mean, var, mean, var) if groups == RAW else form(mean, var, groups, eps, None, None)
+
+
+def enter(x: Tensor, *, groups: int, eps: float, later: int, rows: int, backend: str) -> Joined:
     """A map that no `join` made, (N, C, H, W), with what later sums need of it; `rows` are those of their scales."""
     if backend == "plain":
-        mean, var = moments(x) if statistics else (None, None)
-        return Joined(x, mean, var, ())
+        return Joined(x, _plain_gather(x, groups, eps), (), ())
     from . import fused
 
-    mean, var, new = fused.enter(x, statistics, later if torch.is_grad_enabled() else 0, rows, backend)
-    return Joined(x, mean, var, tuple(new)) if statistics else Joined(x, None, None, tuple(new))
+    own, new = fused.enter(x, groups, eps, later if torch.is_grad_enabled() else 0, rows, backend)
+    return Joined(x, own, (), tuple(new))
+
+
+def close(
+    x: Tensor, links: Sequence[tuple[Tensor, ...]], counts: Sequence[int], rows: int, backend: str
+) -> list[Tensor]:
+    """Links from a group of maps, of which x (N, C, H, W) is the last, to later groups of `counts` blocks each.
+
+    The list holds for each later group a tensor a block and one for the scales; it is empty where no gradient is asked
+    for. `ahead` takes those of one group from every earlier `close`.
+    """
+    from . import fused
+
+    if not torch.is_grad_enabled():
+        return []
+    return fused.close(x, [t for link in links for t in link], counts, rows, backend)
+
+
+def ahead(
+    maps: Sequence[Tensor],
+    links: Sequence[Sequence[Tensor]],
+    scales: Tensor | None,
+    blocks: int,
+    sizes: Sequence[int],
+    backend: str,
+) -> list[Tensor]:
+    """sum_i scales[j, i] * maps[i] for each block j of a group, every map read once.
+
+    Args:
+        maps: those finished before the group, each (N, C, H, W).
+        links: this group's part of what each earlier `close` gave.
+        scales: (blocks, len(maps), 1 or N, C); None for ones.
+        blocks: number of blocks of the group.
+        sizes: number of maps of each earlier `close`.
+        backend: from `choose`, any but "plain".
+    """
+    from . import fused
+
+    if scales is None:
+        x = maps[0]
+        scales = x.new_ones((blocks, len(maps), 1, x.shape[1]), dtype=accumulation_dtype(x.dtype))
+    return fused.ahead(maps, [t for group in links for t in group], scales, sizes, backend)
