@@ -7,6 +7,7 @@ net = ds.plug_in(timm.create_model("resnet50"))
 from . import models  # registers the families with timm
 from .check import check
 from .errors import DenseShortcutError
+from .fuse import fuse
 from .loading import load
 from .models import list_models
 from .plug import Plan, dense_stages, plan, plug_in, shortcut_parameters, unplug
@@ -22,6 +23,7 @@ __all__ = [
     "Plan",
     "check",
     "dense_stages",
+    "fuse",
     "list_models",
     "load",
     "models",

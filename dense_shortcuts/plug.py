@@ -182,11 +182,13 @@ def unplug(model: nn.Module) -> nn.Module:
     """The host again, in place: its own classes, weights and state-dict keys; what `plug_in` added is dropped.
 
     Raises:
-        DenseShortcutError: the network is not plugged in.
+        DenseShortcutError: the network is not plugged in, or came out of `fuse`.
     """
     stages = dense_stages(model)
     if not stages:
         raise DenseShortcutError("the network is not plugged in: there is nothing to unplug.")
+    if any(stage.fused for stage in stages.values()):
+        raise DenseShortcutError("the network is fused for inference: unplug the one it was made from.")
     for stage in stages.values():
         for block in stage.blocks:
             del block.inner

@@ -31,6 +31,7 @@ class DenseStage(nn.Module):
     shortcut: DenseShortcut
     aggregate: str
     keep_identity: bool
+    fused: bool
 
     @classmethod
     def adopt(cls, stage: nn.Sequential, shortcut: DenseShortcut, *, aggregate: str, keep_identity: bool) -> None:
@@ -39,10 +40,11 @@ class DenseStage(nn.Module):
         stage.__class__ = cls  # type: ignore[assignment]
         stage.aggregate = aggregate  # type: ignore[assignment]
         stage.keep_identity = keep_identity  # type: ignore[assignment]
+        stage.fused = False  # type: ignore[assignment]
 
     def release(self) -> None:
         """Undo `adopt` in place."""
-        del self.shortcut, self.aggregate, self.keep_identity
+        del self.shortcut, self.aggregate, self.keep_identity, self.fused
         self.__class__ = nn.Sequential  # type: ignore[assignment]
 
     @property

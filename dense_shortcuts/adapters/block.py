@@ -39,6 +39,14 @@ class DenseBlock:
         """For DS2: the width of H_1 and how many of its channels get a weight; None where DS2 does not apply."""
         return None
 
+    def conv_norms(self) -> list[tuple[str, str]]:
+        """Names in the block of each convolution in the branch and of the norm that follows it directly."""
+        raise NotImplementedError
+
+    def last_conv(self) -> nn.Conv2d | None:
+        """The convolution whose output, but for its norm, is the branch's in evaluation mode; None if there is more."""
+        raise NotImplementedError
+
     def forward(self, x: Tensor, join: Join) -> Tensor:
         """X_l from X_{l-1}, where join(branch, norm, identity, activation) is what the stage makes of them."""
         branch, norm = self.branch(x)

@@ -45,5 +45,12 @@ class DenseBottle2neck(DenseBlock, Bottle2neck):
     def activation(self) -> nn.Module:
         return self.relu
 
+    def conv_norms(self) -> list[tuple[str, str]]:
+        pieces = [(f"convs.{i}", f"bns.{i}") for i in range(len(self.convs))]
+        return [("conv1", "bn1"), *pieces, ("conv3", "bn3")]
+
+    def last_conv(self) -> nn.Conv2d | None:
+        return self.conv3 if self.se is None else None
+
 
 BLOCKS = (DenseBottle2neck,)

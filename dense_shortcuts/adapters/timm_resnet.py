@@ -22,6 +22,12 @@ class DenseBasicBlock(DenseBlock, BasicBlock):
     def activation(self) -> nn.Module:
         return self.act2
 
+    def conv_norms(self) -> list[tuple[str, str]]:
+        return [("conv1", "bn1"), ("conv2", "bn2")]
+
+    def last_conv(self) -> nn.Conv2d | None:
+        return self.conv2 if self.se is None else None
+
 
 class DenseBottleneck(DenseBlock, Bottleneck):
     inner: InnerShortcut | None
@@ -45,6 +51,12 @@ class DenseBottleneck(DenseBlock, Bottleneck):
 
     def activation(self) -> nn.Module:
         return self.act3
+
+    def conv_norms(self) -> list[tuple[str, str]]:
+        return [("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")]
+
+    def last_conv(self) -> nn.Conv2d | None:
+        return self.conv3 if self.se is None else None
 
 
 def with_last_norm(block: Any, x: Tensor, norm: nn.Module) -> Branch:

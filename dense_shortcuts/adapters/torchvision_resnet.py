@@ -19,6 +19,12 @@ class DenseBasicBlock(DenseBlock, BasicBlock):
     def activation(self) -> nn.Module:
         return self.relu
 
+    def conv_norms(self) -> list[tuple[str, str]]:
+        return [("conv1", "bn1"), ("conv2", "bn2")]
+
+    def last_conv(self) -> nn.Conv2d | None:
+        return self.conv2
+
 
 class DenseBottleneck(DenseBlock, Bottleneck):
     inner: InnerShortcut | None
@@ -41,6 +47,12 @@ class DenseBottleneck(DenseBlock, Bottleneck):
 
     def activation(self) -> nn.Module:
         return self.relu
+
+    def conv_norms(self) -> list[tuple[str, str]]:
+        return [("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")]
+
+    def last_conv(self) -> nn.Conv2d | None:
+        return self.conv3
 
 
 BLOCKS = (DenseBasicBlock, DenseBottleneck)

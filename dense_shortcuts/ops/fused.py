@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import forms, reference
+from . import flops, forms, reference
 from .forms import BATCH
 from .joining import NONE, RAW
 from .reference import accumulation_dtype
@@ -706,3 +706,4 @@ block = _Operator("block", _block, _block_like, _block_setup, _block_backward)
 enter = _Operator("enter", _enter, _enter_like, _enter_setup, _enter_backward)
 ahead = _Operator("ahead", _ahead, _ahead_like, _ahead_setup, _ahead_backward)
 close = _Operator("close", _close, _close_like, _close_setup, _close_backward)
+flops.register()

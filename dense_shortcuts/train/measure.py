@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..shortcut import DenseShortcut, InnerShortcut
+from ..ops import flops
 from .config import TrainConfig
 from .loop import make_accelerator, memory_format, placed
 from .network import build_network, make_loss, make_optimizer
@@ -24,33 +24,15 @@ def parameters(model: nn.Module) -> int:
 
 @torch.no_grad()
 def multiply_adds(model: nn.Module, img_size: int) -> int:
-    """Multiply-adds for one image: convolutions and linear layers, and one for each number of each summed map.
-
-    PyTorch's counter sees only products of matrices, so the weighted sums of the shortcuts are counted by hooks.
-    """
-    sums = 0
-
-    def count_stage(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        nonlocal sums
-        k, branch = inputs[:2]  # block l = k + 1 sums k + 1 maps
-        sums += (k + 1) * branch.numel()
-
-    def count_inner(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        nonlocal sums
-        sums += inputs[0].numel()
-
-    hooks = {DenseShortcut: count_stage, InnerShortcut: count_inner}
-    handles = [m.register_forward_hook(hooks[type(m)]) for m in model.modules() if type(m) in hooks]
+    """Multiply-adds for one image: convolutions and linear layers, and one for each number of each weighted map."""
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     try:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=flops.PLAIN) as counter:
             model(torch.zeros(1, 3, img_size, img_size, device=device))
     finally:
         model.train(was_training)
-        for handle in handles:
-            handle.remove()
-    return counter.get_total_flops() // 2 + sums
+    return counter.get_total_flops() // 2
 
 
 def training_step_memory(config: TrainConfig, num_classes: int) -> int:
