@@ -99,7 +99,7 @@ class Contender:
         call = self.call(what)
         for _ in range(WARM_CALLS):
             seconds = timed(call, 1, self.device)
-        self.calls[what] = math.ceil(LEAST_SECONDS / seconds)
+        self.calls[what] = max(1, math.ceil(LEAST_SECONDS / seconds))
         self.row.seconds[what] = []
 
     def measure_once(self, what: str) -> None:

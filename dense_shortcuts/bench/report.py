@@ -48,14 +48,13 @@ def cost_cells(result: Result, device: str) -> Cells:
     rows = []
     for row in result.rows:
         peak = None if row.peak_bytes is None else row.peak_bytes / 2**20
-        launches = [_form(row.launched.get(what), ",d") for what in ("train", "infer")]
+        launches = "/".join(_form(row.launched.get(what), ",d") for what in ("train", "infer"))
         moved = row.shortcut_bytes or (None, None, None)
         megabytes = [None if b is None else b / 1e6 / result.shape[0] for b in moved]
         ratio = _form(memory_ratio(row, result.rows[0]), ".3f")
-        rows.append([row.name, _form(peak, ",.0f"), ratio, *launches, *(_form(b, ",.1f") for b in megabytes)])
-    launch_heads = [f"{launched}, train", f"{launched}, infer"]
-    byte_heads = ["shortcuts, MB/image", "least", "untiled"]
-    return [["network", "memory, MiB", "ratio", *launch_heads, *byte_heads], *rows]
+        rows.append([row.name, _form(peak, ",.0f"), ratio, launches, *(_form(b, ",.1f") for b in megabytes)])
+    heads = ["network", "memory, MiB", "ratio", f"{launched}, train/infer", "shortcuts, MB/image", "least", "untiled"]
+    return [heads, *rows]
 
 
 def goal_cells(outcomes: Sequence[Outcome]) -> Cells:
@@ -98,7 +97,7 @@ def rich_table(cells: Cells, heading: str) -> "Table":
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False, title=heading, title_justify="left", title_style="bold")
     for i, head in enumerate(cells[0]):
-        table.add_column(head.replace(", ", "\n"), justify="right" if i else "left", overflow="fold")
+        table.add_column(head.replace(", ", "\n"), justify="right" if i else "left", no_wrap=i == 0)
     for row in cells[1:]:
         table.add_row(*row)
     return table

@@ -33,7 +33,8 @@ def least_traffic(depth: int, tile: int | None = None) -> Traffic:
 
     Backward, the gradient of X_i is pulled from the gradients of the later sums: the same pairs the other way round,
     and X_i read, its incoming gradient read and its gradient written, for X_0 .. X_L; the products <G_l, X_i> that give
-    the weights' gradients come from the same reads. In tiles, X_i is read once more for the sums outside its own tile.
+    the weights' gradients come from the same reads. In tiles, which are cut from the last map on, X_i is read once more
+    for the sums outside its own tile.
 
     Statistics are taken while a map is written. Partial sums count as maps of the same dtype.
 
@@ -47,7 +48,7 @@ def least_traffic(depth: int, tile: int | None = None) -> Traffic:
     outside = sum(range(0, depth, tile))  # a tile that starts after `start` blocks reads X_0 .. X_{start-1}
     partial = 2 * (depth - sizes[0])
     pairs = outside + within + partial
-    again = depth - sizes[-1]
+    again = depth - sizes[0]
     return Traffic(pairs, forward=pairs + 2 * depth, backward=pairs + again + 3 * (depth + 1))
 
 
