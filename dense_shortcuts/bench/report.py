@@ -96,8 +96,10 @@ def rich_table(cells: Cells, heading: str) -> "Table":
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False, title=heading, title_justify="left", title_style="bold")
+    short_names = max(len(row[0]) for row in cells) <= 32
     for i, head in enumerate(cells[0]):
-        table.add_column(head.replace(", ", "\n"), justify="right" if i else "left", no_wrap=i == 0)
+        own = {"justify": "right", "overflow": "fold"} if i else {"no_wrap": short_names}
+        table.add_column(head.replace(", ", "\n"), **own)
     for row in cells[1:]:
         table.add_row(*row)
     return table

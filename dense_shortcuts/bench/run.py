@@ -41,6 +41,8 @@ def bench(config: BenchConfig, command: str) -> Path:
     about = {"command": command, **machine(), "device_type": device.type, "refused_backends": refusals}
 
     console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 110)  # so that a log keeps whole rows
     console.print(heading(config, about, folder), highlight=False, soft_wrap=True)
     for refusal in refusals.values():
         console.print(f"left out: {refusal}", highlight=False, soft_wrap=True)
