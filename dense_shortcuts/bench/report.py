@@ -178,4 +178,5 @@ def plot_growths(figure: Any, growths: Sequence[Growth]) -> None:
         axes.xaxis.set_major_formatter("{x:.0f}")
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+        if axes.lines:
+            axes.legend(fontsize=7)
