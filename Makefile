@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: compare test check clean
+.PHONY: compare test check bench clean
 
 compare: $(VENV)/installed
 	$(BIN)/dsnet compare
@@ -15,6 +15,9 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(VENV)/installed
+	$(BIN)/dsnet bench
 
 clean:
 	rm -rf $(VENV) build *.egg-info

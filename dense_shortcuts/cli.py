@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. `dsnet compare`, `dsnet train`, `dsnet eval`, `dsnet models`."""
+"""The command line: parse, call, print. `dsnet compare`, `train`, `eval`, `models`, `bench`, `info`."""
 
 import argparse
 import shlex
@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from .bench.config import BenchConfig
 from .errors import DenseShortcutError
 from .train.config import TrainConfig, read_yaml
 
@@ -63,6 +64,18 @@ class Models:
     """A wildcard such as 'ds2*'."""
 
 
+@dataclass(frozen=True)
+class Bench:
+    """Measure speed, memory and traffic of DSNets beside ResNets, DenseNets and the public form of dense shortcuts."""
+
+    config: tyro.conf.OmitArgPrefixes[BenchConfig] = field(default_factory=BenchConfig)
+
+
+@dataclass(frozen=True)
+class Info:
+    """Say which versions, devices and compilers are here, and which back end each device uses and why."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit code is 0, 2 for an error of the caller, 130 or 143 for an interruption."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -93,6 +106,8 @@ def advice(interruption: KeyboardInterrupt, arguments: list[str]) -> str:
 
     if isinstance(interruption, RunInterrupted):
         return f"go on with `dsnet {arguments[0]} --resume {shlex.quote(str(interruption.folder))}`."
+    if arguments[:1] == ["bench"]:
+        return "comparisons that were finished are in the output folder."
     return "nothing was begun."
 
 
@@ -103,6 +118,16 @@ def run(arguments: list[str]) -> None:
         from .models import list_models
 
         print("\n".join(list_models(command.pattern)))
+        return
+    if isinstance(command, Info):
+        from .machine import info
+
+        print("\n".join(info()))
+        return
+    if isinstance(command, Bench):
+        from .bench.run import bench
+
+        bench(command.config, shlex.join(["dsnet", *arguments]))
         return
     from .train import run as runs
 
@@ -116,7 +141,7 @@ def run(arguments: list[str]) -> None:
         runs.train(command.config)
 
 
-def parse(arguments: list[str]) -> Compare | Train | Eval | Models:
+def parse(arguments: list[str]) -> Compare | Train | Eval | Models | Bench | Info:
     """The command with its settings; a recipe gives the defaults that the other flags change.
 
     Raises:
@@ -134,6 +159,8 @@ def parse(arguments: list[str]) -> Compare | Train | Eval | Models:
         | Annotated[Train, tyro.conf.subcommand("train", default=Train(config))]
         | Annotated[Eval, tyro.conf.subcommand("eval")]
         | Annotated[Models, tyro.conf.subcommand("models")]
+        | Annotated[Bench, tyro.conf.subcommand("bench")]
+        | Annotated[Info, tyro.conf.subcommand("info")]
     )
     return tyro.cli(commands, prog="dsnet", description="Dense shortcuts for residual networks.", args=arguments)
 

@@ -1,7 +1,5 @@
 """What a network costs: parameters, multiply-adds, memory of a training step, images a second."""
 
-import gc
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..ops import flops
+from ..profiling import peak_bytes
 from .config import TrainConfig
 from .loop import make_accelerator, memory_format, placed
 from .network import build_network, make_loss, make_optimizer
@@ -36,11 +35,7 @@ def multiply_adds(model: nn.Module, img_size: int) -> int:
 
 
 def training_step_memory(config: TrainConfig, num_classes: int) -> int:
-    """Bytes held at the highest point of one training step, weights and optimizer state included, after one before it.
-
-    On CUDA the allocator's own peak. On a CPU: weights, their gradients' and optimizer's tensors, the batch, and the
-    highest sum of what PyTorch's operations took and gave back, in the order in which they ended (torch.profiler).
-    """
+    """Bytes held at the highest point of one training step (`peak_bytes`), after one before it."""
     device = make_accelerator(config).device
     model = placed(build_network(config, num_classes), config, device).train()
     optimizer = make_optimizer(config, model)
@@ -59,28 +54,8 @@ def training_step_memory(config: TrainConfig, num_classes: int) -> int:
         optimizer.zero_grad()
 
     step()
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.reset_peak_memory_stats(device)
-        step()
-        return torch.cuda.max_memory_allocated(device)
     state = [t for entry in optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]
-    resident = [*model.parameters(), *model.buffers(), *state, images, labels]
-    return sum(t.numel() * t.element_size() for t in resident) + _peak_of_events(step)
-
-
-def _peak_of_events(step: Any) -> int:
-    """The highest sum of the profiler's allocations and releases during a call, in bytes."""
-    from torch.profiler import ProfilerActivity, profile
-
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it reports on stderr that there is no GPU
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-        step()
-    held = peak = 0
-    for event in sorted(profiler.events() or [], key=lambda e: e.time_range.end):
-        held += event.self_cpu_memory_usage
-        peak = max(peak, held)
-    return peak
+    return peak_bytes(step, [*model.parameters(), *model.buffers(), *state, images, labels], device)
 
 
 @torch.no_grad()

@@ -3,12 +3,8 @@
 import dataclasses
 import datetime
 import json
-import os
-import platform
 import shlex
-import subprocess
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +12,7 @@ import torch
 from rich.console import Console
 
 from ..errors import DenseShortcutError
+from ..machine import machine
 from . import report
 from .checkpoint import CARD, STATE, WEIGHTS, read_json, read_model, read_tensors, write_text
 from .config import TrainConfig, read_yaml, write_yaml
@@ -148,35 +145,7 @@ def make_folder(folder: Path, config: TrainConfig, command: str) -> None:
 
 def environment(config: TrainConfig, command: str) -> dict[str, Any]:
     """What a run depends on besides its configuration."""
-    packages = ("torch", "torchvision", "timm", "accelerate", "torchmetrics", "numpy", "pillow", "dense-shortcuts")
-    cuda = torch.cuda.is_available()
-    return {
-        "command": command,
-        "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "packages": {name: version(name) for name in packages},
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "git": git_state(),
-        "seed": config.seed,
-    }
-
-
-def git_state() -> dict[str, Any] | None:
-    """Commit of the package's own source tree, and whether it was changed since; None where it is installed."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)
-        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    return {"command": command, "seed": config.seed, **machine()}
 
 
 def heading(config: TrainConfig, data: Data, labels: Sequence[str], folder: Path, device: torch.device) -> str:

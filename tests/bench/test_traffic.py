@@ -1,0 +1,141 @@
+"""Bytes of the shortcuts: the least against a count by hand, and what is moved against operators run one by one."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dense_shortcuts as ds
+from dense_shortcuts.bench.models import SWEEP_WIDTH, bare_stage
+from dense_shortcuts.bench.public_form import PublicStage
+from dense_shortcuts.bench.traffic import (
+    Traffic,
+    best_tile,
+    host_traffic,
+    least_traffic,
+    operators,
+    shortcut_bytes,
+)
+
+N, SIDE = 2, 8
+MAP_BYTES = 8 * N * SWEEP_WIDTH * SIDE * SIDE  # float64
+
+
+def test_a_stage_of_36_blocks_reads_666_maps_untiled_and_about_300_in_tiles_of_6():
+    assert least_traffic(36).pairs == 666
+    assert best_tile(36) == 6
+    # From outside their tile 6 * (1 + .. + 5) maps, from within 6 * 21, and 30 partial sums written and read back.
+    assert least_traffic(36, 6).pairs == 90 + 126 + 60 == 276
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 8, 23, 31, 36, 64])
+@pytest.mark.parametrize("tile", [1, 2, 3, 6, 8, 100, None])
+def test_the_least_traffic_is_that_of_a_run_through_the_stage(depth, tile):
+    assert least_traffic(depth, tile) == counted(depth, tile or depth)
+
+
+def counted(depth: int, tile: int) -> Traffic:
+    """The passes of a tiled stage, one after the other, each with what it reads and writes."""
+    pairs = forward = backward = 0
+    for start in range(0, depth, tile):
+        blocks = range(start + 1, min(start + tile, depth) + 1)
+        if start > 0:
+            read, written = len(range(start)), len(blocks)
+            pairs += read + written
+        for block in blocks:
+            own = range(start, block)
+            pairs += len(own) + (start > 0)  # the maps of its tile, and its partial sum read back
+            forward += 2  # branch and output
+    # Backward, tiles of the maps X_i are cut from the last one on; G_l is the gradient of block l's sum.
+    backward_pairs = 0
+    for end in range(depth, 0, -tile):
+        maps = range(max(0, end - tile), end)
+        beyond = range(end + 1, depth + 1)  # later sums outside the tile
+        if beyond:
+            read, written = len(beyond), len(maps)
+            backward_pairs += read + written
+            backward += len(maps)  # X_i, for the products with these G_l
+        for i in maps:
+            backward_pairs += len(range(i + 1, end + 1)) + bool(beyond)  # G_l of its tile, and its partial sum
+    backward += 3 * (depth + 1)
+    assert backward_pairs == pairs
+    return Traffic(pairs, forward + pairs, backward + backward_pairs)
+
+
+def test_tiles_are_taken_where_they_gain_and_then_cost_grows_slower_than_the_square():
+    assert [best_tile(depth) for depth in (1, 3, 6)] == [None] * 3
+    for depth in (23, 36, 64):
+        tiled, untiled = least_traffic(depth, best_tile(depth)), least_traffic(depth)
+        assert sum(tiled[1:]) < sum(untiled[1:])
+    growth = least_traffic(256, 16).pairs / least_traffic(64, 8).pairs
+    assert growth < 4**1.6
+
+
+def stage(depth: int, **options) -> nn.Module:
+    network = bare_stage(depth).double()
+    return ds.plug_in(network, **options) if options else network
+
+
+class Severed(nn.Module):
+    """A host's stage without shortcuts and last activations; a projection is run, and left aside."""
+
+    def __init__(self, blocks: nn.Sequential) -> None:
+        super().__init__()
+        self.blocks = blocks
+
+    def forward(self, x: Tensor) -> Tensor:
+        projection = self.blocks[0].downsample
+        self.aside = None if projection is None else projection(x)
+        for b in self.blocks:
+            x = b.bn3(b.conv3(b.act2(b.bn2(b.conv2(b.act1(b.bn1(b.conv1(x))))))))
+        return x
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("projection", [False, True])
+def test_a_hosts_shortcuts_move_what_its_operators_show(depth, projection):
+    host, bare = stage(depth), stage(depth)
+    for network in (host, bare):
+        if projection:
+            network[0][0].downsample = nn.Conv2d(SWEEP_WIDTH, SWEEP_WIDTH, 1, bias=False).double()
+    bare[0] = Severed(bare[0])
+    x = torch.randn(N, SWEEP_WIDTH, SIDE, SIDE, dtype=torch.float64).requires_grad_()
+    grad_aside = torch.ones_like(x)
+
+    def severed_step() -> None:
+        outputs = [bare(x).sum(), bare[0].aside]
+        pairs = [(y, g) for y, g in zip(outputs, (None, grad_aside), strict=True) if y is not None]
+        torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
+
+    moved = operators(lambda: host(x).sum().backward()).bytes
+    x.grad = None  # else the second step adds to the first one's gradient
+    moved -= operators(severed_step).bytes
+    assert moved == host_traffic(depth, projection) * MAP_BYTES
+
+
+def step(network: nn.Module) -> None:
+    x = torch.randn(N, SWEEP_WIDTH, SIDE, SIDE, dtype=torch.float64).requires_grad_()
+    network(x).sum().backward()
+
+
+def test_the_public_form_moves_all_that_its_pairs_ask_for():
+    """Forward, a pair's batch norm reads 1 and writes 1, its convolution too, and the sum reads 2 and writes 1."""
+    depth = 4
+    public = stage(depth)
+    public[0] = PublicStage(list(public[0].children())).double()
+    found = shortcut_bytes(public, stage(depth), step)
+    pairs = depth * (depth + 1) // 2
+    assert found.untiled == found.least == sum(least_traffic(depth)[1:]) * MAP_BYTES
+    # Backward: convolution reads 2 and writes 1, batch norm reads 2 and writes 1, the map's gradients add up: 3.
+    by_hand = pairs * (2 + 2 + 3 + 3 + 3 + 3) + depth * (2 + 3)
+    assert found.moved == pytest.approx(by_hand * MAP_BYTES, rel=0.03)
+
+
+def test_the_fused_operator_moves_less_than_plain_pytorch_and_not_less_than_the_least():
+    found = {
+        backend: shortcut_bytes(stage(6, norm="batch", backend=backend), stage(6), step) for backend in ("plain", "cpu")
+    }
+    assert found["cpu"].least <= found["cpu"].moved < 0.5 * found["plain"].moved
+
+
+def test_a_network_without_shortcuts_has_no_such_bytes():
+    assert shortcut_bytes(stage(2), stage(2), step) is None
