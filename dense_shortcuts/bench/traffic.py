@@ -1,6 +1,5 @@
 """Feature maps that shortcuts read and write: the least that must move, from shapes, and what an operator run moves."""
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -9,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..stage import DenseStage
+from ..tiling import Tiling
 from .public_form import PublicStage
 
 
@@ -26,10 +26,9 @@ class Traffic(NamedTuple):
 def least_traffic(depth: int, tile: int | None = None) -> Traffic:
     """The feature maps that the shortcuts of one stage must move in a training step.
 
-    Untiled, block l reads its branch and l earlier maps and writes its output: L(L+1)/2 pair reads. In tiles of g
-    blocks (m = L/g of them), the maps before a tile are read once for all of its g sums, which leaves g partial sums to
-    write and to read back: L(m-1)/2 reads from outside, L(g+1)/2 from within and 2(L-g) for partial sums, least at
-    g = sqrt(L), where it grows as L^1.5.
+    Untiled, block l reads its branch and l earlier maps and writes its output: L(L+1)/2 pair reads. In groups of g
+    blocks the maps before a group are read once for all of its g sums, which leaves g partial sums to write and to read
+    back (`tiling.Tiling.traffic`).
 
     Backward, the gradient of X_i is pulled from the gradients of the later sums: the same pairs the other way round,
     and X_i read, its incoming gradient read and its gradient written, for X_0 .. X_L; the products <G_l, X_i> that give
@@ -42,21 +41,17 @@ def least_traffic(depth: int, tile: int | None = None) -> Traffic:
         depth: number of blocks L.
         tile: blocks g in a tile, or None for untiled.
     """
-    tile = depth if tile is None else min(tile, depth)
-    sizes = [min(tile, depth - start) for start in range(0, depth, tile)]
-    within = sum(size * (size + 1) // 2 for size in sizes)
-    outside = sum(range(0, depth, tile))  # a tile that starts after `start` blocks reads X_0 .. X_{start-1}
-    partial = 2 * (depth - sizes[0])
-    pairs = outside + within + partial
-    again = depth - sizes[0]
-    return Traffic(pairs, forward=pairs + 2 * depth, backward=pairs + again + 3 * (depth + 1))
+    tiling = Tiling(depth, depth if tile is None else tile)
+    again = depth - min(tiling.size, depth)
+    return Traffic(
+        tiling.traffic, forward=tiling.traffic + 2 * depth, backward=tiling.traffic + again + 3 * (depth + 1)
+    )
 
 
 def best_tile(depth: int) -> int | None:
-    """Blocks in a tile, g = round(sqrt(L)), or None where tiles move no less than the untiled form."""
-    tile = round(math.sqrt(depth))
-    tiled, untiled = least_traffic(depth, tile), least_traffic(depth)
-    return tile if sum(tiled[1:]) < sum(untiled[1:]) else None
+    """Blocks in a group as the package cuts a stage of this depth, or None where it does not."""
+    size = Tiling.best(depth).size
+    return size if size < depth else None
 
 
 def host_traffic(depth: int, projection: bool) -> int:
