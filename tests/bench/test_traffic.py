@@ -8,7 +8,6 @@ import dense_shortcuts as ds
 from dense_shortcuts.bench.models import SWEEP_WIDTH, bare_stage
 from dense_shortcuts.bench.public_form import PublicStage
 from dense_shortcuts.bench.traffic import (
-    Traffic,
     best_tile,
     host_traffic,
     least_traffic,
