@@ -147,7 +147,9 @@ def parse(arguments: list[str]) -> Compare | Train | Eval | Models:
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
-            return tyro.cli(commands, prog="dsnet", description="Dense shortcuts for residual networks.", args=arguments)
+            return tyro.cli(
+                commands, prog="dsnet", description="Dense shortcuts for residual networks.", args=arguments
+            )
     except SystemExit as refusal:
         if not refusal.code:  # --help, which went to stdout
             raise

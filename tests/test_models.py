@@ -28,14 +28,14 @@ HOSTS = {
     "ds2res2net50": "res2net50_26w_4s",
 }
 CIFAR = {"dsnet20": 3, "dsnet32": 5, "dsnet56": 9, "dsnet110": 18}
-ALL = [*HOSTS, *CIFAR, "dsnet50_cifar"]
+ALL = [*HOSTS, *CIFAR, "dsnet29", "dsnet50_cifar"]
 BIG = ["dsnet101", "dsnet152", "dsnext101_32x8d", "wide_dsnet50_2", "ds2net101", "ds2net152", "dsnet110"]
 SWEPT = [name for name in ALL if name not in BIG]
 SIDE = 32
 
 
 def images(name: str, batch: int = 2, channels: int = 3) -> Tensor:
-    side = 16 if name in CIFAR or name.endswith("cifar") else SIDE
+    side = 16 if name in CIFAR or name in ("dsnet29", "dsnet50_cifar") else SIDE
     return torch.randn(batch, channels, side, side)
 
 
@@ -45,7 +45,7 @@ def create(name: str, **kwargs) -> nn.Module:
 
 
 def stages_of(name: str) -> int:
-    return 3 if name in CIFAR else 4
+    return 3 if name in CIFAR or name == "dsnet29" else 4
 
 
 def assert_every_parameter_has_a_gradient(net: nn.Module, output: Tensor | list[Tensor]) -> None:
@@ -133,6 +133,16 @@ def test_cifar_networks_have_the_depth_and_widths_of_their_name(name):
     with torch.no_grad():
         assert net.eval().forward_features(torch.randn(1, 3, 32, 32)).shape == (1, 64, 8, 8)
     assert net.default_cfg["input_size"] == (3, 32, 32)
+
+
+def test_dsnet29_has_the_depth_and_widths_of_resnet_164s_family():
+    net = create("dsnet29", num_classes=100)
+    convolutions = [m for n, m in net.named_modules() if isinstance(m, nn.Conv2d) and "downsample" not in n]
+    assert len(convolutions) + 1 == 9 * 3 + 2
+    assert [s.shortcut.channels for s in (net.layer1, net.layer2, net.layer3)] == [64, 128, 256]
+    assert sum(w.numel() for _, w in ds.shortcut_parameters(net)) == 6 * (64 + 128 + 256)
+    with torch.no_grad():
+        assert net.eval().forward_features(torch.randn(1, 3, 32, 32)).shape == (1, 256, 8, 8)
 
 
 def test_dsnet50_cifar_keeps_the_resolution_in_its_stem():
