@@ -1,5 +1,8 @@
 """One sweep over every registered network, and the numbers that make each the network it is called."""
 
+import copy
+import pickle
+
 import pytest
 import timm
 import torch
@@ -360,14 +363,27 @@ def test_registered_networks_are_timms_resnet(name):
     assert type(create(name)) is ResNet
 
 
-@pytest.mark.xfail(strict=True, reason="timm's ResNet.group_matcher knows only its own names: layer<n>.<block>")
-def test_layer_decay_counts_a_shortcut_with_its_own_stage():
-    """Otherwise layer-wise decay would train the first stage's shortcuts at the classifier's rate."""
+def lr_scales(net: nn.Module) -> dict[int, float]:
     from timm.optim import param_groups_layer_decay
 
-    net = create("dsnet18")
-    scales = {
-        id(p): group["lr_scale"] for group in param_groups_layer_decay(net, layer_decay=0.5) for p in group["params"]
-    }
-    head = scales[id(net.fc.weight)]
-    assert all(scales[id(w)] < head for w in net.layer1.shortcut.weights)
+    groups = param_groups_layer_decay(net, layer_decay=0.5)
+    return {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("name", ["dsnet18", "ds2net50"])
+def test_layer_decay_counts_the_shortcut_into_a_block_with_the_block(name):
+    """Otherwise layer-wise decay would train the first stage's shortcuts at the classifier's rate."""
+    net = create(name)
+    for copied in (net, copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        scales = lr_scales(copied)
+        for stage in (copied.layer1, copied.layer4):
+            for block, weight in zip(stage.blocks, stage.shortcut.weights, strict=True):
+                assert scales[id(weight)] == scales[id(block.conv1.weight)] < scales[id(copied.fc.weight)]
+
+
+def test_layer_decay_of_the_unplugged_network_is_the_hosts():
+    net, host = create("dsnet18"), create("resnet18")
+    ds.unplug(net)
+    assert net.group_matcher() == host.group_matcher() and net.group_matcher(True) == host.group_matcher(True)
+    assert "group_matcher" not in vars(net)
+    assert list(lr_scales(net).values()) == list(lr_scales(host).values())

@@ -235,7 +235,7 @@ def dsnet110(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def dsnet29(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DSNet-29 for 32x32 images: three stages of 3 bottlenecks, 64, 128 and 256 maps wide (the 9n + 2 of ResNet-164)."""
+    """DSNet-29 for 32x32 images: three stages of 3 bottlenecks, 64, 128 and 256 maps wide (9n + 2, as ResNet-164)."""
     return _create("dsnet29", pretrained, cifar_resnet, **_host(block=Bottleneck, layers=(3, 3, 3)) | kwargs)
 
 
