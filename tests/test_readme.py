@@ -21,7 +21,7 @@ from dense_shortcuts.cli import main
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TINY = [
-    *("--limit-train=8", "--limit-test=6", "--batch-size=4", "--epochs=1", "--warmup-epochs=0"),
+    *("--limit-train=4", "--limit-test=4", "--batch-size=4", "--epochs=1", "--warmup-epochs=0"),
     *("--img-size=16", "--workers=0"),
 ]
 
@@ -103,7 +103,7 @@ def test_a_command_runs(command, place, capsys, monkeypatch):
     monkeypatch.delenv("DENSE_SHORTCUTS_DATA", raising=False)
     arguments = complete(command)
     before = set((place / "runs").iterdir())
-    name = ["--name", f"run-{len(before)}"] if "--limit-train=8" in arguments else []
+    name = ["--name", f"run-{len(before)}"] if TINY[0] in arguments else []
     assert in_folder(place, lambda: main([*arguments, *name])) == 0, capsys.readouterr().err
     made = set((place / "runs").iterdir()) - before
     assert len(made) == (1 if name else 0)
