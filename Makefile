@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: compare test check bench clean
+.PHONY: compare test accuracy check bench clean
 
 compare: $(VENV)/installed
 	$(BIN)/dsnet compare
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
+
+accuracy: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m accuracy
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -1,6 +1,10 @@
 """The command line: parse, call, print. `dsnet compare`, `train`, `eval`, `models`, `bench`, `info`."""
 
 import argparse
+import contextlib
+import io
+import itertools
+import re
 import shlex
 import signal
 import sys
@@ -15,6 +19,8 @@ import tyro
 from .bench.config import BenchConfig
 from .errors import DenseShortcutError
 from .train.config import TrainConfig, read_yaml
+
+COMMANDS = ("compare", "train", "eval", "models")
 
 
 @dataclass(frozen=True)
@@ -145,12 +151,15 @@ def parse(arguments: list[str]) -> Compare | Train | Eval | Models | Bench | Inf
     """The command with its settings; a recipe gives the defaults that the other flags change.
 
     Raises:
-        DenseShortcutError: a bad recipe or value, or other flags beside --resume.
+        DenseShortcutError: a bad recipe, flag or value, or other flags beside --resume.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--recipe", type=Path)
     first.add_argument("--resume", type=Path)
-    known, rest = first.parse_known_args(arguments)
+    try:
+        known, rest = first.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise DenseShortcutError(f"{error}: give the path behind it.") from error
     if known.resume is not None and (known.recipe is not None or len(rest) > 1):
         raise DenseShortcutError("--resume goes on with the run's own settings: give no other flag beside it.")
     config = read_yaml(known.recipe) if known.recipe is not None else TrainConfig()
@@ -162,7 +171,31 @@ def parse(arguments: list[str]) -> Compare | Train | Eval | Models | Bench | Inf
         | Annotated[Bench, tyro.conf.subcommand("bench")]
         | Annotated[Info, tyro.conf.subcommand("info")]
     )
-    return tyro.cli(commands, prog="dsnet", description="Dense shortcuts for residual networks.", args=arguments)
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            return tyro.cli(
+                commands, prog="dsnet", description="Dense shortcuts for residual networks.", args=arguments
+            )
+    except SystemExit as refusal:
+        if not refusal.code:  # --help, which went to stdout
+            raise
+        raise DenseShortcutError(refused(told.getvalue(), arguments)) from None
+
+
+def refused(box: str, arguments: list[str]) -> str:
+    """One sentence from the box in which tyro says why it refuses the arguments: what stands above its first rule."""
+    # In colour on a terminal; with "│" and "─" where stdout is UTF-8, else with "-" alone; the title is the first line.
+    plain = re.sub(r"\x1b\[[\d;]*m", "", box)
+    lines = [line.strip("│ ") for line in plain.splitlines()][1:]
+    rule = re.compile("[─-]{4,}|╰.*")
+    if lines and rule.fullmatch(lines[0]):
+        lines = lines[1:]
+    reason = " ".join(itertools.takewhile(lambda line: not rule.fullmatch(line), lines)).rstrip(". ")
+    near = re.search(r"(?:perhaps you meant|similar to)[^\n]*\n(--[\w-]+)", "\n".join(lines), re.IGNORECASE)
+    meant = f"did you mean {near[1]}? " if near else ""
+    command = f"{arguments[0]} " if arguments and arguments[0] in COMMANDS else ""
+    return f"{reason[:1].lower()}{reason[1:]}: {meant}`dsnet {command}--help` lists what there is."
 
 
 def print_figures(figures: dict[str, Any]) -> None:

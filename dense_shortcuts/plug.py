@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -175,6 +176,7 @@ def plug_in(
                 _match(inner_shortcut, block)
             block.register_module("inner", inner_shortcut)
         DenseStage.adopt(stage, stage_plan.shortcut, aggregate=options.aggregate, keep_identity=options.keep_identity)
+    _group_shortcuts_with_blocks(model)
     return model
 
 
@@ -194,7 +196,23 @@ def unplug(model: nn.Module) -> nn.Module:
             del block.inner
             block.__class__ = HOST_CLASSES[type(block)]
         stage.release()
+    if isinstance(vars(model).get("group_matcher"), GroupMatcher):
+        del model.group_matcher
     return model
+
+
+@dataclass(frozen=True)
+class GroupMatcher:
+    """`group_matcher` of a plugged timm network: the host's own patterns, and each block's shortcut with its block.
+
+    timm's layer-wise learning rates and freezing go by it; a name that no pattern matches counts as the head's.
+    """
+
+    blocks: dict[str, Any]
+    stages: dict[str, Any]
+
+    def __call__(self, coarse: bool = False) -> dict[str, Any]:
+        return self.stages if coarse else self.blocks
 
 
 def dense_stages(model: nn.Module) -> dict[str, DenseStage]:
@@ -210,6 +228,19 @@ def shortcut_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         if isinstance(module, DenseShortcut | InnerShortcut)
         for name, parameter in module.named_parameters()
     ]
+
+
+def _group_shortcuts_with_blocks(model: nn.Module) -> None:
+    """Where timm's patterns know a block as stage.number, let the shortcut into that block belong to it."""
+    matcher: Any = getattr(model, "group_matcher", None)
+    if not callable(matcher) or "group_matcher" in vars(model):
+        return
+    blocks, number = matcher(coarse=False), r"\.(\d+)"
+    pattern = blocks.get("blocks") if isinstance(blocks, dict) else None
+    if isinstance(pattern, str) and pattern.endswith(number):
+        shortcuts = pattern.removesuffix(number) + r"\.shortcut\.weights" + number
+        blocks = blocks | {"blocks": [(pattern, None), (shortcuts, None)]}
+        vars(model)["group_matcher"] = GroupMatcher(blocks, matcher(coarse=True))
 
 
 def _find_stages(model: nn.Module) -> dict[str, nn.Sequential]:

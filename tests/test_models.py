@@ -1,5 +1,8 @@
 """One sweep over every registered network, and the numbers that make each the network it is called."""
 
+import copy
+import pickle
+
 import pytest
 import timm
 import torch
@@ -28,14 +31,14 @@ HOSTS = {
     "ds2res2net50": "res2net50_26w_4s",
 }
 CIFAR = {"dsnet20": 3, "dsnet32": 5, "dsnet56": 9, "dsnet110": 18}
-ALL = [*HOSTS, *CIFAR, "dsnet50_cifar"]
+ALL = [*HOSTS, *CIFAR, "dsnet29", "dsnet50_cifar"]
 BIG = ["dsnet101", "dsnet152", "dsnext101_32x8d", "wide_dsnet50_2", "ds2net101", "ds2net152", "dsnet110"]
 SWEPT = [name for name in ALL if name not in BIG]
 SIDE = 32
 
 
 def images(name: str, batch: int = 2, channels: int = 3) -> Tensor:
-    side = 16 if name in CIFAR or name.endswith("cifar") else SIDE
+    side = 16 if name in CIFAR or name in ("dsnet29", "dsnet50_cifar") else SIDE
     return torch.randn(batch, channels, side, side)
 
 
@@ -45,7 +48,7 @@ def create(name: str, **kwargs) -> nn.Module:
 
 
 def stages_of(name: str) -> int:
-    return 3 if name in CIFAR else 4
+    return 3 if name in CIFAR or name == "dsnet29" else 4
 
 
 def assert_every_parameter_has_a_gradient(net: nn.Module, output: Tensor | list[Tensor]) -> None:
@@ -133,6 +136,16 @@ def test_cifar_networks_have_the_depth_and_widths_of_their_name(name):
     with torch.no_grad():
         assert net.eval().forward_features(torch.randn(1, 3, 32, 32)).shape == (1, 64, 8, 8)
     assert net.default_cfg["input_size"] == (3, 32, 32)
+
+
+def test_dsnet29_has_the_depth_and_widths_of_resnet_164s_family():
+    net = create("dsnet29", num_classes=100)
+    convolutions = [m for n, m in net.named_modules() if isinstance(m, nn.Conv2d) and "downsample" not in n]
+    assert len(convolutions) + 1 == 9 * 3 + 2
+    assert [s.shortcut.channels for s in (net.layer1, net.layer2, net.layer3)] == [64, 128, 256]
+    assert sum(w.numel() for _, w in ds.shortcut_parameters(net)) == 6 * (64 + 128 + 256)
+    with torch.no_grad():
+        assert net.eval().forward_features(torch.randn(1, 3, 32, 32)).shape == (1, 256, 8, 8)
 
 
 def test_dsnet50_cifar_keeps_the_resolution_in_its_stem():
@@ -351,14 +364,27 @@ def test_registered_networks_are_timms_resnet(name):
     assert type(create(name)) is ResNet
 
 
-@pytest.mark.xfail(strict=True, reason="timm's ResNet.group_matcher knows only its own names: layer<n>.<block>")
-def test_layer_decay_counts_a_shortcut_with_its_own_stage():
-    """Otherwise layer-wise decay would train the first stage's shortcuts at the classifier's rate."""
+def lr_scales(net: nn.Module) -> dict[int, float]:
     from timm.optim import param_groups_layer_decay
 
-    net = create("dsnet18")
-    scales = {
-        id(p): group["lr_scale"] for group in param_groups_layer_decay(net, layer_decay=0.5) for p in group["params"]
-    }
-    head = scales[id(net.fc.weight)]
-    assert all(scales[id(w)] < head for w in net.layer1.shortcut.weights)
+    groups = param_groups_layer_decay(net, layer_decay=0.5)
+    return {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("name", ["dsnet18", "ds2net50"])
+def test_layer_decay_counts_the_shortcut_into_a_block_with_the_block(name):
+    """Otherwise layer-wise decay would train the first stage's shortcuts at the classifier's rate."""
+    net = create(name)
+    for copied in (net, copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        scales = lr_scales(copied)
+        for stage in (copied.layer1, copied.layer4):
+            for block, weight in zip(stage.blocks, stage.shortcut.weights, strict=True):
+                assert scales[id(weight)] == scales[id(block.conv1.weight)] < scales[id(copied.fc.weight)]
+
+
+def test_layer_decay_of_the_unplugged_network_is_the_hosts():
+    net, host = create("dsnet18"), create("resnet18")
+    ds.unplug(net)
+    assert net.group_matcher() == host.group_matcher() and net.group_matcher(True) == host.group_matcher(True)
+    assert "group_matcher" not in vars(net)
+    assert list(lr_scales(net).values()) == list(lr_scales(host).values())

@@ -62,7 +62,7 @@ _IMAGENET = [
     "ds2net152",
     "ds2res2net50",
 ]
-_CIFAR = ["dsnet20", "dsnet32", "dsnet56", "dsnet110"]
+_CIFAR = ["dsnet20", "dsnet32", "dsnet56", "dsnet110", "dsnet29"]
 
 default_cfgs = generate_default_cfgs(
     {name: _cfg() for name in _IMAGENET} | {name: _cifar_cfg(8) for name in _CIFAR} | {"dsnet50_cifar": _cifar_cfg(4)}
@@ -231,6 +231,12 @@ def dsnet56(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def dsnet110(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DSNet-110 for 32x32 images: three stages of 18 blocks, 16, 32 and 64 maps wide."""
     return _create("dsnet110", pretrained, cifar_resnet, **_host(block=BasicBlock, layers=(18, 18, 18)) | kwargs)
+
+
+@register_model
+def dsnet29(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DSNet-29 for 32x32 images: three stages of 3 bottlenecks, 64, 128 and 256 maps wide (9n + 2, as ResNet-164)."""
+    return _create("dsnet29", pretrained, cifar_resnet, **_host(block=Bottleneck, layers=(3, 3, 3)) | kwargs)
 
 
 @register_model

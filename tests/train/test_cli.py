@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import shutil
 import signal
 import subprocess
@@ -215,13 +216,41 @@ def test_bad_input_is_one_sentence_with_code_2_and_leaves_nothing(arguments, mes
 
 
 @pytest.mark.parametrize(
-    "arguments", [["train", "--norm", "grup"], ["train", "--epochs", "many"], ["train", "--epoch", "3"], ["trian"]]
+    ("arguments", "sentence"),
+    [
+        (["train", "--norm", "grup"], "invalid choice 'grup' for argument '--norm'"),
+        (["train", "--epochs", "many"], "error parsing --epochs: invalid literal for int() with base 10: 'many'"),
+        (["train", "--epoch", "3"], "unrecognized options: --epoch, 3: did you mean --epochs? `dsnet train --help`"),
+        (["compare", "--lr"], "missing value for argument '--lr'"),
+        (["compare", "--recipe"], "argument --recipe: expected one argument"),
+        (["eval"], "missing from dsnet eval: PATH"),
+        (["trian"], "unrecognized options: trian: `dsnet --help`"),
+        ([], "expected one of {compare, train, eval, models}"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_flag_that_cannot_be_read_is_told_with_code_2(arguments, capsys):
+def test_a_flag_that_cannot_be_read_is_one_sentence_with_code_2(arguments, sentence, capsys):
+    assert refused(arguments, capsys).startswith(f"dsnet: error: {sentence}")
+
+
+def test_a_refusal_is_the_same_sentence_on_a_terminal_where_tyro_draws_in_colour():
+    terminal, end = pty.openpty()
+    done = subprocess.run([DSNET, "train", "--epoch", "3"], stdout=end, stderr=subprocess.PIPE, text=True)
+    for descriptor in (terminal, end):
+        os.close(descriptor)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "dsnet: error: unrecognized options: --epoch, 3: did you mean --epochs? "
+        "`dsnet train --help` lists what there is.\n"
+    )
+
+
+def test_help_is_printed_with_code_0(capsys):
     with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    assert caught.value.code == 2 and arguments[-1] in capsys.readouterr().err
-    assert not Path("runs").exists()
+        main(["train", "--help"])
+    out, error = capsys.readouterr()
+    assert not caught.value.code and not error
+    assert "--keep-identity" in out and "Learning rate after the warm-up" in out
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,23 @@
+"""That dense shortcuts raise accuracy, by a real run of minutes: `make accuracy`, not part of the default tests."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DSNET = Path(sys.executable).with_name("dsnet")
+RECIPE = Path(__file__).parents[2] / "recipes" / "cifar100-cpu.yaml"
+
+
+@pytest.mark.accuracy
+def test_dsnet_beats_its_resnet_twin_on_a_subset_of_cifar100(cifar100, tmp_path):
+    """Nearest start and group norm, the default; the README has the figures of several seeds."""
+    command = [DSNET, "compare", "--recipe", RECIPE, "--data-dir", cifar100, "--output", tmp_path, "--name", "run"]
+    subprocess.run(command, check=True)
+    table = json.loads((tmp_path / "run" / "table.json").read_text())
+    host, dense = table["networks"]
+    assert (host["network"], dense["network"]) == ("identity", "stage-group")
+    assert dense["test_top1"] > host["test_top1"] > 5, table["verdict"]  # a hundred classes: chance is 1 %
+    assert table["paired"]["p_value"] < 0.05, table["verdict"]
