@@ -1,7 +1,20 @@
 """Settings that every test shares."""
 
+import importlib.util
+import os
+
 import pytest
 import torch
+
+# Without a GPU the Triton kernels run in Triton's interpreter. Triton asks for it as it is first imported, which timm
+# does, and as a kernel is defined; nothing else is to run in it.
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton.experimental.gluon  # noqa: F401 (which Triton loads at the first launch)
+
+    import dense_shortcuts.ops.triton  # noqa: F401
+
+    del os.environ["TRITON_INTERPRET"]
 
 
 @pytest.fixture(autouse=True)
