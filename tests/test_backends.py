@@ -274,3 +274,63 @@ def test_a_stage_run_in_part_without_gradients_is_refused_and_never_trains_half(
 def test_an_empty_batch_passes_in_evaluation_mode():
     net = ds.plug_in(hosts.small_net()).eval()
     assert net(torch.randn(0, 3, 9, 7)).shape == (0, 5)
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    "variant",
+    [{}, {"norm": "batch"}, {"norm": "instance", "aggregate": "block"}, {"aggregate": "dense_identity"}],
+    ids=str,
+)
+def test_the_triton_back_end_matches_the_equations_in_the_interpreter(variant, train, monkeypatch):
+    """The same kernels as on a GPU; conftest.py has them in Triton's interpreter."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    if torch.cuda.is_available():
+        pytest.skip("the kernels are compiled for the GPU in this process")
+    from dense_shortcuts.ops import triton
+
+    calls, real = [], triton.join
+    monkeypatch.setattr(triton, "join", lambda *a: calls.append(1) or real(*a))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("DENSE_SHORTCUTS_BACKEND", "triton")
+    compare("timm_basic", 3, train=train, shape=(2, 6, 3, 2), **variant)
+    assert len(calls) == 3
+
+
+def test_a_deep_stage_in_tiles_by_triton_matches_the_plain_form(monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    if torch.cuda.is_available():
+        pytest.skip("the kernels are compiled for the GPU in this process")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    found = {}
+    for backend in ("plain", "triton"):
+        torch.manual_seed(0)
+        stage = nn.Sequential(hosts.make_stage("timm_basic", 12, 4, in_channels=4))
+        ds.plug_in(stage, groups=2, backend=backend).double()
+        hosts.randomise_parameters(ds.shortcut_parameters(stage), seed=1)
+        x = torch.randn(2, 4, 2, 2, dtype=torch.float64, requires_grad=True)
+        y = stage(x)
+        y.square().sum().backward()
+        with torch.no_grad():
+            inferred = stage.eval()(x)
+        found[backend] = [y.detach(), inferred, x.grad, *(p.grad for p in stage.parameters())]
+    for ours, theirs in zip(found["triton"], found["plain"], strict=True):
+        assert_close(ours, theirs, 1e-9, "number")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("depth", [3, 12])
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_on_a_gpu_the_triton_back_end_runs_by_itself_and_matches_the_plain_form(norm, depth):
+    found = {}
+    for backend in ("plain", "auto"):
+        torch.manual_seed(0)
+        stage = nn.Sequential(hosts.make_stage("timm_basic", depth, 32, in_channels=32))
+        ds.plug_in(stage, norm=norm, backend=backend).double().cuda()
+        assert ops.choose(torch.empty(1, device="cuda"), backend) == {"plain": "plain", "auto": "triton"}[backend]
+        hosts.randomise_parameters(ds.shortcut_parameters(stage), seed=1)
+        x = torch.randn(2, 32, 14, 9, dtype=torch.float64).cuda().requires_grad_()
+        stage(x).square().sum().backward()
+        found[backend] = [x.grad, *(p.grad for p in stage.parameters())]
+    for ours, theirs in zip(found["auto"], found["plain"], strict=True):
+        assert_close(ours.cpu(), theirs.cpu(), 1e-9, "number")

@@ -24,6 +24,10 @@ TINY = [
     *("--limit-train=4", "--limit-test=4", "--batch-size=4", "--epochs=1", "--warmup-epochs=0"),
     *("--img-size=16", "--workers=0"),
 ]
+TINY_BENCH = [
+    *("--device=cpu", "--models", "timm.resnet50", "--what", "infer", "--modes", "eager", "--rounds=1"),
+    *("--batch-size=1", "--image-size", "32", "--output=figures"),
+]
 
 
 def blocks(language: str) -> list[str]:
@@ -88,13 +92,15 @@ def complete(command: str) -> list[str]:
     """The command's arguments with the README's placeholders filled in and, where it trains, with tiny sizes."""
     data = "imagefolder" if "imagefolder" in command else "cifar100"
     arguments = shlex.split(re.sub(r"\bDIR\b", data, command).replace("<name>", "NAME"))[1:]
+    if arguments[0] == "bench":
+        return [*arguments, *TINY_BENCH]
     trains = arguments[0] in ("compare", "train") and "--resume" not in arguments
     return [*arguments, *TINY] if trains else arguments
 
 
 def test_commands_are_found():
     verbs = {command.split()[1] for command in commands("dsnet")}
-    assert verbs == {"compare", "train", "eval", "models"}
+    assert verbs == {"compare", "train", "eval", "models", "bench", "info"}
     assert {"make compare", "make test"} <= set(commands("make"))
 
 
@@ -117,7 +123,7 @@ def test_a_make_target_installs_what_it_needs_and_calls_what_is_said(command, tm
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
     target = command.split()[1]
-    calls = {"compare": "dsnet compare", "test": "python -m pytest", "accuracy": "python -m pytest -m accuracy"}
+    calls = {"compare": "dsnet compare", "test": "python -m pytest -n auto", "accuracy": "python -m pytest -m accuracy"}
     dry = subprocess.run(
         ["make", "-n", target, f"VENV={tmp_path / 'new'}"], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -119,7 +119,7 @@ def pull(
     for later, scale in zip(later_grads, later_scales, strict=True):
         total = total + scale[:, :, None, None] * later
     if relu:
-        total = total.masked_fill(x <= 0, 0)
+        total = torch.where(x <= 0, total.new_zeros(()), total)  # masked_fill would lose channels_last
     bias = _pixel_sums(total, rows) if rows else total.new_zeros((0, x.shape[1]))
     scales = dots([total], maps, rows)[0] if rows and maps else total.new_zeros((len(maps), rows, x.shape[1]))
     return total.to(x.dtype), scales, bias

@@ -187,7 +187,7 @@ def _pull_kernel(
     offset,  # (rows, C) or None, as slope
     slope,
     out,
-    sums,  # (parts, C)
+    sums,  # (parts, C), or None where only out is wanted
     products,  # (maps, parts, C), or None without maps
     channels,
     pixels,
@@ -225,7 +225,8 @@ def _pull_kernel(
 
     FIRST: tl.constexpr = 1 + GRADS + LATER
     if products is None:
-        _put_sums(sums, total, part, channel, channels, BLOCK_C)
+        if sums is not None:
+            _put_sums(sums, total, part, channel, channels, BLOCK_C)
     else:
         # A sum over pixels waits for all threads of a program. The next map is on its way meanwhile.
         following = tl.load(tensors[FIRST] + start + inner, mask=mask, other=0)
@@ -440,6 +441,7 @@ def join(
     bias: Tensor | None,
     relu: bool,
     statistics: bool,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.join`."""
     first = (*addends, *maps)[0]
@@ -451,7 +453,9 @@ def join(
         terms = max(_LIST - len(addends), 0)
         some = _launch_join(addends[:_LIST], maps[:terms], scales[:terms], None, False, False, wide)[0]
         addends, maps, scales = [some, *addends[_LIST:]], maps[terms:], scales[terms:]
-    return _launch_join(addends, maps, scales, bias, relu, statistics, first.dtype)
+    # A program reads its tile of every map before it writes it, so that the result may take a map's place.
+    out = out if out is (*addends, *maps)[0] else None
+    return _launch_join(addends, maps, scales, bias, relu, statistics, first.dtype, out)
 
 
 def _launch_join(
@@ -462,6 +466,7 @@ def _launch_join(
     relu: bool,
     statistics: bool,
     out_dtype: torch.dtype | None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`join` of lists that fit one launch, into out_dtype; None writes no map (the first tensor is returned)."""
     tensors = _laid_out([*addends, *maps], (*addends, *maps)[0])
@@ -474,7 +479,8 @@ def _launch_join(
     if bias is not None:
         bias = bias.expand(rows, -1).contiguous()
     tiling = _tiling(x, _THREADS * min(32, max(8, 4 * _vector(x))), together=rows == 1 and not statistics)
-    out = None if out_dtype is None else torch.empty_like(x, dtype=out_dtype)
+    if out is None and out_dtype is not None:
+        out = torch.empty_like(x, dtype=out_dtype)
     mean = variance = None
     if statistics:
         mean, variance = (x.new_empty((tiling.parts, tiling.channels), dtype=wide) for _ in range(2))
@@ -551,7 +557,7 @@ def pull(
     moved = [] if offset is None or slope is None else [offset, slope]
     channelwise, per_image = _same_rows([*moved, *later_scales], x.shape[0])
     some_maps, other_maps = maps[:_LIST], maps[_LIST:]
-    tiling = _tiling(x, _THREADS * min(32, max(8, 4 * _vector(x))), together=rows == 1 and not per_image)
+    tiling = _tiling(x, _THREADS * min(32, max(8, 4 * _vector(x))), together=rows <= 1 and not per_image)
     out = torch.empty_like(x, dtype=wide if other_maps else x.dtype)
     sums = x.new_empty((tiling.parts, tiling.channels), dtype=wide)
     products = sums.new_empty((len(some_maps), *sums.shape))
@@ -562,7 +568,7 @@ def pull(
             channelwise[0] if moved else None,
             channelwise[1] if moved else None,
             out,
-            sums,
+            sums if rows else None,
             products if some_maps else None,
             tiling.channels,
             tiling.pixels,
@@ -575,6 +581,8 @@ def pull(
             num_warps=_warps(len(later_grads) + len(some_maps)),
         )
     dtype = accumulation_dtype(x.dtype)
+    if not rows:
+        return out.to(x.dtype), products.new_empty((0, 0, x.shape[1]), dtype=dtype), sums[:0].to(dtype)
     scale_grads = _over_parts(products, rows, dtype)
     if other_maps:
         scale_grads = torch.cat([scale_grads, dots([out], other_maps, rows)[0].to(dtype)])

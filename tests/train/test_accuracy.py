@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from dense_shortcuts.train.config import read_yaml
+
 DSNET = Path(sys.executable).with_name("dsnet")
 RECIPE = Path(__file__).parents[2] / "recipes" / "cifar100-cpu.yaml"
 
@@ -14,6 +16,8 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "cifar100-cpu.yaml"
 @pytest.mark.accuracy
 def test_dsnet_beats_its_resnet_twin_on_a_subset_of_cifar100(cifar100, tmp_path):
     """Nearest start and group norm, the default; the README has the figures of several seeds."""
+    config = read_yaml(RECIPE)
+    assert (config.aggregate, config.norm, config.init) == ("stage", "group", None)
     command = [DSNET, "compare", "--recipe", RECIPE, "--data-dir", cifar100, "--output", tmp_path, "--name", "run"]
     subprocess.run(command, check=True)
     table = json.loads((tmp_path / "run" / "table.json").read_text())
