@@ -27,7 +27,7 @@ def plugged_stage(depth: int = 4, channels: int = 8, **variant) -> ds.DenseStage
         ({"keep_identity": True}, lambda length: [0.0] * length),
         ({"keep_identity": True, "init": "nearest"}, lambda length: [0.0] * (length - 1) + [1.0]),
     ],
-    ids=str,
+    ids=lambda value: "start" if callable(value) else str(value),
 )
 @pytest.mark.parametrize("aggregate", ["stage", "block"])
 def test_weights_start_where_asked(aggregate, variant, rows):
