@@ -9,7 +9,7 @@ compare: $(VENV)/installed
 	$(BIN)/dsnet compare
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest
 
 accuracy: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m accuracy

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import re
 
 import pytest
 import torch
@@ -16,11 +15,6 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     import dense_shortcuts.ops.triton  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]
-
-
-def pytest_itemcollected(item):
-    """Names without addresses of functions: workers side by side must agree on them."""
-    item._nodeid = re.sub(r" at 0x[0-9a-f]+", "", item._nodeid)
 
 
 @pytest.fixture(autouse=True)

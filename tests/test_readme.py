@@ -123,7 +123,7 @@ def test_a_make_target_installs_what_it_needs_and_calls_what_is_said(command, tm
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
     target = command.split()[1]
-    calls = {"compare": "dsnet compare", "test": "python -m pytest -n auto", "accuracy": "python -m pytest -m accuracy"}
+    calls = {"compare": "dsnet compare", "test": "python -m pytest", "accuracy": "python -m pytest -m accuracy"}
     dry = subprocess.run(
         ["make", "-n", target, f"VENV={tmp_path / 'new'}"], cwd=ROOT, capture_output=True, text=True, check=True
     )
