@@ -40,7 +40,7 @@ print(json.dumps(dict(
 """
     seen = in_a_fresh_process(code)
     assert seen["unknown"] and seen["quiet"] and seen["kept"]
-    assert len(seen["known"]) == 19 and "dsnet50" in seen["known"]
+    assert len(seen["known"]) == 20 and "dsnet50" in seen["known"]
     assert seen["heavy"] == [] and seen["training"] == [] and seen["missing"] == []
     assert seen["classes"] == 100
     public = {"plug_in", "unplug", "plan", "check", "load", "list_models", "shortcut_parameters", "DenseShortcutError"}

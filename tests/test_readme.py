@@ -26,7 +26,7 @@ TINY = [
 ]
 TINY_BENCH = [
     *("--device=cpu", "--models", "timm.resnet50", "--what", "infer", "--modes", "eager", "--rounds=1"),
-    *("--batch-size=1", "--image-size", "32", "--output=figures"),
+    *("--batch-size=1", "--image-size", "32"),
 ]
 
 
@@ -110,9 +110,10 @@ def test_a_command_runs(command, place, capsys, monkeypatch):
     arguments = complete(command)
     before = set((place / "runs").iterdir())
     name = ["--name", f"run-{len(before)}"] if TINY[0] in arguments else []
+    name = ["--output", f"figures-{len(command)}"] if arguments[0] == "bench" else name
     assert in_folder(place, lambda: main([*arguments, *name])) == 0, capsys.readouterr().err
     made = set((place / "runs").iterdir()) - before
-    assert len(made) == (1 if name else 0)
+    assert len(made) == (arguments[0] in ("compare", "train") and TINY[0] in arguments)
     for run in made:
         assert (run / "table.md").is_file() and (run / "curves.png").is_file() and (run / "config.yaml").is_file()
         assert len(list(run.glob("*/model.safetensors"))) == (2 if arguments[0] == "compare" else 1)

@@ -1,5 +1,6 @@
 """The operator: what a dense shortcut computes, apart from any module."""
 
+from . import fused  # registers the operators and their formulas, before any counter of operations begins
 from .dispatch import BACKENDS, choose
 from .forms import BATCH, form, pool
 from .joining import NONE, RAW, Branch, Joined, ahead, close, enter, join
@@ -19,6 +20,7 @@ __all__ = [
     "dense_sum",
     "enter",
     "form",
+    "fused",
     "join",
     "moments",
     "pool",

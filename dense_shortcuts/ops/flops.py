@@ -17,7 +17,7 @@ Shape = tuple[int, ...]
 
 
 def _addcmul(first: Shape, x: Shape, scale: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
-    return 2 * math.prod(out_shape)
+    return 2 * math.prod(out_shape) if len(out_shape) == 4 else 0  # maps, not the arithmetic per channel
 
 
 def _block(addends: Any, branch: Any, affine: Any, fixed: Any, eps: float, maps: Any, *rest: Any, **_: Any) -> int:
@@ -52,7 +52,8 @@ def _dots(grads: list[Shape], maps: list[Shape], *_: Any, **__: Any) -> int:
 
 
 def _fvcore_addcmul(inputs: list[Any], outputs: list[Any]) -> int:
-    return math.prod(outputs[0].type().sizes())
+    sizes = outputs[0].type().sizes()
+    return math.prod(sizes) if len(sizes) == 4 else 0
 
 
 PLAIN: dict[Any, Callable[..., int]] = {torch.ops.aten.addcmul: _addcmul}
