@@ -55,14 +55,13 @@ def is_fused(model: nn.Module) -> bool:
     return any(stage.fused for stage in dense_stages(model).values())
 
 
-def _fold(parent: nn.Module, conv: str, norm: str) -> bool:
-    """Fold a batch norm, by its name below `parent`, into the convolution before it; False where that cannot be."""
+def _fold(parent: nn.Module, conv: str, norm: str) -> None:
+    """Fold a batch norm, by its name below `parent`, into the convolution before it, if they are such a pair."""
     before, after = parent.get_submodule(conv), parent.get_submodule(norm)
     if type(before) is not nn.Conv2d or type(after) is not nn.BatchNorm2d or after.running_mean is None:
-        return False
+        return
     parent.set_submodule(conv, fuse_conv_bn_eval(before, after).requires_grad_(False))
     parent.set_submodule(norm, nn.Identity())
-    return True
 
 
 def _fold_sequences(model: nn.Module) -> None:

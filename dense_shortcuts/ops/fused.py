@@ -17,6 +17,7 @@ Source: the affine form in docs/paper-map.md; `reference.py` is what these opera
 """
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from importlib import import_module
 from itertools import accumulate, pairwise
 from typing import Any
@@ -205,22 +206,9 @@ def _scales(
 
 
 def _block_like(
-    addends: Sequence[Tensor],
-    branch: Tensor | None,
-    affine: Sequence[Tensor],
-    fixed: Sequence[Tensor],
-    branch_eps: float,
-    maps: Sequence[Tensor],
-    links: Sequence[Tensor],
-    weight: Tensor | None,
-    rates: Sequence[Tensor],
-    shifts: Sequence[Tensor],
-    relu: bool,
-    groups: int,
-    eps: float,
-    later: int,
-    backend: str,
+    addends: Sequence[Tensor], branch: Tensor | None, affine: Any, fixed: Sequence[Tensor], eps: Any, *given: Any
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    maps, _, _, rates, _, _, groups, _, later, _ = given
     summed = maps if branch is None else [branch, *maps]
     y = torch.empty_like((*addends, *summed)[0])
     branch_norm = _statistics_like(branch, BATCH) if branch is not None and not fixed else ()
@@ -356,61 +344,19 @@ def _through_scales(
     return [to_weight], to_rates, to_shifts, tuple(to_branch) if branch else ()
 
 
-@torch.library.custom_op("dense_shortcuts::pull_block", mutates_args=())
-def pull_block(
-    y: Tensor,
-    own: Sequence[Tensor],
-    grad: Tensor | None,
-    grad_rate: Tensor | None,
-    grad_shift: Tensor | None,
-    later_grads: Sequence[Tensor],
-    later_scales: Sequence[Tensor],
-    branch: Tensor | None,
-    affine: Sequence[Tensor],
-    fixed: Sequence[Tensor],
-    branch_norm: Sequence[Tensor],
-    maps: Sequence[Tensor],
-    weight: Tensor | None,
-    rates: Sequence[Tensor],
-    shifts: Sequence[Tensor],
-    branch_eps: float,
-    relu: bool,
-    groups: int,
-    eps: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    """`_run_pull_block` as a registered operator, whose results may not share memory as slices of one tensor do."""
-    arguments = (y, own, grad, grad_rate, grad_shift, later_grads, later_scales, branch, affine, fixed, branch_norm)
-    g, scales, to_branch, *small = _run_pull_block(
-        *arguments, maps, weight, rates, shifts, branch_eps, relu, groups, eps, backend
-    )
-    to_affine, to_fixed, to_weight, to_rates, to_shifts = ([t.clone() for t in part] for part in small)
-    return g, scales.clone(), to_branch, to_affine, to_fixed, to_weight, to_rates, to_shifts
+@wraps(_run_pull_block)  # whose annotations give the operator its schema
+def _pull_block_apart(*arguments: Any) -> Any:
+    """`_run_pull_block` with results that share no memory, as slices of one tensor do and an operator's may not."""
+    g, scales, to_branch, *small = _run_pull_block(*arguments)
+    return g, scales.clone(), to_branch, *([t.clone() for t in part] for part in small)
+
+
+pull_block = torch.library.custom_op("dense_shortcuts::pull_block", _pull_block_apart, mutates_args=())
 
 
 @pull_block.register_fake
-def _(
-    y: Tensor,
-    own: Sequence[Tensor],
-    grad: Tensor | None,
-    grad_rate: Tensor | None,
-    grad_shift: Tensor | None,
-    later_grads: Sequence[Tensor],
-    later_scales: Sequence[Tensor],
-    branch: Tensor | None,
-    affine: Sequence[Tensor],
-    fixed: Sequence[Tensor],
-    branch_norm: Sequence[Tensor],
-    maps: Sequence[Tensor],
-    weight: Tensor | None,
-    rates: Sequence[Tensor],
-    shifts: Sequence[Tensor],
-    branch_eps: float,
-    relu: bool,
-    groups: int,
-    eps: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+def _(y: Tensor, *given: Any) -> Any:
+    branch, affine, fixed, _, maps, weight, rates, shifts = given[6:14]
     rows = _rows(rates)
     scales = y.new_empty((len(maps) + (branch is not None), rows, y.shape[1]), dtype=accumulation_dtype(y.dtype))
     each = [scales.new_empty(rows, y.shape[1]) for _ in range(len(maps) + len(shifts))]
@@ -485,34 +431,11 @@ def _run_pull_entered(
     return pulled
 
 
-@torch.library.custom_op("dense_shortcuts::pull_entered", mutates_args=())
-def pull_entered(
-    x: Tensor,
-    own: Sequence[Tensor],
-    grad_rate: Tensor | None,
-    grad_shift: Tensor | None,
-    later_grads: Sequence[Tensor],
-    later_scales: Sequence[Tensor],
-    groups: int,
-    eps: float,
-    backend: str,
-) -> Tensor:
-    """`_run_pull_entered` as a registered operator."""
-    return _run_pull_entered(x, own, grad_rate, grad_shift, later_grads, later_scales, groups, eps, backend)
+pull_entered = torch.library.custom_op("dense_shortcuts::pull_entered", _run_pull_entered, mutates_args=())
 
 
 @pull_entered.register_fake
-def _(
-    x: Tensor,
-    own: Sequence[Tensor],
-    grad_rate: Tensor | None,
-    grad_shift: Tensor | None,
-    later_grads: Sequence[Tensor],
-    later_scales: Sequence[Tensor],
-    groups: int,
-    eps: float,
-    backend: str,
-) -> Tensor:
+def _(x: Tensor, *given: Any) -> Tensor:
     return torch.empty_like(x)
 
 
