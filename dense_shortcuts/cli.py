@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. `dsnet compare`, `train`, `eval`, `models`, `bench`, `info`."""
+"""The command line: parse a command, run it, turn what goes wrong into one line and an exit code."""
 
 import argparse
 import contextlib
@@ -9,77 +9,16 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, Union
 
 import tyro
 
-from .bench.config import BenchConfig
+from .commands import COMMANDS
+from .commands.training import Run
 from .errors import DenseShortcutError
 from .train.config import TrainConfig, read_yaml
-
-COMMANDS = ("compare", "train", "eval", "models")
-
-
-@dataclass(frozen=True)
-class Run:
-    """What `compare` and `train` take."""
-
-    config: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
-    recipe: Path | None = None
-    """YAML file with settings; flags given beside it have the last word."""
-    resume: Path | None = None
-    """Folder of a run to go on with; nothing else is given beside it."""
-
-
-@dataclass(frozen=True)
-class Compare(Run):
-    """Train a residual network and its DSNet twin on the same images with the same seed, and say which one won."""
-
-
-@dataclass(frozen=True)
-class Train(Run):
-    """Train one network."""
-
-
-@dataclass(frozen=True)
-class Eval:
-    """Score a checkpoint on the test images of its run, or on others with the same classes."""
-
-    checkpoint: tyro.conf.Positional[Path]
-    """A network's folder in a run, or the model.safetensors in it."""
-    data: str | None = None
-    """digits, cifar100 or imagefolder; None is what it was trained on."""
-    data_dir: str | None = None
-    """Folder of the data; None is the run's own."""
-    limit_test: int | None = None
-    """Use only so many test images; None is the run's own."""
-    batch_size: int | None = None
-    """Images at a time; None is the run's own."""
-    workers: int | None = None
-    """Worker processes that prepare images; None is the run's own."""
-
-
-@dataclass(frozen=True)
-class Models:
-    """List the DSNets."""
-
-    pattern: tyro.conf.Positional[str] = ""
-    """A wildcard such as 'ds2*'."""
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Measure speed, memory and traffic of DSNets beside ResNets, DenseNets and the public form of dense shortcuts."""
-
-    config: tyro.conf.OmitArgPrefixes[BenchConfig] = field(default_factory=BenchConfig)
-
-
-@dataclass(frozen=True)
-class Info:
-    """Say which versions, devices and compilers are here, and which back end each device uses and why."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        run(arguments)
+        parse(arguments).run(shlex.join(["dsnet", *arguments]))
     except DenseShortcutError as error:
         print(f"dsnet: error: {error}", file=sys.stderr)
         return 2
@@ -117,37 +56,7 @@ def advice(interruption: KeyboardInterrupt, arguments: list[str]) -> str:
     return "nothing was begun."
 
 
-def run(arguments: list[str]) -> None:
-    """Parse and call."""
-    command: Any = parse(arguments)
-    if isinstance(command, Models):
-        from .models import list_models
-
-        print("\n".join(list_models(command.pattern)))
-        return
-    if isinstance(command, Info):
-        from .machine import info
-
-        print("\n".join(info()))
-        return
-    if isinstance(command, Bench):
-        from .bench.run import bench
-
-        bench(command.config, shlex.join(["dsnet", *arguments]))
-        return
-    from .train import run as runs
-
-    if isinstance(command, Eval):
-        print_figures(runs.evaluate(**vars(command)))
-    elif command.resume is not None:
-        runs.resume(command.resume, arguments[0])
-    elif isinstance(command, Compare):
-        runs.compare(command.config)
-    else:
-        runs.train(command.config)
-
-
-def parse(arguments: list[str]) -> Compare | Train | Eval | Models | Bench | Info:
+def parse(arguments: list[str]) -> Any:
     """The command with its settings; a recipe gives the defaults that the other flags change.
 
     Raises:
@@ -163,14 +72,7 @@ def parse(arguments: list[str]) -> Compare | Train | Eval | Models | Bench | Inf
     if known.resume is not None and (known.recipe is not None or len(rest) > 1):
         raise DenseShortcutError("--resume goes on with the run's own settings: give no other flag beside it.")
     config = read_yaml(known.recipe) if known.recipe is not None else TrainConfig()
-    commands: Any = (
-        Annotated[Compare, tyro.conf.subcommand("compare", default=Compare(config))]
-        | Annotated[Train, tyro.conf.subcommand("train", default=Train(config))]
-        | Annotated[Eval, tyro.conf.subcommand("eval")]
-        | Annotated[Models, tyro.conf.subcommand("models")]
-        | Annotated[Bench, tyro.conf.subcommand("bench")]
-        | Annotated[Info, tyro.conf.subcommand("info")]
-    )
+    commands: Any = Union[tuple(subcommand(name, cls, config) for name, cls in COMMANDS.items())]  # noqa: UP007
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
@@ -181,6 +83,13 @@ def parse(arguments: list[str]) -> Compare | Train | Eval | Models | Bench | Inf
         if not refusal.code:  # --help, which went to stdout
             raise
         raise DenseShortcutError(refused(told.getvalue(), arguments)) from None
+
+
+def subcommand(name: str, cls: type, config: TrainConfig) -> Any:
+    """A command for tyro; one that trains begins from the recipe's settings."""
+    if issubclass(cls, Run):
+        return Annotated[cls, tyro.conf.subcommand(name, default=cls(config))]
+    return Annotated[cls, tyro.conf.subcommand(name)]
 
 
 def refused(box: str, arguments: list[str]) -> str:
@@ -196,15 +105,6 @@ def refused(box: str, arguments: list[str]) -> str:
     meant = f"did you mean {near[1]}? " if near else ""
     command = f"{arguments[0]} " if arguments and arguments[0] in COMMANDS else ""
     return f"{reason[:1].lower()}{reason[1:]}: {meant}`dsnet {command}--help` lists what there is."
-
-
-def print_figures(figures: dict[str, Any]) -> None:
-    """One line with the scores."""
-    top5 = f", top-5 {figures['top5']:.2f} %" if "top5" in figures else ""
-    print(
-        f"{figures['checkpoint']} ({figures['model']}): accuracy {figures['top1']:.2f} %{top5}, "
-        f"loss {figures['loss']:.4f} on {figures['images']:,} test images"
-    )
 
 
 if __name__ == "__main__":

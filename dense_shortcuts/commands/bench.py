@@ -1,0 +1,29 @@
+"""`dsnet bench` and `dsnet info`: how fast things are, and what runs them."""
+
+from dataclasses import dataclass, field
+
+import tyro
+
+from ..bench.config import BenchConfig
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure speed, memory and traffic of DSNets beside ResNets, DenseNets and the public form of dense shortcuts."""
+
+    config: tyro.conf.OmitArgPrefixes[BenchConfig] = field(default_factory=BenchConfig)
+
+    def run(self, line: str) -> None:
+        from ..bench.run import bench
+
+        bench(self.config, line)
+
+
+@dataclass(frozen=True)
+class Info:
+    """Say which versions, devices and compilers are here, and which back end each device uses and why."""
+
+    def run(self, line: str) -> None:
+        from ..machine import info
+
+        print("\n".join(info()))

@@ -1,0 +1,78 @@
+"""`dsnet compare`, `dsnet train` and `dsnet eval`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from ..train.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `compare` and `train` take."""
+
+    config: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
+    recipe: Path | None = None
+    """YAML file with settings; flags given beside it have the last word."""
+    resume: Path | None = None
+    """Folder of a run to go on with; nothing else is given beside it."""
+
+
+@dataclass(frozen=True)
+class Compare(Run):
+    """Train a residual network and its DSNet twin on the same images with the same seed, and say which one won."""
+
+    def run(self, line: str) -> None:
+        from ..train import run as runs
+
+        if self.resume is not None:
+            runs.resume(self.resume, "compare")
+        else:
+            runs.compare(self.config)
+
+
+@dataclass(frozen=True)
+class Train(Run):
+    """Train one network."""
+
+    def run(self, line: str) -> None:
+        from ..train import run as runs
+
+        if self.resume is not None:
+            runs.resume(self.resume, "train")
+        else:
+            runs.train(self.config)
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Score a checkpoint on the test images of its run, or on others with the same classes."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A network's folder in a run, or the model.safetensors in it."""
+    data: str | None = None
+    """digits, cifar100 or imagefolder; None is what it was trained on."""
+    data_dir: str | None = None
+    """Folder of the data; None is the run's own."""
+    limit_test: int | None = None
+    """Use only so many test images; None is the run's own."""
+    batch_size: int | None = None
+    """Images at a time; None is the run's own."""
+    workers: int | None = None
+    """Worker processes that prepare images; None is the run's own."""
+
+    def run(self, line: str) -> None:
+        from ..train import run as runs
+
+        print_figures(runs.evaluate(**vars(self)))
+
+
+def print_figures(figures: dict[str, Any]) -> None:
+    """One line with the scores."""
+    top5 = f", top-5 {figures['top5']:.2f} %" if "top5" in figures else ""
+    print(
+        f"{figures['checkpoint']} ({figures['model']}): accuracy {figures['top1']:.2f} %{top5}, "
+        f"loss {figures['loss']:.4f} on {figures['images']:,} test images"
+    )
