@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 from ..errors import DenseShortcutError
 from .checkpoint import STATE, read_tensors, restore_training, training_state, write_model, write_tensors, write_text
 from .config import TrainConfig
-from .data import Data, EpochSampler, TransformedImages, mixed_seed, worker_error
+from .data import Data, EpochSampler, epochs_of, make_loader, mixed_seed, worker_error
+from .data.stream import StreamShare
 from .display import Display
 from .network import Loss, build_network, make_loss, make_optimizer, make_scheduler, network_label
 
@@ -55,28 +56,6 @@ def make_accelerator(config: TrainConfig) -> "Accelerator":
     return accelerator
 
 
-def make_loader(images: TransformedImages, config: TrainConfig, *, training: bool = False) -> DataLoader:
-    """Batches of (images, labels). Training leaves out the last batch where it is smaller than the others.
-
-    Raises:
-        DenseShortcutError: fewer training images than one batch holds.
-    """
-    if training and len(images) < config.batch_size:
-        raise DenseShortcutError(
-            f"{len(images)} training images are fewer than one batch: take --batch-size {len(images)} or less."
-        )
-    return DataLoader(
-        images,
-        batch_size=config.batch_size,
-        sampler=EpochSampler(len(images), shuffle=training, seed=config.seed),
-        drop_last=training,
-        num_workers=config.workers or 0,
-        persistent_workers=bool(config.workers),
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # else the seeds of worker processes come from the generator of drop path
-    )
-
-
 @dataclass
 class Training:
     """What the epochs of one network share. `network` is `model` as Accelerate wraps it, around the same weights."""
@@ -91,7 +70,7 @@ class Training:
     mix: Callable[..., tuple[Tensor, Tensor]] | None
     train_loader: DataLoader
     test_loader: DataLoader
-    sampler: EpochSampler
+    order: EpochSampler | StreamShare
     num_classes: int
     epochs_done: int
 
@@ -110,6 +89,8 @@ def train_network(config: TrainConfig, data: Data, folder: Path, display: Displa
     Raises:
         DenseShortcutError: bad input of any kind, a loss that is not finite, a state of another network.
     """
+    from accelerate.utils import gather_object
+
     accelerator = make_accelerator(config)
     training = prepare(config, data, folder, accelerator)
     display.start(training.label, training.epochs_done)
@@ -120,8 +101,11 @@ def train_network(config: TrainConfig, data: Data, folder: Path, display: Displa
         tested = training.network if training.ema is None else training.ema.module
         test, predicted = test_network(tested, training.test_loader, training.num_classes, accelerator)
         test["seconds"] = time.perf_counter() - asked
+        broken = gather_object(data.train.broken.take() + data.test.broken.take())
         if accelerator.is_main_process:
             row = {"epoch": epoch + 1, **prefixed("train", train), **prefixed("test", test)}
+            row["broken_images"] = len(set(broken))
+            display.broken(broken)
             # The line goes first: a state without its line would lose an epoch, a line without its state is dropped.
             append_line(folder / METRICS, json.dumps(row))
             save_state(training, folder / STATE, epoch + 1, predicted, accelerator)
@@ -148,8 +132,7 @@ def prepare(config: TrainConfig, data: Data, folder: Path, accelerator: "Acceler
         drop_later_lines(folder / METRICS, epochs_done)
 
     network = torch.compile(model) if config.compile else model
-    sampler = train_loader.sampler
-    assert isinstance(sampler, EpochSampler)
+    order = epochs_of(train_loader)
     network, optimizer, train_loader, test_loader = accelerator.prepare(network, optimizer, train_loader, test_loader)
     return Training(
         label=network_label(config),
@@ -162,7 +145,7 @@ def prepare(config: TrainConfig, data: Data, folder: Path, accelerator: "Acceler
         mix=mix,
         train_loader=train_loader,
         test_loader=test_loader,
-        sampler=sampler,
+        order=order,
         num_classes=num_classes,
         epochs_done=epochs_done,
     )
@@ -182,7 +165,7 @@ def train_epoch(
     from accelerate.utils import set_seed
 
     set_seed(mixed_seed(config.seed, epoch), device_specific=True)  # drop path; images and mixup have their own seeds
-    training.sampler.epoch = epoch
+    training.order.epoch = epoch
     training.network.train()
     meters = make_meters(training.num_classes, accelerator, top5=False)
     steps = len(training.train_loader)

@@ -171,7 +171,7 @@ def finish(
     histories = {label: read_metrics(folder / label / METRICS) for label in labels}
     with console.status("measuring speed and memory"):
         rows = measured_rows(networks, folder, histories)
-    note = report.footnote(device, config.batch_size, len(data.test))
+    note = f"{report.footnote(device, config.batch_size, len(data.test))} {report.data_note(histories)}"
     pairs, sentence = None, None
     if len(networks) == 2:
         true = torch.from_numpy(data.test.images.labels)
@@ -240,9 +240,9 @@ def evaluate(checkpoint: Path, **given: Any) -> dict[str, Any]:
     model, card = read_model(folder)
     changes = {key: value for key, value in given.items() if value is not None}
     if changes.get("data", card["data"]) != card["data"]:
-        changes = {"data_dir": None, "workers": None} | changes
-    config = dataclasses.replace(run_config(folder, card), **changes, img_size=card["img_size"]).resolved()
-    data = load_data(config)
+        changes = {"data_dir": None, "workers": None, "loader": "auto"} | changes
+    config = dataclasses.replace(run_config(folder, card), **changes, test_size=card["img_size"]).resolved()
+    data = load_data(dataclasses.replace(config, limit_train=1))  # only the test images are wanted
     if list(data.classes) != card["classes"]:
         raise DenseShortcutError(
             f"{folder} was trained on {card['num_classes']} classes of {card['data']} and these images have "
