@@ -137,6 +137,17 @@ class TrainConfig:
     grad_checkpointing: bool = False
     """Recompute feature maps in the backward pass, which saves memory and costs time."""
 
+    accumulate: int = 1
+    """Parts in which each step's batch is computed one after the other, which saves memory."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """With many processes: each holds the whole network (ddp), or a part of its weights (fsdp)."""
+    sync_bn: bool = False
+    """Batch norms, those of the shortcuts too, take their statistics over the images of all processes."""
+    timeout: int = 600
+    """Seconds after which a process that waits for another one gives up."""
+    deterministic: bool = False
+    """Only operations that give the same bits on every run; slower on a GPU."""
+
     seed: int = 0
     """Seed of weights, order and augmentation."""
     name: str | None = None
@@ -192,8 +203,8 @@ def _data_dir(config: TrainConfig) -> str | None:
 
 def _check(config: TrainConfig) -> None:
     sizes = ("img_size", "test_size", "crop_pct", "limit_train", "limit_test", "train_images", "num_classes")
-    others = ("shuffle_buffer", "epochs", "batch_size", "groups", "lr", "clip_grad", "aug_repeats")
-    for field in (*sizes, *others):
+    others = ("shuffle_buffer", "epochs", "batch_size", "accumulate", "timeout", "groups", "lr", "clip_grad")
+    for field in (*sizes, *others, "aug_repeats"):
         value = getattr(config, field)
         if value is not None and not value > 0:
             raise DenseShortcutError(f"{flag(field)} is {value}: it must be above 0.")
@@ -205,6 +216,8 @@ def _check(config: TrainConfig) -> None:
         value = getattr(config, field)
         if value is not None and not 0 <= value < 1:
             raise DenseShortcutError(f"{flag(field)} is {value}: it must be from 0 to below 1.")
+    if config.strategy == "fsdp" and config.compile:
+        raise DenseShortcutError("--strategy fsdp does not go with --compile here: take one of them.")
     if config.warmup_epochs and config.warmup_epochs >= config.epochs:
         raise DenseShortcutError(
             f"--warmup-epochs {config.warmup_epochs} leaves nothing of {config.epochs} epochs: take fewer of them."

@@ -78,11 +78,13 @@ class Display:
         else:
             self.console.print(f"{self.label.ljust(self.width)}  {line}", highlight=False, soft_wrap=True)
 
-    def broken(self, sentences: Sequence[str]) -> None:
-        """Images that could not be read in an epoch; each is told of once in a run."""
-        for sentence in sorted(set(sentences) - self.told):
-            self.told.add(sentence)
+    def broken(self, sentences: set[str]) -> list[str]:
+        """Images that could not be read in an epoch; those that were not shown before in this run."""
+        fresh = sorted(sentences - self.told)
+        self.told |= sentences
+        for sentence in fresh:
             self.console.print(f"left out: {sentence}", highlight=False, soft_wrap=True)
+        return fresh
 
     def finished(self, label: str, note: str) -> None:
         """A network is done."""

@@ -158,7 +158,7 @@ def make_loader(images: Any, config: TrainConfig, *, training: bool = False) -> 
     workers = 0 if on_device else config.workers or 0
     return DataLoader(
         images,
-        batch_size=config.batch_size,
+        batch_size=config.batch_size // config.accumulate,
         sampler=EpochSampler(
             len(images), shuffle=training, seed=config.seed, repeats=config.aug_repeats if training else 1
         ),
@@ -188,8 +188,9 @@ def stream_loader(stream: Stream, config: TrainConfig) -> DataLoader:
             f"the training files are fewer than the {state.num_processes} processes: cut them into more shards."
         )
     workers = min(config.workers or 0, readers)
-    size = config.batch_size // state.num_processes
-    share = StreamShare(stream, state.process_index, state.num_processes, len(stream) // config.batch_size, size)
+    size = config.batch_size // config.accumulate // state.num_processes
+    batches = len(stream) // config.batch_size * config.accumulate
+    share = StreamShare(stream, state.process_index, state.num_processes, batches, size)
     loader = DataLoaderShard(
         share,
         device=state.device,
