@@ -20,6 +20,7 @@ from .stream import Place, Sample
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 INDEX = "_info.json"
+END = 1024  # bytes of zeros that end a tar file
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ def load_shards(config: TrainConfig) -> tuple[ShardStream, int, ShardImages, tup
         raise DenseShortcutError("--data webdataset needs `pip install 'dense-shortcuts[data]'`.") from error
     folder = existing_folder(config.data_dir, "--data webdataset")
     files = {part: part_files(folder, config, part, ".tar") for part in PARTS}
+    for path in files["train"]:
+        check_end(path)
     length = config.train_images or indexed_length(folder / INDEX)
     if not length:
         raise DenseShortcutError(f"{folder} has no {INDEX} with the number of images: give --train-images.")
@@ -98,6 +101,14 @@ def load_shards(config: TrainConfig) -> tuple[ShardStream, int, ShardImages, tup
         raise DenseShortcutError(f"{folder} has no classes.txt with a name a line: put it there or give --num-classes.")
     check_labels(test.labels, len(classes), str(files["test"][0].parent))
     return ShardStream(files["train"], config.shuffle_buffer), min(length, config.limit_train or length), test, classes
+
+
+def check_end(path: Path) -> None:
+    """Refuse a shard that lacks the two empty blocks at its end: a reader takes one cut short for a smaller one."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - END))
+        if file.read() != bytes(END):
+            raise DenseShortcutError(f"{path} is not a whole tar file: fetch it again.")
 
 
 def indexed_length(path: Path) -> int | None:
