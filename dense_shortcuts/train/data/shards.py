@@ -36,25 +36,28 @@ class ShardStream:
     def samples(self, place: Place, broken: BrokenImages) -> Iterator[Sample]:
         import webdataset as wds
 
-        def cut_short(error: Exception) -> bool:
-            broken.add(BrokenImage(f"{error.args[-1]} is not a whole tar file: what follows in it is left out."))
-            return True
-
-        paths = [str(path) for path in np.random.default_rng(place.seed).permutation([str(p) for p in self.paths])]
+        paths = np.random.default_rng(place.seed).permutation([str(path) for path in self.paths]).tolist()
         own = paths[place.process :: place.processes][place.worker :: place.workers]
         order = random.Random(f"{place.seed} {place.process} {place.worker}")
-        found = wds.DataPipeline(
-            wds.SimpleShardList(own),
-            wds.tarfile_to_samples(handler=cut_short),
-            wds.shuffle(self.buffer, initial=self.buffer, rng=order),
-        )
-        for each in found:
+        shuffled = wds.shuffle(self.buffer, initial=self.buffer, rng=order)
+        for each in shuffled(entries(own, broken)):
             where = f"{each['__key__']} in {each['__url__']}"
             picture = next((each[kind] for kind in PICTURES if kind in each), None)
             try:
                 yield picture, label_in(each.get("cls"), where), where
             except BrokenImage as error:
                 broken.add(error)
+
+
+def entries(paths: Sequence[str], broken: BrokenImages) -> Iterator[dict[str, Any]]:
+    """The entries of some shards, one after the other; what follows a broken place in a shard is left out."""
+    from webdataset.tariterators import tarfile_samples
+
+    for path in paths:
+        try:
+            yield from tarfile_samples(iter([{"url": path}]))
+        except (tarfile.TarError, OSError, EOFError, ValueError):
+            broken.add(BrokenImage(f"{path} is not a whole tar file: what follows in it is left out."))
 
 
 @dataclass(frozen=True)
