@@ -305,9 +305,7 @@ def test_the_moving_average_is_what_is_tested_and_saved(tiny, fit, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_epoch(tiny, fit, tmp_path):
-    with pytest.raises(
-        DenseShortcutError, match=r"not finite in step \d of epoch 1: nothing was saved before"
-    ):
+    with pytest.raises(DenseShortcutError, match=r"not finite in step \d of epoch 1: nothing was saved before"):
         fit(tiny(epochs=1, lr=1e30), tmp_path / "start")
     fit(tiny(epochs=1), tmp_path)
     before = state_path(tmp_path, 1).read_bytes()
