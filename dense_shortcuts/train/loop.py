@@ -378,7 +378,7 @@ def restore(
     averaged = ema.module if ema is not None else None
     tensors, about = read_state(path, shards_of(read_shapes(path), model, optimizer, averaged))
     restore_training(tensors, about, model, optimizer, averaged, accelerator.scaler)
-    _logger.info("goes on from %s, the newest whole state, after %d epochs", path, about["epoch"])
+    _logger.info("%s: goes on from %s, its newest whole state, after %d epochs", folder.name, path.name, about["epoch"])
     return about["epoch"]
 
 

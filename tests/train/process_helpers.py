@@ -1,5 +1,6 @@
 """Several processes on one machine: forked from the tests' own, so that nothing is imported a second time."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -120,6 +121,7 @@ def _member(rank: int, count: int, port: str, work: Callable[[int], object], out
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
         AcceleratorState._reset_state(reset_partial_state=True)
         torch.set_num_threads(1)
+        gc.freeze()  # what the tests have in memory is no child's to look through
         try:
             code = work(rank)
         except BaseException:

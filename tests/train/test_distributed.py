@@ -124,8 +124,8 @@ def alone(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """What four and then two processes leave."""
+def folders(alone, tmp_path_factory):
+    """What four and then two processes leave; `alone` has imported what they need."""
     folder = tmp_path_factory.mktemp("together")
     for count in (4, 2):
         Group(count, everything(folder / str(count), count), folder / str(count)).succeed()
