@@ -13,10 +13,13 @@ from typing import Any
 from torch import nn
 
 from ..errors import DenseShortcutError
+from ..norms import is_batch_norm
+from ..shortcut import DenseShortcut
 
 GRADIENT_BYTES = 4  # float32, also under mixed precision: DDP exchanges gradients in the dtype of the weights
 BUCKET_BYTES = 25 * 2**20  # DDP's own; each bucket is one all-reduce
-SYNC_EXCHANGES = 2  # of a synchronised batch norm in a step: statistics forwards, their gradients backwards
+HOST_EXCHANGES = 2  # of PyTorch's synchronised batch norm in a step: statistics forwards, their gradients backwards
+OWN_EXCHANGES = 5  # of a shortcut's: count, mean and variance forwards, gradients of two of them backwards
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,10 @@ class Estimate:
 def messages(model: nn.Module, *, sync_bn: bool) -> Messages:
     """What a network's training step exchanges; every batch norm is synchronised, or none."""
     size = GRADIENT_BYTES * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    own = sum(map(is_batch_norm, (n for m in model.modules() if isinstance(m, DenseShortcut) for n in m.norms)))
     norms = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-    return Messages(size, -(-size // BUCKET_BYTES), SYNC_EXCHANGES * norms if sync_bn else 0)
+    small = HOST_EXCHANGES * (norms - own) + OWN_EXCHANGES * own
+    return Messages(size, -(-size // BUCKET_BYTES), small if sync_bn else 0)
 
 
 def exchange_seconds(found: Messages, gpus: int, cluster: Cluster) -> float:

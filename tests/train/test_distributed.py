@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from dense_shortcuts import DenseShortcutError
+from dense_shortcuts.cli import parse
 from dense_shortcuts.train import loop
 from dense_shortcuts.train.checkpoint import WEIGHTS, read_tensors
 from dense_shortcuts.train.data import load_data
@@ -212,3 +215,29 @@ def test_a_batch_that_cannot_be_divided_is_refused():
         make_accelerator(tiny(accumulate=32, mixup=0.2))
     with pytest.raises(DenseShortcutError, match="does not go with --compile"):
         tiny(strategy="fsdp", compile=True).resolved()
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_the_slurm_script_begins_a_run_and_goes_on_with_it(tmp_path, begun):
+    for name, text in (("scontrol", "echo node1; echo node2"), ("srun", 'printf "%s\\n" "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    if begun:
+        (tmp_path / "runs" / "dsnet50-imagenet").mkdir(parents=True)
+        (tmp_path / "runs" / "dsnet50-imagenet" / "config.yaml").touch()
+    slurm = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]"}
+    script = Path(__file__).parents[2] / "recipes" / "slurm.sbatch"
+    done = subprocess.run(
+        ["bash", script],
+        env=slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DATA": "imagenet", "RUNS": str(tmp_path / "runs")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    words = done.stdout.splitlines()
+    assert words[:5] == ["torchrun", "--nnodes", "2", "--nproc_per_node", "8"] and "node1:29500" in words
+    command = parse(words[words.index("dense_shortcuts.cli") + 1 :])
+    if begun:
+        assert command.resume == tmp_path / "runs" / "dsnet50-imagenet"
+    else:
+        assert (command.config.epochs, command.config.batch_size, command.config.data_dir) == (90, 4096, "imagenet")

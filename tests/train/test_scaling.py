@@ -16,6 +16,10 @@ def test_messages_are_the_gradients_of_what_is_trained_and_two_for_each_synchron
     model[0].bias.requires_grad_(False)
     assert messages(model, sync_bn=False) == Messages(4 * (3 * 8 * 9 + 16), 1, 0)
     assert messages(model, sync_bn=True).small == 4
+    batch = messages(timm.create_model("dsnet20", norm="batch"), sync_bn=True)
+    assert (
+        batch.small == 2 * 21 + 5 * 9
+    )  # norms of the host, with two projections, and a map before each of nine blocks
     dense = messages(timm.create_model("dsnet50"), sync_bn=False)
     host = messages(timm.create_model("resnet50"), sync_bn=False)
     assert host.gradients == 4 * 25_557_032 and host.buckets == -(-host.gradients // BUCKET_BYTES)
