@@ -1,6 +1,6 @@
 """One file a block family: where the residual branch ends, what the projection shortcut is, what follows the add.
 
-`DENSE_CLASSES` maps a host's block class to the class its instances take while they are plugged. Only the exact class
+A block that is plugged takes the class of its adapter; a class without an adapter is traced. Only the exact class
 counts: a subclass may have another forward pass.
 """
 
@@ -8,9 +8,94 @@ from typing import Any
 
 from torch import nn
 
-from . import timm_res2net, timm_resnet, torchvision_resnet
+from . import timm_res2net, timm_resnet, timm_swin, torchvision_resnet
+from .block import DenseBlock
+from .trace import NoResidual
+from .traced import Reading, TracedBlock, understand, view
 
-DENSE_CLASSES: dict[type[nn.Module], Any] = {
-    cls.__bases__[-1]: cls for family in (timm_resnet, timm_res2net, torchvision_resnet) for cls in family.BLOCKS
-}
-HOST_CLASSES = {dense: host for host, dense in DENSE_CLASSES.items()}
+_WRITTEN: dict[type[nn.Module], type[DenseBlock]] = {}
+
+
+def register_adapter(dense: type[DenseBlock]) -> type[DenseBlock]:
+    """Teach `plug_in` a block class; usable as a decorator.
+
+    Args:
+        dense: a class made of `DenseBlock` and the host's block class, in this order, that says where the residual
+            branch ends. An adapter of the same host class that is there already is replaced.
+
+    Returns:
+        `dense`.
+    """
+    host = dense.__bases__[-1]
+    if not issubclass(dense, DenseBlock) or not issubclass(host, nn.Module) or issubclass(host, DenseBlock):
+        raise TypeError(f"{dense.__name__} is no adapter: write `class {dense.__name__}(DenseBlock, HostBlock)`.")
+    _WRITTEN[host] = dense
+    return dense
+
+
+def has_adapter(cls: type[nn.Module]) -> bool:
+    """Whether an adapter is written for a block class."""
+    return cls in _WRITTEN
+
+
+def read(block: Any) -> Any:
+    """A block to ask for what `DenseBlock` has methods for: a view of it where it is not plugged. It stays as it is.
+
+    Raises:
+        NoResidual: no adapter is written for its class, and the trace finds no residual block; the text says why.
+    """
+    if isinstance(block, TracedBlock):
+        return Reading(block, block._dense_trace)
+    if isinstance(block, DenseBlock):
+        return block
+    if has_adapter(type(block)):
+        return view(block, _WRITTEN[type(block)])
+    return understand(block)
+
+
+def plug(block: nn.Module, reading: Any, inner: nn.Module | None) -> None:
+    """Turn a block in place into one that leaves its add to the stage."""
+    if isinstance(reading, Reading):
+        block.__dict__.update(reading.added)
+        block.__class__ = reading.dense_class
+    else:
+        block.__class__ = type(reading)
+        block.register_module("inner", inner)
+
+
+def unplug(block: Any) -> None:
+    """Undo `plug`."""
+    if isinstance(block, TracedBlock):
+        host = block._dense_trace.host
+        del block._dense_trace
+        block.__class__ = host
+    else:
+        del block.inner
+        block.__class__ = type(block).__bases__[-1]
+
+
+def host_of(reading: Any) -> type[nn.Module]:
+    """The host's class of a block that was read."""
+    return reading.traced.host if isinstance(reading, Reading) else type(reading).__bases__[-1]
+
+
+def has_tokens(block: Any) -> bool:
+    """Whether the channels of a plugged block's maps are the last axis."""
+    return block._dense_trace.layout.tokens if isinstance(block, TracedBlock) else block.tokens
+
+
+for family in (timm_resnet, timm_res2net, timm_swin, torchvision_resnet):
+    for cls in family.BLOCKS:
+        register_adapter(cls)
+
+__all__ = [
+    "DenseBlock",
+    "NoResidual",
+    "has_adapter",
+    "has_tokens",
+    "host_of",
+    "plug",
+    "read",
+    "register_adapter",
+    "unplug",
+]
