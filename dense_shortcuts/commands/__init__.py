@@ -6,6 +6,7 @@ what `--help` says. What it needs is imported when it runs, so that `dsnet --hel
 
 from .bench import Bench, Info
 from .networks import Models
+from .scaling import Scaling
 from .support import Support
 from .training import Compare, Eval, Train
 
@@ -17,4 +18,5 @@ COMMANDS = {
     "bench": Bench,
     "info": Info,
     "support": Support,
+    "scaling": Scaling,
 }
