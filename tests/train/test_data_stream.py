@@ -1,8 +1,11 @@
 """Streams: every image of an epoch once over all processes and workers, shuffled by the seed, at its stated length."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from process_helpers import Group
 from test_data_sources import write_images
 from torch.utils.data import DataLoader
 from train_helpers import number_image, numbers_in, unclocked, write_shard
@@ -14,6 +17,7 @@ from dense_shortcuts.train.data import epochs_of, load_data, make_loader
 from dense_shortcuts.train.data import hub as hub_module
 from dense_shortcuts.train.data.stream import Place, StreamShare
 from dense_shortcuts.train.loop import batches
+from dense_shortcuts.train.processes import make_accelerator
 
 IMAGES = 48
 
@@ -182,3 +186,25 @@ def test_a_run_on_a_stream_that_stopped_goes_on_to_the_same_result(made, data, f
         fit(config, tmp_path / "stopped")
     monkeypatch.undo()
     assert unclocked(fit(config, tmp_path / "stopped")) == unclocked(expected)
+
+
+@both
+def test_real_processes_read_their_own_part_and_accelerate_leaves_it_to_them(made, data, tmp_path):
+    def work(rank: int) -> None:
+        from torch import distributed
+
+        config = settings(made, data)
+        accelerator = make_accelerator(config)
+        loader = make_loader(load_data(config).train, config, training=True)
+        assert accelerator.prepare(loader) is loader and (rank, 2) == (
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+        numbers, labels = epoch_of(loader, 0)
+        assert labels == [n % 3 for n in numbers]
+        (tmp_path / f"{rank}.json").write_text(json.dumps(numbers))
+        distributed.destroy_process_group()
+
+    Group(2, work, tmp_path / "output").succeed()
+    seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert [len(part) for part in seen] == [24, 24] and sorted(seen[0] + seen[1]) == list(range(IMAGES))
