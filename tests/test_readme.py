@@ -1,5 +1,6 @@
 """The README holds: its snippets run, its commands run at a tiny size, its make targets and files are there."""
 
+import ast
 import inspect
 import os
 import re
@@ -164,6 +165,6 @@ def test_the_table_of_choices_holds_plug_ins_keywords_with_values_that_it_takes(
         accepted = [value for value in re.findall(r'`"(\w+)"`', values)]
         for value in accepted:
             ds.plan(host, **{name: value})
-        said = default.strip('"') if default not in ("True", "False") else default == "True"
+        said = default.strip('"') if default.startswith('"') else ast.literal_eval(default)
         assert said == keywords[name].default or (name, said) == ("init", "nearest")
         assert not accepted or said in accepted

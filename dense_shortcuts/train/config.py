@@ -35,6 +35,14 @@ class TrainConfig:
     """Start of the shortcut weights; None is `nearest`, or `zeros` with keep-identity."""
     inner: bool | None = None
     """DS2: a shortcut inside each bottleneck too; None is the model's own."""
+    inner_start: float = 0.0
+    """Start of the weights of DS2's inner shortcuts."""
+    weighting: Literal["channel", "softmax", "gate", "attention"] = "channel"
+    """How the weights of earlier maps come about: the paper's, or those of its relatives."""
+    pattern: Literal["all", "powers"] = "all"
+    """Which earlier maps a block sums: all, or those a power of two back."""
+    window: int | None = None
+    """Sum so many of the nearest maps only; None is no limit."""
     keep_identity: bool = False
     """Keep the host's identity shortcut beside the dense one."""
     zero_init_last: bool | None = None
@@ -173,8 +181,10 @@ class TrainConfig:
             "norm": None if self.norm == "none" else self.norm,
             "keep_identity": self.keep_identity,
         }
-        open_options = {"groups": self.groups, "init": self.init, "inner": self.inner}
-        return options | {key: value for key, value in open_options.items() if value is not None}
+        open_options = {"groups": self.groups, "init": self.init, "inner": self.inner, "window": self.window}
+        usual = {"inner_start": 0.0, "weighting": "channel", "pattern": "all"}
+        changed = {key: getattr(self, key) for key, value in usual.items() if getattr(self, key) != value}
+        return options | changed | {key: value for key, value in open_options.items() if value is not None}
 
 
 WORKERS = max(1, min(8, (os.cpu_count() or 1) - 1))

@@ -57,7 +57,14 @@ def network_label(config: TrainConfig) -> str:
     """A short name for the shortcut of a configuration, which also names its folder."""
     if config.aggregate in ("identity", "dense_identity"):
         return config.aggregate
-    extras = [config.init, "inner" if config.inner else None, "keep_identity" if config.keep_identity else None]
+    extras = [
+        config.init,
+        f"inner{config.inner_start or ''}" if config.inner else None,
+        config.weighting if config.weighting != "channel" else None,
+        config.pattern if config.pattern != "all" else None,
+        f"window{config.window}" if config.window else None,
+        "keep_identity" if config.keep_identity else None,
+    ]
     return "-".join([config.aggregate, config.norm, *(extra for extra in extras if extra)])
 
 
