@@ -291,8 +291,8 @@ def test_an_interruption_and_what_follows_are_in_the_log(recipe, tmp_path):
 
     assert Group(1, work, tmp_path / "output").codes() == [128 + signal.SIGTERM]
     lines = [line.split("] ", 1)[1] for line in (folder / RUN_LOG).read_text().splitlines()]
-    assert lines[0].startswith("begun by `dsnet train`: 1 process, on cpu, 1 threads, ")
-    assert lines[0].endswith("back end, deterministic")
+    [begun] = [line for line in lines if line.startswith("begun by `dsnet train`: 1 process, on cpu, 1 threads, ")]
+    assert begun.endswith("back end, deterministic")
     assert "stage-group: epoch 1 is done and saved in state-0001.safetensors" in lines
     assert lines[-1] == "interrupted by a signal"
 
