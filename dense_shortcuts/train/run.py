@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
+from .. import ops
 from ..errors import DenseShortcutError
 from ..machine import machine
-from ..ops.dispatch import own_backend
 from . import report
 from .checkpoint import CARD, WEIGHTS, read_json, read_model, write_text
 from .config import TrainConfig, read_yaml, write_yaml
@@ -114,11 +114,11 @@ def execute(config: TrainConfig, command: str, resumed: Path | None) -> Path:
 
 def setting(config: TrainConfig, accelerator: "Accelerator") -> str:
     """What bits may depend on: device, threads, back end, processes; a resumed run may have others."""
-    device = accelerator.device.type
+    backend = ops.choose(torch.empty(1, 1, 1, 1, device=accelerator.device))
     parts = [
         f"{accelerator.num_processes} processes ({config.strategy})" if accelerator.num_processes > 1 else "1 process"
     ]
-    parts += [f"on {device}, {torch.get_num_threads()} threads, {own_backend(device)[0]} back end"]
+    parts += [f"on {accelerator.device.type}, {torch.get_num_threads()} threads, {backend} back end"]
     return ", ".join([*parts, *(["deterministic"] if config.deterministic else [])])
 
 
