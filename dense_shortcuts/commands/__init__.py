@@ -5,7 +5,9 @@ what `--help` says. What it needs is imported when it runs, so that `dsnet --hel
 """
 
 from .bench import Bench, Info
+from .export import Export
 from .networks import Models
+from .prune import Renorm
 from .training import Compare, Eval, Train
 
 COMMANDS = {
@@ -13,6 +15,8 @@ COMMANDS = {
     "train": Train,
     "eval": Eval,
     "models": Models,
+    "renorm": Renorm,
+    "export": Export,
     "bench": Bench,
     "info": Info,
 }

@@ -100,18 +100,21 @@ class Training:
         return self.ema.module if self.ema is not None else self.model
 
 
-def train_network(config: TrainConfig, data: Data, folder: Path, display: Display) -> None:
+def train_network(
+    config: TrainConfig, data: Data, folder: Path, display: Display, model: nn.Module | None = None
+) -> None:
     """Train one network, from its saved state where the folder has one, and leave metrics and checkpoint there.
 
     Args:
         config: resolved configuration.
         folder: the network's folder; gets metrics.jsonl, state.safetensors, model.safetensors and model.json.
+        model: a network to go on from; None builds the configuration's.
 
     Raises:
         DenseShortcutError: bad input of any kind, a loss that is not finite, a state of another network.
     """
     accelerator = make_accelerator(config)
-    training = prepare(config, data, folder, accelerator)
+    training = prepare(config, data, folder, accelerator, model)
     display.start(training.label, training.epochs_done)
 
     for epoch in range(training.epochs_done, config.epochs):
@@ -132,12 +135,14 @@ def train_network(config: TrainConfig, data: Data, folder: Path, display: Displa
     accelerator.free_memory()
 
 
-def prepare(config: TrainConfig, data: Data, folder: Path, accelerator: "Accelerator") -> Training:
+def prepare(
+    config: TrainConfig, data: Data, folder: Path, accelerator: "Accelerator", model: nn.Module | None = None
+) -> Training:
     """Network, optimizer, schedule, loss and loaders, at the start or where the folder's saved state left them."""
     num_classes = len(data.classes)
     train_loader = make_loader(data.train, config, training=True)
     test_loader = make_loader(data.test, config)
-    model = placed(build_network(config, num_classes), config, accelerator.device)
+    model = placed(build_network(config, num_classes) if model is None else model, config, accelerator.device)
     ema = make_ema(config, model)
     optimizer = make_optimizer(config, model)
     scheduler = make_scheduler(config, optimizer, len(train_loader))

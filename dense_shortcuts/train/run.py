@@ -234,10 +234,36 @@ def evaluate(checkpoint: Path, **given: Any) -> dict[str, Any]:
     Raises:
         DenseShortcutError: no or a broken checkpoint, weights of another network, data with other classes.
     """
+    folder = checkpoint_folder(checkpoint)
+    model, card = read_model(folder)
+    config, data = data_of(folder, card, **given)
+    accelerator = make_accelerator(config)
+    network, loader = accelerator.prepare(placed(model, config, accelerator.device), make_loader(data.test, config))
+    figures, _ = test_network(network, loader, len(data.classes), accelerator)
+    return {**figures, "images": len(data.test), "model": card["model"], "checkpoint": str(folder)}
+
+
+def checkpoint_folder(checkpoint: Path) -> Path:
+    """The folder of a network, from that or the weights in it.
+
+    Raises:
+        DenseShortcutError: neither.
+    """
     if not checkpoint.is_dir() and (checkpoint.name != WEIGHTS or not checkpoint.is_file()):
         raise DenseShortcutError(f"{checkpoint} is no checkpoint: give a network's folder or the {WEIGHTS} in it.")
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    model, card = read_model(folder)
+    return checkpoint if checkpoint.is_dir() else checkpoint.parent
+
+
+def data_of(folder: Path, card: dict[str, Any], **given: Any) -> tuple[TrainConfig, Data]:
+    """The configuration and images of the run that a network's folder is part of.
+
+    Args:
+        card: the network's.
+        **given: as in `evaluate`.
+
+    Raises:
+        DenseShortcutError: the images are not there, or of other classes.
+    """
     changes = {key: value for key, value in given.items() if value is not None}
     if changes.get("data", card["data"]) != card["data"]:
         changes = {"data_dir": None, "workers": None} | changes
@@ -248,10 +274,7 @@ def evaluate(checkpoint: Path, **given: Any) -> dict[str, Any]:
             f"{folder} was trained on {card['num_classes']} classes of {card['data']} and these images have "
             f"{len(data.classes)} other ones: give --data and --data-dir of the same classes."
         )
-    accelerator = make_accelerator(config)
-    network, loader = accelerator.prepare(placed(model, config, accelerator.device), make_loader(data.test, config))
-    figures, _ = test_network(network, loader, len(data.classes), accelerator)
-    return {**figures, "images": len(data.test), "model": card["model"], "checkpoint": str(folder)}
+    return config, data
 
 
 def run_config(folder: Path, card: dict[str, Any]) -> TrainConfig:
