@@ -7,7 +7,7 @@ what `--help` says. What it needs is imported when it runs, so that `dsnet --hel
 from .bench import Bench, Info
 from .export import Export
 from .networks import Models
-from .prune import Renorm
+from .prune import Prune, Renorm
 from .training import Compare, Eval, Train
 
 COMMANDS = {
@@ -15,6 +15,7 @@ COMMANDS = {
     "train": Train,
     "eval": Eval,
     "models": Models,
+    "prune": Prune,
     "renorm": Renorm,
     "export": Export,
     "bench": Bench,

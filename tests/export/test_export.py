@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from export.conftest import export_tiny
+from tiny_network import tiny_resnet
+from timm.layers import GroupNorm1
 from torch import Tensor, nn
 
 import dense_shortcuts as ds
@@ -99,39 +100,56 @@ def test_openvino_agrees_in_float32(checkpoint):
     assert "f32" in kinds and "f16" not in kinds
 
 
-@pytest.mark.parametrize("fault", ["differs", "nan", "shape"])
-def test_a_file_whose_runtime_differs_is_refused_and_what_was_there_stays(fault, checkpoint, monkeypatch, capsys):
-    def load(path):
-        net = real.load(path)
+def off_by(amount: float):
+    """A runtime that is wrong in one score of the last case alone."""
 
+    def wrap(run: formats.Runner) -> formats.Runner:
         def wrong(x: Tensor) -> Tensor:
-            y = net(x).detach().clone()
-            if fault == "shape":
-                return y[:1]
-            if len(x) == 5 and x.shape[2] != x.shape[3]:  # the last case alone
-                y[-1, -1] += 2e-3 if fault == "differs" else float("nan")
+            y = run(x).detach().clone()
+            if len(x) == 5 and x.shape[2] != x.shape[3]:
+                y[-1, -1] += amount
             return y
 
         return wrong
 
+    return wrap
+
+
+def test_a_file_whose_runtime_differs_is_refused_and_what_was_there_stays(checkpoint, monkeypatch, capsys):
     real = formats.FORMATS["torch-export"]
-    monkeypatch.setitem(formats.FORMATS, "torch-export", dataclasses.replace(real, load=load))
+    faulty = dataclasses.replace(real, load=lambda path: off_by(2e-3)(real.load(path)))
+    monkeypatch.setitem(formats.FORMATS, "torch-export", faulty)
     folder = checkpoint()
     (folder / "model.pt2").write_text("an earlier one")
     before = names(folder)
     assert main(["export", str(folder), "--to", "torch-export"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("dsnet: error: model.pt2 was refused: its scores differ" if fault != "shape" else "dsnet:")
+    assert error.startswith(
+        "dsnet: error: model.pt2 was refused: its scores differ from PyTorch's by 0.002 on 5 images"
+    )
     assert error.count("\n") == 1 and "no file was kept" in error
     assert names(folder) == before and (folder / "model.pt2").read_text() == "an earlier one"
+
+
+def test_the_proof_fails_on_one_wrong_score_on_none_at_all_and_on_another_shape():
+    net, images = tiny_resnet().eval(), torch.randn(5, 3, 8, 8)
+    assert len(proof.prove(net, net, images)) == 6
+    assert max(check.difference for check in proof.prove(net, off_by(5e-5)(net), images)) > 4e-5
+    for run_file, fault in (
+        (off_by(2e-3)(net), "differ from PyTorch's by 0.002 on 5 images of 16x12"),
+        (off_by(float("nan"))(net), "differ from PyTorch's by nan"),
+        (lambda x: net(x)[:1], r"gives scores \(1, 10\) where PyTorch gives \(2, 10\)"),
+    ):
+        with pytest.raises(ds.DenseShortcutError, match=fault):
+            proof.prove(net, run_file, images)
 
 
 def test_norms_of_one_group_never_become_instance_norm(tmp_path):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
-    net = ds.plug_in(export_tiny(norm_layer="groupnorm1", num_classes=5), norm="layer").eval()
+    net = ds.plug_in(tiny_resnet(norm_layer=GroupNorm1, num_classes=5), norm="layer").eval()
     assert any("one group" in text for text in graph.warnings(net))
-    assert sum(isinstance(m, nn.GroupNorm) and m.num_groups == 1 for m in net.modules()) > 4
+    assert sum(isinstance(m, nn.GroupNorm) and m.num_groups == 1 for m in net.modules()) == 7
     path = tmp_path / "net.onnx"
     images = torch.randn(5, 3, 8, 8)
     checks = proof.proven(graph.inference_form(net), images, path, formats.FORMATS["onnx"])
@@ -150,14 +168,14 @@ def test_a_written_group_norm_is_group_norm():
 
 
 def test_what_is_made_ready_for_export_leaves_the_network_alone():
-    net = ds.plug_in(export_tiny(num_classes=5), norm="batch").train()
+    net = ds.plug_in(tiny_resnet(num_classes=5), norm="batch").train()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     ready = graph.inference_form(net)
     assert net.training and not ready.training
-    assert {s.shortcut.backend for s in ds.dense_stages(ready).values()} == {"plain"}
-    assert {s.shortcut.backend for s in ds.dense_stages(net).values()} == {"auto"}
+    assert {s.backend for m in ds.dense_stages(ready).values() for s in m.shortcuts.values()} == {"plain"}
+    assert {s.backend for m in ds.dense_stages(net).values() for s in m.shortcuts.values()} == {"auto"}
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-    host = graph.inference_form(export_tiny().train())
+    host = graph.inference_form(tiny_resnet().train())
     assert not host.training and not ds.dense_stages(host)
 
 
@@ -208,5 +226,8 @@ def test_photographs_stand_in_where_the_runs_images_are_gone(checkpoint, monkeyp
         raise ds.DenseShortcutError("the images are not there.")
 
     monkeypatch.setattr(run, "run_images", gone)
-    done = export(folder, "torch-export")
-    assert "photographs" in done.proof and len(done.checks) == 6
+    given = {"data": None, "data_dir": None, "limit_test": None}
+    own, shown, what = run._proof_images(folder, card, given, must=False)
+    assert own is None and torch.equal(shown, images) and "photographs" in what
+    with pytest.raises(ds.DenseShortcutError, match="not there"):
+        run._proof_images(folder, card, given, must=True)

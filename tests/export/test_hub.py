@@ -37,7 +37,7 @@ def test_timm_and_we_load_the_same_network(changes, checkpoint):
 
 
 def test_a_network_that_timm_cannot_build_is_loaded_by_us_alone(checkpoint):
-    source = checkpoint("export_tiny")
+    source = checkpoint("tiny_resnet")
     folder = save_for_hub(source, source.parent / "upload")
     assert {path.name for path in folder.iterdir()} == {"model.safetensors", "model.json", "README.md"}
     assert "timm.create_model" not in (folder / "README.md").read_text()
