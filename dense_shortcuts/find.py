@@ -209,8 +209,8 @@ def _nothing_found(model: nn.Module, refused: list[Refused]) -> str:
     one = next(refusal for refusal in refused or _scattered(model) if refusal.cls is cls)
     return (
         f"{name} holds no sequence of residual blocks that is understood, so there is nothing to plug into. "
-        f"{cls.__module__}.{cls.__qualname__} at {one.where} has no adapter, and a trace of its forward pass was searched "
-        f"for the add that joins a branch and its input: {one.reason}. If it is a residual block in a sequence, teach it:"
+        f"{cls.__module__}.{cls.__qualname__} at {one.where} has no adapter; a trace of its forward pass was searched "
+        f"for the add that joins a branch and its input: {one.reason}. If it is a residual block, teach it:"
         f"\n\n{_example(cls)}"
     )
 

@@ -351,7 +351,7 @@ def test_a_block_class_that_no_trace_understands_is_named_with_the_adapter_that_
     with pytest.raises(ds.DenseShortcutError) as error:
         ds.plug_in(net)
     text = str(error.value)
-    assert "dla" in text.lower() and "ds.register_adapter" in text and "trace of its forward pass" in text
+    assert "dla" in text.lower() and "ds.register_adapter" in text and "a trace of its forward pass" in text
     assert_same(before, snapshot(net))
 
 
