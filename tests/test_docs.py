@@ -1,4 +1,4 @@
-"""The pages under docs/ hold: snippets run, commands run at a tiny size, and the few blocks that cannot run here say why.
+"""The pages under docs/ hold: snippets run, commands run at a tiny size, and the few blocks that cannot run say why.
 
 A block that cannot run (it needs a GPU, a download, an hour) has a line directly before it:
 
@@ -17,12 +17,19 @@ import tiny_network  # noqa: F401 (registers it)
 from test_readme import README, TINY, TINY_BENCH, in_folder
 from train.train_helpers import png, write_parquet
 
-from dense_shortcuts.cli import main
+from dense_shortcuts.cli import main, parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 TRAINS = ("compare", "train")
 LEAVES_A_RUN = (*TRAINS, "prune", "renorm")
+
+# Commands that another test runs, with what they leave; they take seconds, so here they are parsed alone.
+RUN_BY = {
+    "dsnet export runs/NAME/stage-group --to onnx --int8": "tests/export/test_export.py",
+    "dsnet export runs/NAME/stage-group --to torch-export --int8": "tests/export/test_export.py",
+    "dsnet export runs/NAME/stage-group --to openvino": "tests/export/test_export.py",
+}
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,16 @@ def complete(command: str, number: int) -> list[str]:
     return arguments
 
 
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("command", RUN_BY)
+def test_a_command_that_another_test_runs_is_there(command):
+    assert command in commands()
+    parse(shlex.split(command)[1:])
+    _, verb, _, *flags = shlex.split(command)
+    code = re.sub(r'[",]', "", (ROOT / RUN_BY[command]).read_text(encoding="utf-8"))
+    assert re.search(rf"main\(\[{verb} str\(folder\) {' '.join(flags)}\]\)", code)
+
+
+@pytest.mark.parametrize("command", [command for command in commands() if command not in RUN_BY])
 def test_a_command_runs(command, place, capsys, monkeypatch):
     monkeypatch.delenv("DENSE_SHORTCUTS_DATA", raising=False)
     before = {path.name for path in (place / "runs").iterdir()}

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-import tiny_network  # noqa: F401 (registers it)
 import pytest
+import tiny_network  # noqa: F401 (registers it)
 from hosts import randomise, randomise_parameters
 
 import dense_shortcuts as ds

@@ -32,7 +32,7 @@ def test_timm_and_we_load_the_same_network(changes, checkpoint):
     assert torch.equal(scores(theirs), expected)
     for net in (ours, theirs):
         config = timm.data.resolve_model_data_config(net)
-        assert config["input_size"] == (3, 8, 8) and config["mean"] == pytest.approx((0.305,) * 3)
+        assert tuple(config["input_size"]) == (3, 8, 8) and config["mean"] == pytest.approx((0.305,) * 3)
     assert ours.pretrained_cfg["label_names"][7] == "7"
 
 
