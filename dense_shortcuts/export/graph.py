@@ -44,9 +44,7 @@ def capture(net: nn.Module, img_size: int, *, largest: tuple[int, int] | None = 
     Raises:
         DenseShortcutError: PyTorch cannot trace the network, or not for any batch and size.
     """
-    batch, side = largest or (None, None)
-    sizes = {0: Dim("batch", min=1, max=batch)}
-    sizes |= {i: Dim(name, min=min(8, img_size), max=side) for i, name in ((2, "height"), (3, "width"))}
+    sizes = any_size(*(largest or (None, None)))
     images = torch.zeros(BATCH, 3, img_size, img_size)
     try:
         with torch.no_grad(), WrittenGroupNorm():
@@ -54,6 +52,16 @@ def capture(net: nn.Module, img_size: int, *, largest: tuple[int, int] | None = 
     except (torch._dynamo.exc.TorchDynamoException, ValueError, RuntimeError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise DenseShortcutError(f"PyTorch cannot trace the network for any batch and size: {reason}") from error
+
+
+def any_size(batch: int | None = None, side: int | None = None) -> dict[int, Any]:
+    """What torch.export is told of the dimensions of images (N, 3, H, W): all but the channels are open.
+
+    It finds the least side by itself: the last map of a network must have more than one row and column, since tracers
+    take a dimension of 1 for a constant. `batch` and `side` are the highest.
+    """
+    side_range = Dim.DYNAMIC if side is None else Dim.DYNAMIC(max=side)
+    return {0: Dim("batch", min=1, max=batch), 2: side_range, 3: side_range}
 
 
 class WrittenGroupNorm(TorchFunctionMode):

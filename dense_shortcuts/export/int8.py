@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
 
 from .formats import INPUT, needs, quiet
-from .graph import BATCH, capture
+from .graph import BATCH, any_size, capture
 
 OPERATORS = ["Conv", "Gemm", "MatMul"]  # the shortcuts' sums and statistics stay in float32
 
@@ -69,6 +68,5 @@ def quantise_torch(net: nn.Module, target: Path, calibration: Sequence[Tensor]) 
         for batch in calibration:
             prepared(batch)
         converted = pt2e.convert_pt2e(prepared)
-        sizes = {0: Dim("batch", min=1)} | {i: Dim(n, min=min(8, side)) for i, n in ((2, "height"), (3, "width"))}
-        program = torch.export.export(converted, (torch.zeros(BATCH, 3, side, side),), dynamic_shapes=(sizes,))
+        program = torch.export.export(converted, (torch.zeros(BATCH, 3, side, side),), dynamic_shapes=(any_size(),))
         torch.export.save(program, target)

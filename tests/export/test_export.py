@@ -5,9 +5,11 @@ import dataclasses
 import json
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import GroupNorm1
+from timm.models.resnet import BasicBlock
 from tiny_network import tiny_resnet
 from torch import Tensor, nn
 
@@ -167,6 +169,16 @@ def test_a_written_group_norm_is_group_norm():
         torch.testing.assert_close(
             graph.written_group_norm(x, groups, weight, bias, 1e-3), F.group_norm(x, groups, weight, bias, 1e-3)
         )
+
+
+def test_a_network_that_reduces_by_32_is_traced_for_any_size_above_that():
+    net = timm.models.resnet.ResNet(BasicBlock, (1, 2, 1, 1), channels=(4, 4, 8, 8), num_classes=5)
+    ready = graph.inference_form(ds.plug_in(net))
+    program = graph.capture(ready, 64)
+    assert len(program.range_constraints) == 3
+    assert len(proof.prove(ready, program.module(), torch.randn(5, 3, 64, 64))) == 6
+    bounded = graph.capture(ready, 64, largest=(8, 128)).range_constraints.values()
+    assert sorted(each.upper for each in bounded) == [8, 128, 128]
 
 
 def test_what_is_made_ready_for_export_leaves_the_network_alone():
