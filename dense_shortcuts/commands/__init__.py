@@ -8,6 +8,7 @@ from .bench import Bench, Info
 from .export import Export
 from .networks import Models
 from .prune import Prune, Renorm
+from .support import Support
 from .training import Compare, Eval, Train
 
 COMMANDS = {
@@ -20,4 +21,5 @@ COMMANDS = {
     "export": Export,
     "bench": Bench,
     "info": Info,
+    "support": Support,
 }
