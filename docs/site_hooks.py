@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -84,6 +85,18 @@ def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> st
         return match.group() if inside else text  # a page that is missing is an error, a source file is not
 
     return re.sub(r"\[([^\]]+)\]\(([^)\s]+)\)", resolved, markdown)
+
+
+def on_post_page(output: str, page: Page, config: Any) -> str:
+    """Refuse a page that would load anything from another server: the site is complete without a network."""
+    foreign = re.findall(
+        r"""<(?:script|img|iframe)\b[^>]*\bsrc=["']?(?:https?:)?//[^"'> ]+|"""
+        r"""<link\b[^>]*\brel=["']?(?:stylesheet|preconnect)[^>]*\bhref=["']?(?:https?:)?//[^"'> ]+""",
+        output,
+    )
+    if foreign:
+        raise PluginError(f"{page.file.src_uri} loads from another server: {foreign[0]}")
+    return output
 
 
 def as_markdown(notebook: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ def test_pairs_are_ranked_over_the_whole_network_and_every_block_keeps_its_best(
     assert len(found) == 3 * 6
     name = "layer2.shortcut"
     wanted = ds.dense_stages(net)["layer2"].shortcut.weights[2][1].abs().mean()
-    assert next(p for p in found if (p.shortcut, p.block, p.map) == (name, 2, 1)).weight == pytest.approx(float(wanted))
+    assert next(p for p in found if (p.shortcut, p.block, p.map) == (name, 2, 1)).weight == pytest.approx(wanted.item())
     kept = prune.choose(found, 0.6)
     assert len(kept) == 11
     best = {place: max(p.weight for p in found if (p.shortcut, p.block) == place) for place in places(found)}
@@ -58,6 +58,7 @@ def test_a_pruned_network_is_one_whose_other_weights_are_zero(variant):
                 shortcut.backend = backend
         torch.testing.assert_close(pruned(x), zeroed(x), rtol=1e-9, atol=1e-9)
     assert not torch.allclose(pruned(x), net(x))
+    torch.testing.assert_close(ds.fuse(pruned)(x), pruned(x).detach(), rtol=1e-9, atol=1e-9)
     count = lambda model: sum(p.numel() for _, p in ds.shortcut_parameters(model))  # noqa: E731
     assert count(pruned) < 0.7 * count(net)
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
