@@ -50,8 +50,11 @@ def capture(net: nn.Module, img_size: int, *, largest: tuple[int, int] | None = 
         with torch.no_grad(), WrittenGroupNorm():
             return torch.export.export(net, (images,), dynamic_shapes=(sizes,))
     except (torch._dynamo.exc.TorchDynamoException, ValueError, RuntimeError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise DenseShortcutError(f"PyTorch cannot trace the network for any batch and size: {reason}") from error
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+        raise DenseShortcutError(
+            f"PyTorch cannot trace the network for any batch and size ({reason}): take one that any size suits, unlike "
+            "a ViT of fixed size."
+        ) from error
 
 
 def any_size(batch: int | None = None, side: int | None = None) -> dict[int, Any]:

@@ -181,6 +181,13 @@ def test_a_network_that_reduces_by_32_is_traced_for_any_size_above_that():
     assert sorted(each.upper for each in bounded) == [8, 128, 128]
 
 
+def test_a_network_of_one_size_is_refused():
+    settings = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2, "num_classes": 5}
+    fixed = timm.models.vision_transformer.VisionTransformer(**settings).eval()
+    with pytest.raises(ds.DenseShortcutError, match="cannot trace the network for any batch and size"):
+        graph.capture(fixed, 8)
+
+
 def test_what_is_made_ready_for_export_leaves_the_network_alone():
     net = ds.plug_in(tiny_resnet(num_classes=5), norm="batch").train()
     before = {name: value.clone() for name, value in net.state_dict().items()}
