@@ -34,7 +34,7 @@ def capture(net: nn.Module, img_size: int, *, largest: tuple[int, int] | None = 
     """The graph of a network in `inference_form`, traced with two images, for any batch, height and width.
 
     Group norms are written out as sums and products: exporters turn them into instance norm between reshapes, which
-    some runtimes compute wrongly for one group.
+    some runtimes are reported to compute wrongly for one group.
 
     Args:
         net: what `inference_form` gave.
@@ -95,7 +95,7 @@ def warnings(model: nn.Module) -> list[str]:
         )
     if 1 in groups:
         said.append(
-            "a norm of one group (layer norm) is written out and not given as instance norm, which some runtimes "
-            "compute wrongly for one group."
+            "a norm of one group (layer norm) is written out and not given as instance norm, which some runtimes are "
+            "reported to compute wrongly for one group."
         )
     return said
