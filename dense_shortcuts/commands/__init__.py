@@ -5,7 +5,9 @@ what `--help` says. What it needs is imported when it runs, so that `dsnet --hel
 """
 
 from .bench import Bench, Info
+from .export import Export
 from .networks import Models
+from .prune import Prune, Renorm
 from .scaling import Scaling
 from .support import Support
 from .training import Compare, Eval, Train
@@ -15,6 +17,9 @@ COMMANDS = {
     "train": Train,
     "eval": Eval,
     "models": Models,
+    "prune": Prune,
+    "renorm": Renorm,
+    "export": Export,
     "bench": Bench,
     "info": Info,
     "support": Support,

@@ -174,6 +174,10 @@ def read_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         raise DenseShortcutError(
             f"{folder / CARD} lacks what a network is built from ({error}): restore it."
         ) from error
+    if "sources" in card:
+        from ..prune import with_sources
+
+        model = with_sources(model, card["sources"])
     tensors, _ = read_tensors(folder / WEIGHTS)
     load_all(model, tensors)
     return model, card

@@ -73,13 +73,16 @@ class Training:
         return self.ema.module if self.ema is not None else self.model
 
 
-def train_network(config: TrainConfig, data: Data, folder: Path, display: Display) -> None:
+def train_network(
+    config: TrainConfig, data: Data, folder: Path, display: Display, model: nn.Module | None = None
+) -> None:
     """Train one network, from its saved state where the folder has one, and leave metrics and checkpoint there.
 
     Args:
         config: resolved configuration.
         folder: the network's folder; gets metrics.jsonl, a state an epoch of which two stay, model.safetensors and
             model.json.
+        model: a network to go on from; None builds the configuration's.
 
     Raises:
         DenseShortcutError: bad input of any kind, a loss that is not finite, a state of another network.
@@ -87,7 +90,7 @@ def train_network(config: TrainConfig, data: Data, folder: Path, display: Displa
     from accelerate.utils import gather_object
 
     accelerator = make_accelerator(config)
-    training = prepare(config, data, folder, accelerator)
+    training = prepare(config, data, folder, accelerator, model)
     display.start(training.label, training.epochs_done)
 
     for epoch in range(training.epochs_done, config.epochs):
@@ -118,7 +121,9 @@ def train_network(config: TrainConfig, data: Data, folder: Path, display: Displa
     accelerator.free_memory()
 
 
-def prepare(config: TrainConfig, data: Data, folder: Path, accelerator: "Accelerator") -> Training:
+def prepare(
+    config: TrainConfig, data: Data, folder: Path, accelerator: "Accelerator", model: nn.Module | None = None
+) -> Training:
     """Network, optimizer, schedule, loss and loaders, at the start or where the folder's saved state left them."""
     from timm.layers import convert_sync_batchnorm
 
@@ -126,7 +131,7 @@ def prepare(config: TrainConfig, data: Data, folder: Path, accelerator: "Acceler
     train_loader = make_loader(data.train, config, training=True)
     test_loader = make_loader(data.test, config)
     split, device = is_split(config, accelerator), accelerator.device
-    model = build_network(config, num_classes)
+    model = build_network(config, num_classes) if model is None else model
     synchronised = config.sync_bn and accelerator.num_processes > 1
     if synchronised and device.type != "cpu":
         model = convert_sync_batchnorm(model)

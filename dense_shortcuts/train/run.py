@@ -267,24 +267,49 @@ def evaluate(checkpoint: Path, **given: Any) -> dict[str, Any]:
     Raises:
         DenseShortcutError: no or a broken checkpoint, weights of another network, data with other classes.
     """
+    folder = checkpoint_folder(checkpoint)
+    model, card = read_model(folder)
+    config, data = data_of(folder, card, **given)
+    accelerator = make_accelerator(config)
+    network, loader = accelerator.prepare(placed(model, config, accelerator.device), make_loader(data.test, config))
+    figures, _ = test_network(network, loader, len(data.classes), accelerator)
+    return {**figures, "images": len(data.test), "model": card["model"], "checkpoint": str(folder)}
+
+
+def checkpoint_folder(checkpoint: Path) -> Path:
+    """The folder of a network, from that or the weights in it.
+
+    Raises:
+        DenseShortcutError: neither.
+    """
     if not checkpoint.is_dir() and (checkpoint.name != WEIGHTS or not checkpoint.is_file()):
         raise DenseShortcutError(f"{checkpoint} is no checkpoint: give a network's folder or the {WEIGHTS} in it.")
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    model, card = read_model(folder)
+    return checkpoint if checkpoint.is_dir() else checkpoint.parent
+
+
+def data_of(folder: Path, card: dict[str, Any], training: bool = False, **given: Any) -> tuple[TrainConfig, Data]:
+    """The configuration and images of the run that a network's folder is part of.
+
+    Args:
+        folder: the network's folder.
+        card: the network's.
+        training: whether the training images are wanted too; else there is one of them.
+        **given: as in `evaluate`.
+
+    Raises:
+        DenseShortcutError: the images are not there, or of other classes.
+    """
     changes = {key: value for key, value in given.items() if value is not None}
     if changes.get("data", card["data"]) != card["data"]:
         changes = {"data_dir": None, "workers": None, "loader": "auto"} | changes
     config = dataclasses.replace(run_config(folder, card), **changes, test_size=card["img_size"]).resolved()
-    data = load_data(dataclasses.replace(config, limit_train=1))  # only the test images are wanted
+    data = load_data(config if training else dataclasses.replace(config, limit_train=1))
     if list(data.classes) != card["classes"]:
         raise DenseShortcutError(
             f"{folder} was trained on {card['num_classes']} classes of {card['data']} and these images have "
             f"{len(data.classes)} other ones: give --data and --data-dir of the same classes."
         )
-    accelerator = make_accelerator(config)
-    network, loader = accelerator.prepare(placed(model, config, accelerator.device), make_loader(data.test, config))
-    figures, _ = test_network(network, loader, len(data.classes), accelerator)
-    return {**figures, "images": len(data.test), "model": card["model"], "checkpoint": str(folder)}
+    return config, data
 
 
 def run_config(folder: Path, card: dict[str, Any]) -> TrainConfig:

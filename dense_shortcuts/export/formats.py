@@ -1,0 +1,157 @@
+"""The formats: how a graph is written to a file, and how the file is run again, by the format's own runtime."""
+
+import contextlib
+import importlib
+import io
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from ..errors import DenseShortcutError
+
+Runner = Callable[[Tensor], Tensor]
+
+INPUT, OUTPUT = "images", "scores"
+LARGEST = (8, 512)  # ExecuTorch plans its memory for the largest batch and side
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of files.
+
+    Attributes:
+        suffix: of the file.
+        write: writes a program to a path.
+        load: what runs the file, from images (N, 3, H, W) to scores (N, classes).
+        libraries: what it needs, and how to install that.
+        beside: suffixes of files written beside it.
+        largest: highest batch and side; None for any.
+    """
+
+    suffix: str
+    write: Callable[[ExportedProgram, Path], None]
+    load: Callable[[Path], Runner]
+    libraries: tuple[str, ...] = ()
+    advice: str = "pip install 'dense-shortcuts[export]'"
+    beside: tuple[str, ...] = ()
+    largest: tuple[int, int] | None = None
+
+    def check(self) -> None:
+        """Refuse, before any work is done, where a library is missing.
+
+        Raises:
+            DenseShortcutError: one is not installed.
+        """
+        for name in self.libraries:
+            needs(name, self.advice)
+
+
+def needs(module: str, advice: str = Format.advice) -> ModuleType:
+    """An optional library.
+
+    Raises:
+        DenseShortcutError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise DenseShortcutError(f"this needs {module.split('.')[0]}, which is not installed: {advice}.") from error
+
+
+def write_onnx(program: ExportedProgram, path: Path) -> None:
+    with quiet():
+        torch.onnx.export(
+            program,
+            (),
+            str(path),
+            dynamo=True,
+            external_data=False,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            verbose=False,
+        )
+
+
+def load_onnx(path: Path) -> Runner:
+    runtime = needs("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+
+
+def write_torch(program: ExportedProgram, path: Path) -> None:
+    torch.export.save(program, path)
+
+
+def load_torch(path: Path) -> Runner:
+    module: Any = torch.export.load(path).module()
+    return module
+
+
+def write_openvino(program: ExportedProgram, path: Path) -> None:
+    openvino = needs("openvino")
+    graph = path.with_suffix(".onnx")
+    try:
+        write_onnx(program, graph)
+        model = openvino.convert_model(str(graph))
+        openvino.save_model(model, str(path), compress_to_fp16=False)  # which it does by default
+    finally:
+        graph.unlink(missing_ok=True)
+
+
+def load_openvino(path: Path) -> Runner:
+    core = needs("openvino").Core()
+    # Where a CPU has bf16 it would compute in that.
+    compiled = core.compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda images: torch.from_numpy(compiled(images.numpy())[0].copy())
+
+
+def write_executorch(program: ExportedProgram, path: Path) -> None:
+    exir = needs("executorch.exir")
+    xnnpack = needs("executorch.backends.xnnpack.partition.xnnpack_partitioner")
+    lowered = exir.to_edge_transform_and_lower(program, partitioner=[xnnpack.XnnpackPartitioner()])
+    path.write_bytes(lowered.to_executorch().buffer)
+
+
+def load_executorch(path: Path) -> Runner:
+    runtime = needs("executorch.runtime").Runtime.get()
+    method = runtime.load_program(str(path)).load_method("forward")
+    return lambda images: method.execute([images.contiguous()])[0]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the exporter's lines about its own steps; errors are raised as ever."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+_ONNX = ("onnx", "onnxscript")
+
+FORMATS = {
+    "onnx": Format(".onnx", write_onnx, load_onnx, libraries=(*_ONNX, "onnxruntime")),
+    "torch-export": Format(".pt2", write_torch, load_torch),
+    "executorch": Format(
+        ".pte",
+        write_executorch,
+        load_executorch,
+        libraries=("executorch.exir", "executorch.runtime"),
+        advice="pip install 'dense-shortcuts[executorch]' into an environment of its own, for it pins its own PyTorch",
+        largest=LARGEST,
+    ),
+    "openvino": Format(".xml", write_openvino, load_openvino, libraries=(*_ONNX, "openvino"), beside=(".bin",)),
+}

@@ -1,0 +1,109 @@
+"""Training on with a network that was changed: the settings of its own run, fewer epochs, a lower learning rate."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from .checkpoint import write_model
+from .config import TrainConfig
+from .data import Data
+from .display import Display
+from .loop import METRICS, make_accelerator, make_loader, placed, read_metrics, test_network, train_network
+from .network import network_label
+from .run import data_of, make_folder
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A changed network in a run's folder of its own.
+
+    Attributes:
+        folder: the network's folder.
+        data, images: the test images, and their number.
+        start: accuracy as it was changed, %.
+        end: accuracy after the last epoch, %; as `start` without epochs.
+    """
+
+    folder: Path
+    data: str
+    images: int
+    start: float
+    end: float
+
+
+def tune(
+    model: nn.Module,
+    config: TrainConfig,
+    data: Data,
+    *,
+    epochs: int,
+    lr: float,
+    name: str,
+    output: Path,
+    command: str,
+) -> Tuned:
+    """Train a changed network on, and leave it in a new run's folder.
+
+    Args:
+        model: what to go on from.
+        config: the configuration that builds such a network, with the run's settings.
+        data: its images.
+        epochs: passes over the training images; 0 leaves the network as it is.
+        lr: highest learning rate; it falls to zero by a cosine.
+        name, output: the run's folder is output/name.
+        command: what made it, for the run's records.
+
+    Raises:
+        DenseShortcutError: the folder exists.
+    """
+    config = dataclasses.replace(
+        config, epochs=max(epochs, 1), lr=lr, sched="cosine", warmup_epochs=0, name=name, output=str(output)
+    ).resolved()
+    start = accuracy(model, config, data)
+    make_folder(output / name, config, command)
+    folder = output / name / network_label(config)
+    folder.mkdir()
+    if not epochs:
+        write_model(folder, config, data, model.state_dict())
+        return Tuned(folder, config.data, len(data.test), start, start)
+    console = Console()
+    with Display([network_label(config)], epochs, console) as display:
+        train_network(config, data, folder, display, model)
+    return Tuned(folder, config.data, len(data.test), start, read_metrics(folder / METRICS)[-1]["test_top1"])
+
+
+def accuracy(model: nn.Module, config: TrainConfig, data: Data) -> float:
+    """Accuracy on the test images, %."""
+    accelerator = make_accelerator(config)
+    network, loader = accelerator.prepare(placed(model, config, accelerator.device), make_loader(data.test, config))
+    figures, _ = test_network(network, loader, len(data.classes), accelerator)
+    return float(figures["top1"])
+
+
+def settings(folder: Path, card: dict[str, Any], **given: Any) -> tuple[TrainConfig, Data]:
+    """The configuration and images to go on with: those of the network's run, but for what is given."""
+    config, data = data_of(folder, card, training=True, **given)
+    shortcut = {field: card["shortcut"][field] for field in card["shortcut"]}
+    return dataclasses.replace(config, model=card["model"], **shortcut), data
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, norms: nn.ModuleList, config: TrainConfig, data: Data, batches: int = 50) -> None:
+    """Set the running statistics of some batch norms to the average over training batches; nothing else changes."""
+    loader = make_loader(data.train, config, training=True)
+    before = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()  # type: ignore[operator]
+        norm.momentum = None  # type: ignore[assignment]
+        norm.train()
+    for _, (images, _labels) in zip(range(batches), loader, strict=False):
+        model(images)
+    for norm, momentum in zip(norms, before, strict=True):
+        norm.momentum = momentum
+        norm.eval()

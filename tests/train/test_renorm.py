@@ -1,0 +1,57 @@
+"""Another norm for a trained network: the weights stay, the statistics come from the images, training goes on."""
+
+import json
+
+import pytest
+import torch
+
+import dense_shortcuts as ds
+from dense_shortcuts.cli import main
+from dense_shortcuts.renorm import renorm, take_weights
+from dense_shortcuts.train.checkpoint import read_model, write_text
+from dense_shortcuts.train.config import TrainConfig, write_yaml
+from dense_shortcuts.train.network import build_network
+
+
+@pytest.fixture
+def trained(tiny, fit, tmp_path, monkeypatch):
+    """The folder of a network with group norm, trained for two short epochs."""
+    monkeypatch.chdir(tmp_path)
+    config = tiny(model="dsnet20")
+    fit(config, tmp_path / "runs" / "a" / "stage-group")
+    write_text(tmp_path / "runs" / "a" / "config.yaml", write_yaml(config.resolved()))
+    return tmp_path / "runs" / "a" / "stage-group"
+
+
+def test_batch_norm_takes_the_place_of_group_norm_and_training_goes_on(trained, tmp_path, capsys):
+    assert main(["renorm", str(trained), "--epochs", "1", "--lr", "0.01"]) == 0, capsys.readouterr().err
+    folder = tmp_path / "runs" / "a-batch" / "stage-batch"
+    said = capsys.readouterr().out
+    figures = json.loads((folder.parent / "renorm.json").read_text())
+    assert f"accuracy {figures['end']:.2f} % with batch norm after 1 epochs, {figures['start']:.2f} % before" in said
+    net, card = read_model(folder)
+    assert card["shortcut"]["norm"] == "batch" and card["epochs"] == 1
+    stage = next(iter(ds.dense_stages(net).values()))
+    assert all(isinstance(norm, torch.nn.BatchNorm2d) for norm in stage.shortcut.norms)
+    assert main(["eval", str(folder)]) == 0
+    assert f"accuracy {figures['end']:.2f} %" in capsys.readouterr().out
+
+
+def test_without_epochs_the_weights_stay_and_statistics_are_those_of_the_images(trained, tmp_path):
+    before, _ = read_model(trained)
+    done = renorm(trained, epochs=0, name="b")
+    assert done.tuned.start == done.tuned.end
+    after, _ = read_model(tmp_path / "runs" / "b" / "stage-batch")
+    state = after.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in before.state_dict().items())
+    norms = [n for s in ds.dense_stages(after).values() for n in s.shortcut.norms]
+    assert all(n.num_batches_tracked == 3 and n.running_mean.abs().max() > 0 for n in norms)  # 96 images by 32
+
+
+def test_what_cannot_change_its_norm_is_refused(trained):
+    for arguments, fault in (({"norm": "group"}, "has norm=group already"), ({"name": "a"}, "exists already")):
+        with pytest.raises(ds.DenseShortcutError, match=fault):
+            renorm(trained, **arguments)
+    host = build_network(TrainConfig(aggregate="identity"), 10)
+    with pytest.raises(ds.DenseShortcutError, match="differ in more than their norms"):
+        take_weights(build_network(TrainConfig(), 10), host)
