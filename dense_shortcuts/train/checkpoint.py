@@ -20,7 +20,10 @@ from .config import TrainConfig
 from .data import Data
 from .network import build_network
 
-SHORTCUT_FIELDS = ("aggregate", "norm", "groups", "init", "inner", "keep_identity")
+SHORTCUT_FIELDS = (
+    *("aggregate", "norm", "groups", "init", "inner", "inner_start", "weighting", "pattern", "window"),
+    "keep_identity",
+)
 WEIGHTS, CARD = "model.safetensors", "model.json"
 
 
