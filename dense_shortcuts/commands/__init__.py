@@ -5,14 +5,17 @@ what `--help` says. What it needs is imported when it runs, so that `dsnet --hel
 """
 
 from .bench import Bench, Info
+from .detect import DetectCompare, DetectEval, DetectPredict, DetectTrain
 from .networks import Models
 from .training import Compare, Eval, Train
 
-COMMANDS = {
+# A command by its word; a word with commands of its own leads to a dictionary of them.
+COMMANDS: dict[str, type | dict[str, type]] = {
     "compare": Compare,
     "train": Train,
     "eval": Eval,
     "models": Models,
     "bench": Bench,
     "info": Info,
+    "detect": {"train": DetectTrain, "eval": DetectEval, "predict": DetectPredict, "compare": DetectCompare},
 }
