@@ -216,7 +216,8 @@ def frozen_modules(features: nn.Module, frozen_stages: int) -> list[str]:
     """
     names = {flat(name): name for name, _ in features.named_modules() if name}
     info: Any = features.feature_info
-    levels = [level["module"] for level in info.info]
+    coarsest = max(index % len(info.info) for index in info.out_indices)
+    levels = [level["module"] for level in info.info[: coarsest + 1]]  # later ones are not in the network
     untold = [level for level in levels if flat(level) not in names and "stem" not in level]
     if untold:
         raise DenseShortcutError(

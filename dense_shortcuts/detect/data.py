@@ -1,6 +1,6 @@
 """Images and boxes in COCO format: what a file holds, what is wrong with it, and samples for training and scoring.
 
-Faults are handled as COCO's own tools do. For training, as in torchvision's reference: boxes are clipped to their image,
+Faults are handled as COCO's own tools do. For training, as in torchvision's reference: boxes are clipped to the image,
 boxes thinner than a pixel and crowds are left out, and so are images without a box. For scoring, as in pycocotools:
 boxes stand as they are written, crowds are ignored, annotations of unknown categories do not count, and an image whose
 file is missing counts with nothing found in it.

@@ -70,6 +70,8 @@ class Meter:
             found = {key: value.detach().cpu() for key, value in found.items()}
             boxes = found["boxes"].double()
             found["boxes"] = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
+        if self.kind == "segm" and not len(target["labels"]):
+            target = stand_in(target)
         self.metric.update([found], [target])
 
     def states(self) -> dict[str, list[Any]]:
@@ -98,6 +100,18 @@ def unseen(picture: Picture, *, masks: bool) -> dict[str, Tensor]:
         return truth(picture)
     target = truth(dataclasses.replace(picture, boxes=tuple(filter(has_mask, picture.boxes))))
     return target | {"masks": torch.zeros(len(target["labels"]), 1, 1, dtype=torch.uint8)}
+
+
+def stand_in(target: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An empty crowd for an image without masks. It can match nothing and counts nowhere; without it torchmetrics leaves
+    the image out, and what is wrongly found there with it."""
+    return {
+        "boxes": torch.zeros(1, 4, dtype=torch.float64),
+        "labels": torch.ones(1, dtype=torch.int64),
+        "iscrowd": torch.ones(1, dtype=torch.int64),
+        "area": torch.zeros(1, dtype=torch.float64),
+        "masks": torch.zeros(1, *target["masks"].shape[1:], dtype=torch.uint8),
+    }
 
 
 def twelve_lines(figures: Mapping[str, float]) -> list[str]:

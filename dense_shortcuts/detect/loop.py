@@ -147,7 +147,7 @@ def make_schedule(config: DetectConfig, optimizer: torch.optim.Optimizer, steps_
     warmup: dict[str, Any] = {"warmup_t": config.warmup_steps, "warmup_lr_init": config.lr / 1000, "t_in_epochs": False}
     if config.sched == "cosine":
         return CosineLRScheduler(optimizer, t_initial=config.epochs * steps_per_epoch, **warmup)
-    cuts = [epoch * steps_per_epoch for epoch in config.milestones]
+    cuts = [epoch * steps_per_epoch + 1 for epoch in config.milestones]  # timm looks one step ahead
     return MultiStepLRScheduler(optimizer, decay_t=cuts, decay_rate=config.decay_rate, warmup_prefix=False, **warmup)
 
 

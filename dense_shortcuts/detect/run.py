@@ -123,9 +123,8 @@ def load_data(config: DetectConfig) -> Data:
     Raises:
         DenseShortcutError: see `data.read_coco` and `data.trainable`; categories that differ between the splits.
     """
+    mask_tools()  # says which library is missing before anything is begun
     folder, masks = Path(str(config.data_dir)), config.detector == MASKS
-    if masks:
-        mask_tools()
     train_set, val = read_split(folder, "train", config.limit_train), read_split(folder, "val", config.limit_val)
     if train_set.categories != val.categories:
         differing = sorted({f"{i} {name}" for i, name in set(train_set.categories) ^ set(val.categories)})

@@ -76,10 +76,12 @@ class Display:
     def epoch(self, row: dict[str, Any]) -> None:
         """An epoch ended with these metrics."""
         done = row["epoch"] / self.epochs
-        self.test = f"  {score}" if (score := self.summary(row)) else self.test
+        score = self.summary(row)
+        told = f"  {score}" if score else ""
+        self.test = told or self.test
         line = (
             f"epoch {row['epoch']}/{self.epochs}  {row['train_images_per_second']:,.0f} images/s"
-            f"  loss {row['train_loss']:.3f}{self.test}  left {clock(self._left(done))}"
+            f"  loss {row['train_loss']:.3f}{told}  left {clock(self._left(done))}"
         )
         if self.live:
             self.progress.update(self.tasks[self.label], completed=done, status=line)
