@@ -103,8 +103,8 @@ def unseen(picture: Picture, *, masks: bool) -> dict[str, Tensor]:
 
 
 def stand_in(target: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An empty crowd for an image without masks. It can match nothing and counts nowhere; without it torchmetrics leaves
-    the image out, and what is wrongly found there with it."""
+    """An empty crowd for an image without masks. It can match nothing and counts nowhere; without it torchmetrics
+    leaves the image out, and what is wrongly found there with it."""
     return {
         "boxes": torch.zeros(1, 4, dtype=torch.float64),
         "labels": torch.ones(1, dtype=torch.int64),
