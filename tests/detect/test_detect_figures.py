@@ -28,10 +28,8 @@ def detections(coco: Coco, seed: int, *, masks: bool) -> dict[int, dict[str, tor
         # float32, as a detector gives them, so that both sides see the same numbers
         corners = torch.tensor(boxes, dtype=torch.float32)
         labels = torch.from_numpy(rng.integers(1, 4, len(boxes)))
-        own = [
-            label for label, b in zip(known["labels"].tolist(), known["boxes"].tolist(), strict=True) if min(b[2:]) > 0
-        ]
-        for k, label in enumerate(own):
+        with_area = (known["boxes"][:, 2:] > 0).all(1)
+        for k, label in enumerate(known["labels"][with_area]):  # the other one of the pair keeps its random label
             labels[2 * k] = label
         found[picture.id] = {
             "boxes": corners,

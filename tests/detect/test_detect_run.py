@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -179,7 +180,7 @@ def test_predict_draws_boxes_and_writes_results(made, clean_set, tmp_path, capsy
     (tmp_path / "own" / "notes.txt").write_text("not asked for")
     sources = [str(tmp_path / "own"), str(clean_set / "val2017" / "000500.png")]
     assert main(["detect", "predict", str(made), *sources, "--threshold", "0.0", "--output", "drawn"]) == 0
-    out, error = capsys.readouterr()
+    error = capsys.readouterr().err
     assert error.count("passed over") == 1 and "broken.png is not a whole image" in error
     assert sorted(p.name for p in Path("drawn").iterdir()) == ["000500-2.png", "000500.png", "detections.json"]
     results = read_json(Path("drawn/detections.json"))
@@ -266,8 +267,8 @@ def test_the_learning_rate_rises_and_falls_by_steps():
     assert cuts[0] == pytest.approx(0.001) and cuts[5] == 1.0 and cuts[19] == 1.0
     assert cuts[20] == pytest.approx(0.1) and cuts[30] == pytest.approx(0.01)
     cosine = rates(sched="cosine")
-    assert all(a < b for a, b in zip(cosine[:5], cosine[1:6], strict=True)) and cosine[39] < 0.01
-    assert all(a > b for a, b in zip(cosine[5:39], cosine[6:], strict=True))
+    assert all(a < b for a, b in pairwise(cosine[:6])) and cosine[39] < 0.01
+    assert all(a > b for a, b in pairwise(cosine[5:]))
 
 
 def test_a_recipe_gives_the_defaults_and_flags_have_the_last_word():
