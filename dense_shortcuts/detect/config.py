@@ -143,9 +143,9 @@ def check(config: DetectConfig) -> None:
             raise DenseShortcutError(f"{flag(field)} is {getattr(config, field)}: it must be 0 or above.")
     if not config.img_size or min(config.img_size) < 32:
         raise DenseShortcutError("--img-size must be one or more sides of 32 pixels or above.")
-    if config.detector == "fcos" and config.fpn_channels % 32:
+    if config.detector == "fcos" and (config.fpn_channels % 32 or config.fpn_channels < 64):
         raise DenseShortcutError(
-            f"--fpn-channels {config.fpn_channels} does not suit fcos: take a multiple of 32, the groups of its norms."
+            f"--fpn-channels {config.fpn_channels} does not suit fcos, whose norms have 32 groups: take 64, 96 or more."
         )
     if config.sched == "multistep" and not config.milestones:
         raise DenseShortcutError("--sched multistep needs --milestones: the epochs at which to cut the learning rate.")
