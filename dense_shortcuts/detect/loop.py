@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, Subset
 from ..errors import DenseShortcutError
 from ..train.checkpoint import (
     CARD,
-    STATE,
     WEIGHTS,
     load_all,
     read_json,
@@ -37,7 +36,7 @@ from .network import build_detector
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-MASKS = "maskrcnn"
+MASKS, STATE = "maskrcnn", "state.safetensors"
 
 
 @dataclass
