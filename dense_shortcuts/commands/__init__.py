@@ -7,6 +7,7 @@ what `--help` says. What it needs is imported when it runs, so that `dsnet --hel
 from .bench import Bench, Info
 from .detect import DetectCompare, DetectEval, DetectPredict, DetectTrain
 from .networks import Models
+from .support import Support
 from .training import Compare, Eval, Train
 
 # A command by its word; a word with commands of its own leads to a dictionary of them.
@@ -17,5 +18,6 @@ COMMANDS: dict[str, type | dict[str, type]] = {
     "models": Models,
     "bench": Bench,
     "info": Info,
+    "support": Support,
     "detect": {"train": DetectTrain, "eval": DetectEval, "predict": DetectPredict, "compare": DetectCompare},
 }

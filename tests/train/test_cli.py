@@ -225,7 +225,7 @@ def test_bad_input_is_one_sentence_with_code_2_and_leaves_nothing(arguments, mes
         (["compare", "--recipe"], "argument --recipe: expected one argument"),
         (["eval"], "missing from dsnet eval: PATH"),
         (["trian"], "unrecognized options: trian: `dsnet --help`"),
-        ([], "expected one of {compare, train, eval, models, bench, info, detect}"),
+        ([], "expected one of {compare, train, eval, models, bench, info, support, detect}"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
