@@ -16,9 +16,7 @@ from typing import Annotated, Any, Union
 import tyro
 
 from .commands import COMMANDS
-from .commands.training import Run
 from .errors import DenseShortcutError
-from .train.config import TrainConfig, read_yaml
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,7 +57,7 @@ def advice(interruption: KeyboardInterrupt, arguments: list[str]) -> str:
     from .train.run import RunInterrupted
 
     if isinstance(interruption, RunInterrupted):
-        return f"go on with `dsnet {arguments[0]} --resume {shlex.quote(str(interruption.folder))}`."
+        return f"go on with `dsnet {' '.join(words(arguments))} --resume {shlex.quote(str(interruption.folder))}`."
     if arguments[:1] == ["bench"]:
         return "comparisons that were finished are in the output folder."
     return "nothing was begun."
@@ -78,10 +76,9 @@ def parse(arguments: list[str]) -> Any:
         known, rest = first.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise DenseShortcutError(f"{error}: give the path behind it.") from error
-    if known.resume is not None and (known.recipe is not None or len(rest) > 1):
+    if known.resume is not None and (known.recipe is not None or len(rest) > len(words(rest))):
         raise DenseShortcutError("--resume goes on with the run's own settings: give no other flag beside it.")
-    config = read_yaml(known.recipe) if known.recipe is not None else TrainConfig()
-    commands: Any = Union[tuple(subcommand(name, cls, config) for name, cls in COMMANDS.items())]  # noqa: UP007
+    commands = union(COMMANDS, words(rest), known.recipe)
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
@@ -94,11 +91,31 @@ def parse(arguments: list[str]) -> Any:
         raise DenseShortcutError(refused(told.getvalue(), arguments)) from None
 
 
-def subcommand(name: str, cls: type, config: TrainConfig) -> Any:
-    """A command for tyro; one that trains begins from the recipe's settings."""
-    if issubclass(cls, Run):
-        return Annotated[cls, tyro.conf.subcommand(name, default=cls(config))]
-    return Annotated[cls, tyro.conf.subcommand(name)]
+def words(arguments: Sequence[str]) -> list[str]:
+    """The words that name a command at the head of the arguments, such as ["detect", "train"]."""
+    found: list[str] = []
+    level: Any = COMMANDS
+    for argument in arguments:
+        if not isinstance(level, dict) or argument not in level:
+            break
+        found.append(argument)
+        level = level[argument]
+    return found
+
+
+def union(commands: dict[str, Any], chosen: list[str], recipe: Path | None) -> Any:
+    """The commands for tyro; the chosen one begins from the recipe's settings."""
+    kinds = []
+    for name, entry in commands.items():
+        here = chosen[:1] == [name]
+        if isinstance(entry, dict):
+            nested = union(entry, chosen[1:] if here else [], recipe)
+            kinds.append(Annotated[nested, tyro.conf.subcommand(name, description=f"{', '.join(entry)}.")])
+        elif here and recipe is not None and hasattr(entry, "read_recipe"):
+            kinds.append(Annotated[entry, tyro.conf.subcommand(name, default=entry(entry.read_recipe(recipe)))])
+        else:
+            kinds.append(Annotated[entry, tyro.conf.subcommand(name)])
+    return Union[tuple(kinds)]  # noqa: UP007
 
 
 def refused(box: str, arguments: list[str]) -> str:
@@ -112,7 +129,7 @@ def refused(box: str, arguments: list[str]) -> str:
     reason = " ".join(itertools.takewhile(lambda line: not rule.fullmatch(line), lines)).rstrip(". ")
     near = re.search(r"(?:perhaps you meant|similar to)[^\n]*\n(--[\w-]+)", "\n".join(lines), re.IGNORECASE)
     meant = f"did you mean {near[1]}? " if near else ""
-    command = f"{arguments[0]} " if arguments and arguments[0] in COMMANDS else ""
+    command = "".join(f"{word} " for word in words(arguments))
     return f"{reason[:1].lower()}{reason[1:]}: {meant}`dsnet {command}--help` lists what there is."
 
 

@@ -23,6 +23,7 @@ PACKAGES = (
     "triton",
     "accelerate",
     "torchmetrics",
+    "faster-coco-eval",
     "numpy",
     "pillow",
     "dense-shortcuts",

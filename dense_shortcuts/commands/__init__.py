@@ -5,6 +5,7 @@ what `--help` says. What it needs is imported when it runs, so that `dsnet --hel
 """
 
 from .bench import Bench, Info
+from .detect import DetectCompare, DetectEval, DetectPredict, DetectTrain
 from .export import Export
 from .networks import Models
 from .prune import Prune, Renorm
@@ -12,7 +13,8 @@ from .scaling import Scaling
 from .support import Support
 from .training import Compare, Eval, Train
 
-COMMANDS = {
+# A command by its word; a word with commands of its own leads to a dictionary of them.
+COMMANDS: dict[str, type | dict[str, type]] = {
     "compare": Compare,
     "train": Train,
     "eval": Eval,
@@ -24,4 +26,5 @@ COMMANDS = {
     "info": Info,
     "support": Support,
     "scaling": Scaling,
+    "detect": {"train": DetectTrain, "eval": DetectEval, "predict": DetectPredict, "compare": DetectCompare},
 }

@@ -6,7 +6,7 @@ from typing import Any
 
 import tyro
 
-from ..train.config import DataName, TrainConfig
+from ..train.config import DataName, TrainConfig, read_yaml
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,8 @@ class Run:
     """YAML file with settings; flags given beside it have the last word."""
     resume: Path | None = None
     """Folder of a run to go on with; nothing else is given beside it."""
+
+    read_recipe = staticmethod(read_yaml)
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,13 @@ import os
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
 from ..errors import DenseShortcutError
 
+Config = TypeVar("Config")
 DATA_FOLDER_VARIABLE = "DENSE_SHORTCUTS_DATA"
 DataName = Literal[
     "digits", "cifar10", "cifar100", "tiny-imagenet", "imagefolder", "parquet", "streaming", "webdataset"
@@ -257,6 +258,13 @@ def read_yaml(path: Path) -> TrainConfig:
     Raises:
         DenseShortcutError: no such file, not a mapping, an unknown key, or a value of the wrong kind.
     """
+    config = read_fields(path, TrainConfig)
+    _check(config)
+    return config
+
+
+def read_fields(path: Path, cls: type[Config]) -> Config:
+    """A dataclass of settings from a YAML file, as `read_yaml`, without a check of what they mean together."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -265,18 +273,16 @@ def read_yaml(path: Path) -> TrainConfig:
         raise DenseShortcutError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
         raise DenseShortcutError(f"{path} must hold lines of the form `epochs: 20`.")
-    kinds = typing.get_type_hints(TrainConfig)
+    kinds = typing.get_type_hints(cls)
     for key in values:
         if key not in kinds:
             near = difflib.get_close_matches(str(key), kinds, n=1)
             raise DenseShortcutError(f"{path} has the unknown key {key!r}: {_advice(near)}.")
-    config = TrainConfig(**{key: _convert(value, kinds[key], f"{key} in {path}") for key, value in values.items()})
-    _check(config)
-    return config
+    return cls(**{key: _convert(value, kinds[key], f"{key} in {path}") for key, value in values.items()})
 
 
-def write_yaml(config: TrainConfig) -> str:
-    """The text that `read_yaml` reads back as an equal configuration."""
+def write_yaml(config: Any) -> str:
+    """The text that `read_yaml` (`read_fields` for settings of another class) reads back as an equal configuration."""
     values = {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(config).items()}
     return yaml.safe_dump(values, sort_keys=False)
 

@@ -1,7 +1,7 @@
 """What a running training shows: a live line for each network in a terminal, one plain line an epoch elsewhere."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -11,11 +11,21 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 REFRESH_SECONDS = 0.2  # reading the loss waits for the accelerator, so it is not done at every step
 
 
-class Display:
-    """Progress of one network after the other. Only the main process shows anything."""
+def accuracy(row: dict[str, Any]) -> str:
+    """What an epoch's metrics say of the test images."""
+    return f"accuracy {row['test_top1']:.2f} %"
 
-    def __init__(self, labels: Sequence[str], epochs: int, console: Console) -> None:
-        self.console, self.epochs = console, epochs
+
+class Display:
+    """Progress of one network after the other. Only the main process shows anything.
+
+    `summary` makes an epoch's metrics into its score in words, "" where it has none.
+    """
+
+    def __init__(
+        self, labels: Sequence[str], epochs: int, console: Console, summary: Callable[[dict[str, Any]], str] = accuracy
+    ) -> None:
+        self.console, self.epochs, self.summary = console, epochs, summary
         self.live = console.is_terminal and not console.quiet
         self.width = max(len(label) for label in labels)
         self.progress = Progress(
@@ -67,10 +77,12 @@ class Display:
     def epoch(self, row: dict[str, Any]) -> None:
         """An epoch ended with these metrics."""
         done = row["epoch"] / self.epochs
-        self.test = f"  accuracy {row['test_top1']:.2f} %"
+        score = self.summary(row)
+        told = f"  {score}" if score else ""
+        self.test = told or self.test
         line = (
             f"epoch {row['epoch']}/{self.epochs}  {row['train_images_per_second']:,.0f} images/s"
-            f"  loss {row['train_loss']:.3f}{self.test}  left {clock(self._left(done))}"
+            f"  loss {row['train_loss']:.3f}{told}  left {clock(self._left(done))}"
             f"  data wait {row['train_data_wait_share']:.0%}"
         )
         if self.live:

@@ -15,6 +15,7 @@ from train_helpers import png, unclocked, write_parquet
 
 from dense_shortcuts import DenseShortcutError
 from dense_shortcuts.cli import main, parse
+from dense_shortcuts.commands import COMMANDS
 from dense_shortcuts.train.checkpoint import WEIGHTS, read_tensors
 from dense_shortcuts.train.loop import read_metrics
 
@@ -226,7 +227,7 @@ def test_bad_input_is_one_sentence_with_code_2_and_leaves_nothing(arguments, mes
         (["compare", "--recipe"], "argument --recipe: expected one argument"),
         (["eval"], "missing from dsnet eval: PATH"),
         (["trian"], "unrecognized options: trian: `dsnet --help`"),
-        ([], "expected one of {compare, train, eval, models, bench, info, support, scaling}"),
+        ([], "expected one of {" + ", ".join(COMMANDS) + "}"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

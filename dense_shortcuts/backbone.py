@@ -1,0 +1,260 @@
+"""A backbone in the shape that detection toolboxes expect: out_indices, frozen_stages, norm_eval, a tuple of maps.
+
+It needs none of them. Any network that timm gives with features_only works: a DSNet, a host, or a host plugged in here.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .errors import DenseShortcutError
+from .loading import load
+from .models import list_models
+from .plug import plug_in, unplug
+from .shortcut import DenseShortcut, InnerShortcut
+from .train.checkpoint import read_tensors
+
+_logger = logging.getLogger(__name__)
+
+
+class Backbone(nn.Module):
+    """Feature maps of a timm network, from fine to coarse.
+
+    Args:
+        model: a timm name, or a ready features_only network, of which all but dense shortcuts counts as loaded.
+        out_indices: levels to give, counted as timm does in `feature_info` (0 is the stem of a ResNet); None gives the
+            last level of each stride from `finest` on, or of all where fewer than two are so coarse.
+        finest: smallest stride that None takes.
+        frozen_stages: -1 freezes nothing, 0 the stem, 1 the stem and the first stage, and so on. Only parameters and
+            modes of what was loaded are frozen: what starts fresh, such as dense shortcuts, goes on training.
+        norm_eval: batch norms whose statistics were loaded go by them in training too.
+        pretrained: timm's pretrained weights.
+        weights: a .safetensors file with weights of this network, or of its host, in place of timm's.
+        **options: keywords of `plug_in`. A network that is not a DSNet is plugged in where any is given; `aggregate`
+            may also be "identity", the host.
+
+    Attributes:
+        channels, reductions: width and stride of each map that `forward` gives.
+        loaded: the names in the state dict of `features` that did not start fresh.
+        notes: sentences that say what was loaded, frozen and left training; they are logged too.
+
+    Raises:
+        DenseShortcutError: an unknown name, level or stage, weights of another network, or what `plug_in` refuses.
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        *,
+        out_indices: Sequence[int] | None = None,
+        finest: int = 4,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        pretrained: bool = False,
+        weights: str | Path | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        features: Any = model
+        if isinstance(model, str):
+            features = create_features(model, out_indices=out_indices, finest=finest, pretrained=pretrained, **options)
+        self.notes: list[str] = []
+        self.features = features
+        self.channels = tuple(features.feature_info.channels())
+        self.reductions = tuple(features.feature_info.reduction())
+        self.channels_last_axis = str(getattr(features, "output_fmt", "")).endswith("NHWC")
+        if any(b <= a for a, b in zip(self.reductions, self.reductions[1:], strict=False)):
+            raise DenseShortcutError(
+                f"the levels {features.feature_info.out_indices} have the strides {self.reductions}, which must grow: "
+                "choose other out_indices."
+            )
+        self.loaded: frozenset[str] = frozenset()
+        if weights is not None:
+            tensors, _ = read_tensors(Path(weights))
+            self.loaded = self._load(tensors, str(weights))
+        elif pretrained or not isinstance(model, str):
+            self.loaded = frozenset(features.state_dict().keys() - fresh_keys(features))
+        self.frozen, self.norm_eval = (frozen_modules(features, frozen_stages) if frozen_stages >= 0 else []), norm_eval
+        if frozen_stages >= 0:
+            self._freeze()
+        if norm_eval and not any(self._is_loaded(name) for name in self._batch_norms()):
+            self._say("norm_eval holds no batch norm, for no statistics were loaded")
+        for note in self.notes:
+            _logger.info("%s", note)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Maps (N, C_i, H / r_i, W / r_i) of images (N, 3, H, W), r_i being `reductions[i]`."""
+        maps = self.features(x)
+        return tuple(m.permute(0, 3, 1, 2) if self.channels_last_axis else m for m in maps)
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Training mode for all but what is frozen, and batch norms where norm_eval holds them."""
+        super().train(mode)
+        if mode:
+            held = [name for name in self.frozen if self._is_loaded(name)]
+            held += [name for name in self._batch_norms() if self.norm_eval and self._is_loaded(name)]
+            for name in held:
+                self.features.get_submodule(name).training = False  # not eval(), which would reach fresh children
+        return self
+
+    def _freeze(self) -> None:
+        """No gradients for the loaded parameters of the frozen modules."""
+        named = {
+            f"{name}.{parameter}": p
+            for name in self.frozen
+            for parameter, p in self.features.get_submodule(name).named_parameters(recurse=False)
+        }
+        held = [p.requires_grad_(False) for name, p in named.items() if name in self.loaded]
+        fresh = [name for name in named if name not in self.loaded]
+        count = sum(p.numel() for p in held)
+        self._say(f"{count:,} parameters in {len(held)} tensors are frozen" if held else "nothing is frozen")
+        if fresh:
+            shown = ", ".join(fresh[:4]) + (", ..." if len(fresh) > 4 else "")
+            self._say(f"{len(fresh)} tensors of the frozen stages were not loaded and stay trainable: {shown}")
+
+    def _is_loaded(self, name: str) -> bool:
+        """Whether nothing that a module itself holds started fresh; an empty one goes with what is around it."""
+        module = self.features.get_submodule(name)
+        own = {f"{name}.{k}" for k in [*module._parameters, *module._buffers]}
+        own &= self.features.state_dict().keys()
+        if own:
+            return own <= self.loaded
+        return bool(self.loaded) and not isinstance(module, DenseShortcut | InnerShortcut)
+
+    def _batch_norms(self) -> Iterable[str]:
+        modules = self.features.named_modules()
+        return [name for name, module in modules if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+    def _say(self, note: str) -> None:
+        self.notes.append(f"backbone: {note}")
+
+    def _load(self, tensors: Mapping[str, Tensor], where: str) -> frozenset[str]:
+        """Load what a file has for this network; the names that were found. What has no place is told, not refused,
+        for a backbone has no classifier and may lack late stages."""
+        own = {flat(key): key for key in self.features.state_dict()}
+        found = {own[flat(key)]: tensor for key, tensor in tensors.items() if flat(key) in own}
+        left = sorted(key for key in tensors if flat(key) not in own)
+        stages = {flat(name) for name, module in self.features.named_modules() if isinstance(module, nn.Module)}
+        # A shortcut's key in a stage that is here but has no such shortcut: the weights are of another plan.
+        unplaced = [key for key in left if ".shortcut." in key and flat(key.split(".shortcut.")[0]) in stages]
+        fresh = load(self.features, found | {key: tensors[key] for key in unplaced})
+        self._say(f"{len(found)} tensors loaded from {where}")
+        if fresh:
+            self._say(f"{len(fresh)} tensors of dense shortcuts start fresh")
+        if left:
+            shown = ", ".join(left[:4]) + (", ..." if len(left) > 4 else "")
+            self._say(f"{len(left)} tensors of the file have no place in the backbone: {shown}")
+        return frozenset(found)
+
+
+def create_features(
+    name: str,
+    *,
+    out_indices: Sequence[int] | None = None,
+    finest: int = 4,
+    pretrained: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """timm's features_only network of a name, plugged in where `options` has keywords of `plug_in`.
+
+    Raises:
+        DenseShortcutError: a name that timm does not know, a level that the network does not have, no pretrained
+            weights, or what `plug_in` refuses.
+    """
+    import timm
+
+    if not timm.is_model(name):
+        raise DenseShortcutError(f"unknown model {name!r}: timm.list_models() lists what there is.")
+    ours, host = name in list_models(), options.get("aggregate") == "identity"
+    settings = options if ours and not host else {}
+    try:
+        features: Any = timm.create_model(name, features_only=True, pretrained=pretrained, **settings)
+        levels = features.feature_info.info
+        wanted = usual_levels([level["reduction"] for level in levels], finest)
+        if out_indices is not None:
+            wanted = checked_levels(name, out_indices, len(levels))
+        if wanted != tuple(features.feature_info.out_indices):
+            settings = settings | {"out_indices": wanted}
+            features = timm.create_model(name, features_only=True, pretrained=pretrained, **settings)
+    except (RuntimeError, OSError) as error:
+        if not pretrained:
+            raise
+        reason = str(error).split("\n")[0].rstrip(".")
+        raise DenseShortcutError(
+            f"there are no pretrained weights of {name} ({reason}): give weights in a file, or the name of a host that "
+            "timm has weights of."
+        ) from error
+    if ours and host:
+        unplug(features)
+    elif not ours and options and not host:
+        plug_in(features, **options)
+    return features
+
+
+def checked_levels(name: str, out_indices: Sequence[int], count: int) -> tuple[int, ...]:
+    """The levels in order, counted from 0."""
+    if not out_indices or not all(-count <= index < count for index in out_indices):
+        raise DenseShortcutError(f"{name} has the levels 0 to {count - 1}, not {tuple(out_indices)}: choose of them.")
+    return tuple(sorted({index % count for index in out_indices}))
+
+
+def usual_levels(reductions: Sequence[int], finest: int) -> tuple[int, ...]:
+    """The last level of each stride from `finest` on; of each stride at all where fewer than two are so coarse."""
+    last = {reduction: index for index, reduction in enumerate(reductions)}
+    coarse = tuple(index for reduction, index in last.items() if reduction >= finest)
+    return coarse if len(coarse) > 1 else tuple(last.values())
+
+
+def frozen_modules(features: nn.Module, frozen_stages: int) -> list[str]:
+    """Names of the modules up to the end of stage `frozen_stages`, 0 being the stem, in the network's order.
+
+    Raises:
+        DenseShortcutError: the network has fewer stages, or does not say where they are.
+    """
+    names = {flat(name): name for name, _ in features.named_modules() if name}
+    info: Any = features.feature_info
+    coarsest = max(index % len(info.info) for index in info.out_indices)
+    levels = [level["module"] for level in info.info[: coarsest + 1]]  # later ones are not in the network
+    untold = [level for level in levels if flat(level) not in names and "stem" not in level]
+    if untold:
+        raise DenseShortcutError(
+            f"this network does not say which modules {', '.join(untold)} are: freeze its parameters yourself."
+        )
+    modules = [names[flat(level)] for level in levels if flat(level) in names]
+    while modules and _is_stem(modules[0], features.get_submodule(modules[0])):
+        del modules[0]
+    if frozen_stages > len(modules) or not modules:
+        raise DenseShortcutError(
+            f"frozen_stages={frozen_stages} is more than the {len(modules)} stages that the network has: take less."
+        )
+    ordered = list(names.values())
+    if frozen_stages == 0:
+        chosen = ordered[: ordered.index(modules[0])]
+    else:
+        last = modules[frozen_stages - 1]
+        end = max(i for i, name in enumerate(ordered) if name == last or name.startswith(f"{last}."))
+        chosen = ordered[: end + 1]
+    return [name for name in chosen if not any(stage.startswith(f"{name}.") for stage in modules)]
+
+
+def _is_stem(name: str, module: nn.Module) -> bool:
+    """Whether a level is the stem's: by its name, or because it is one layer and not a stage of blocks."""
+    return "stem" in name or not any(True for child in module.children() for _ in child.children())
+
+
+def fresh_keys(features: nn.Module) -> set[str]:
+    """Names in the state dict of what `plug_in` added."""
+    return {
+        f"{prefix}.{key}"
+        for prefix, module in features.named_modules()
+        if isinstance(module, DenseShortcut | InnerShortcut)
+        for key in module.state_dict()
+    }
+
+
+def flat(name: str) -> str:
+    """A module's name as timm's feature extractors and the whole network both have it."""
+    return name.removeprefix("model.").replace(".", "_")
