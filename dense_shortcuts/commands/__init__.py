@@ -6,12 +6,14 @@ what `--help` says. What it needs is imported when it runs, so that `dsnet --hel
 
 from .bench import Bench, Info
 from .networks import Models
+from .sweep import Sweep
 from .training import Compare, Eval, Train
 
 COMMANDS = {
     "compare": Compare,
     "train": Train,
     "eval": Eval,
+    "sweep": Sweep,
     "models": Models,
     "bench": Bench,
     "info": Info,

@@ -18,7 +18,7 @@ from .config import TrainConfig
 from .data import Data
 from .network import build_network
 
-SHORTCUT_FIELDS = ("aggregate", "norm", "groups", "init", "inner", "keep_identity")
+SHORTCUT_FIELDS = ("aggregate", "norm", "groups", "init", "inner", "keep_identity", "channels", "layers")
 STATE, WEIGHTS, CARD = "state.safetensors", "model.safetensors", "model.json"
 
 

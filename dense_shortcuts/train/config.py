@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import os
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +37,10 @@ class TrainConfig:
     """Keep the host's identity shortcut beside the dense one."""
     zero_init_last: bool | None = None
     """Start the last norm of each residual branch at zero; None is the host's own (timm's ResNets do)."""
+    channels: tuple[int, ...] = ()
+    """Width of each stage before expansion, for ResNets of another width; () is the model's own."""
+    layers: tuple[int, ...] = ()
+    """Blocks of each stage, for ResNets of another depth; () is the model's own."""
 
     data: Literal["digits", "cifar100", "imagefolder"] = "digits"
     """scikit-learn's handwritten digits, CIFAR-100, or a folder with train/ and val/ or test/."""
@@ -106,6 +111,8 @@ class TrainConfig:
     """Name of the run; None makes one from data, model and time."""
     output: str = "runs"
     """Folder in which the run's folder is made."""
+    tracker: Literal["tensorboard", "wandb", "trackio", "none"] | None = None
+    """Where the metrics of each epoch go beside metrics.jsonl; None is TensorBoard where it is installed, else none."""
 
     def resolved(self) -> "TrainConfig":
         """The same with nothing left open: what the data set decides is filled in and the data folder is absolute.
@@ -179,6 +186,15 @@ def read_yaml(path: Path) -> TrainConfig:
     Raises:
         DenseShortcutError: no such file, not a mapping, an unknown key, or a value of the wrong kind.
     """
+    return from_settings(read_settings(path), str(path))
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        DenseShortcutError: no such file, not YAML, or not a mapping.
+    """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -187,12 +203,21 @@ def read_yaml(path: Path) -> TrainConfig:
         raise DenseShortcutError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
         raise DenseShortcutError(f"{path} must hold lines of the form `epochs: 20`.")
+    return values
+
+
+def from_settings(values: Mapping[str, Any], where: str) -> TrainConfig:
+    """The configuration with these values; `where` says in errors whence they come.
+
+    Raises:
+        DenseShortcutError: an unknown key, a value of the wrong kind, or settings that cannot work.
+    """
     kinds = typing.get_type_hints(TrainConfig)
     for key in values:
         if key not in kinds:
             near = difflib.get_close_matches(str(key), kinds, n=1)
-            raise DenseShortcutError(f"{path} has the unknown key {key!r}: {_advice(near)}.")
-    config = TrainConfig(**{key: _convert(value, kinds[key], f"{key} in {path}") for key, value in values.items()})
+            raise DenseShortcutError(f"{where} has the unknown key {key!r}: {_advice(near)}.")
+    config = TrainConfig(**{key: _convert(value, kinds[key], f"{key} in {where}") for key, value in values.items()})
     _check(config)
     return config
 
