@@ -6,6 +6,7 @@ what `--help` says. What it needs is imported when it runs, so that `dsnet --hel
 
 from .bench import Bench, Info
 from .networks import Models
+from .rerun import Rerun
 from .sweep import Sweep
 from .training import Compare, Eval, Train
 
@@ -14,6 +15,7 @@ COMMANDS = {
     "train": Train,
     "eval": Eval,
     "sweep": Sweep,
+    "rerun": Rerun,
     "models": Models,
     "bench": Bench,
     "info": Info,

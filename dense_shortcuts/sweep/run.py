@@ -62,10 +62,11 @@ def work(claim: Claim, folder: Path) -> None:
     """Do a run and tell how it ended. A run that was interrupted stays as it is, for the next worker."""
     try:
         run = run_cell(claim.cell, folder)
+        claim.done(last_metrics(run, claim.cell.config)["test_top1"])
     except (DenseShortcutError, torch.OutOfMemoryError) as error:
         claim.failed(" ".join(str(error).split()))
-        return
-    claim.done(last_metrics(run, claim.cell.config)["test_top1"])
+    finally:
+        claim.lock.release()
 
 
 def run_cell(cell: Cell, folder: Path) -> Path:

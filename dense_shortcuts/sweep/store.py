@@ -31,7 +31,7 @@ State = Literal["waiting", "running", "interrupted", "failed", "done"]
 
 @dataclass(frozen=True)
 class Claim:
-    """A run that this worker has to itself until it tells how it ended."""
+    """A run that this worker has to itself until it releases the lock, before which it tells how the run ended."""
 
     cell: Cell
     trial: "optuna.Trial"
@@ -39,14 +39,12 @@ class Claim:
 
     def done(self, accuracy: float) -> None:
         self.trial.study.tell(self.trial, accuracy)
-        self.lock.release()
 
     def failed(self, reason: str) -> None:
         from optuna.trial import TrialState
 
         self.trial.set_user_attr("error", reason)
         self.trial.study.tell(self.trial, state=TrialState.FAIL)
-        self.lock.release()
 
 
 class Store:
