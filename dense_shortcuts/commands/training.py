@@ -30,7 +30,7 @@ class Compare(Run):
         if self.resume is not None:
             runs.resume(self.resume, "compare")
         else:
-            runs.compare(self.config)
+            runs.compare(self.config, line)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Train(Run):
         if self.resume is not None:
             runs.resume(self.resume, "train")
         else:
-            runs.train(self.config)
+            runs.train(self.config, line)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ..machine import machine
 from ..profiling import peak_bytes
 from ..train.checkpoint import read_json, write_text
 from ..train.config import TrainConfig
-from ..train.measure import multiply_adds, parameters, training_step
+from ..train.measure import images_at_once, multiply_adds, parameters, training_step
 from ..train.network import build_network
 from .spec import Row, Sweep
 
@@ -55,7 +55,7 @@ def costs(configs: Sequence[TrainConfig], num_classes: int, rounds: int = ROUNDS
         for (step, _, device), seen in zip(steps, seconds, strict=True):
             seen.append(step_seconds(step, device))
     for config, cost, seen in zip(configs, found, seconds, strict=True):
-        cost["train_images_per_second"] = config.batch_size / statistics.median(seen)
+        cost["train_images_per_second"] = images_at_once(config) / statistics.median(seen)
     return found
 
 
