@@ -1,5 +1,7 @@
 """Trackers: what they are shown, which one is taken, and what is said where one is missing."""
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,9 +50,8 @@ def test_none_leaves_no_file_and_the_default_is_tensorboard_where_it_is_installe
 )
 def test_a_tracker_that_is_not_installed_is_told(name, advice, tiny, monkeypatch):
     monkeypatch.setattr(tracking, "find_spec", lambda name: None)
-    with pytest.raises(DenseShortcutError, match=f"--tracker {name} needs `pip install {advice}`") as caught:
+    with pytest.raises(DenseShortcutError, match=re.escape(f"--tracker {name} needs `pip install {advice}`.")):
         tracking.chosen_tracker(tiny(tracker=name))
-    assert str(caught.value).endswith("`.")
 
 
 def test_trackio_keeps_the_metrics_on_this_machine(tmp_path):
@@ -67,9 +68,7 @@ tracker.finish()
 from trackio.sqlite_storage import SQLiteStorage
 print(SQLiteStorage.get_logs("dense-shortcuts", "run-network")[0]["test_top1"])
 """
-    import os
-
     settings = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=settings, check=True)
-    assert done.stdout.splitlines()[-1] == "12.5"
+    assert "12.5" in done.stdout.splitlines()
     assert any(Path(tmp_path / "trackio").iterdir())
