@@ -103,6 +103,9 @@ def test_other_surroundings_are_told_one_by_one():
 def test_a_folder_that_cannot_be_repeated_is_told(run):
     with pytest.raises(DenseShortcutError, match=r"nowhere is no run to repeat, for it has no config\.yaml"):
         rerun(Path("nowhere"))
+    (shutil.copytree(run, Path("runs/other")) / "config.yaml").write_text((run / "config.yaml").read_text() + "lr: 9\n")
+    with pytest.raises(DenseShortcutError, match="runs/other exists already"):
+        rerun(run, name="other")
     (run / NETWORK / "model.json").unlink()
     with pytest.raises(DenseShortcutError, match="is not finished: go on with `dsnet train --resume runs/a` first"):
         rerun(run)
