@@ -7,6 +7,8 @@ what `--help` says. What it needs is imported when it runs, so that `dsnet --hel
 from .bench import Bench, Info
 from .networks import Models
 from .rerun import Rerun
+from .scaling import Scaling
+from .support import Support
 from .sweep import Sweep
 from .training import Compare, Eval, Train
 
@@ -19,4 +21,6 @@ COMMANDS = {
     "models": Models,
     "bench": Bench,
     "info": Info,
+    "support": Support,
+    "scaling": Scaling,
 }

@@ -267,10 +267,11 @@ def test_broken_cifar_data_leaves_no_run(images, labels, message, capsys):
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_a_truncated_image_in_a_folder_ends_the_run_with_its_name(image_folder, workers, capsys):
+def test_a_truncated_image_ends_the_run_with_its_name_where_none_may_be_broken(image_folder, workers, capsys):
     broken = image_folder / "train" / "bees" / "4.png"
     broken.write_bytes(broken.read_bytes()[:100])
     size = ["--img-size", "32", "--batch-size", "4", "--epochs", "2", "--name", "a", "--workers", workers]
+    size += ["--max-broken", "0"]
     assert main(["train", "--data", "imagefolder", "--data-dir", str(image_folder), "--model", "dsnet20", *size]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"dsnet: error: {broken} is not a whole image") and error.count("\n") == 1
