@@ -5,9 +5,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 import yaml
 from train.train_helpers import png, write_parquet
 
+import dense_shortcuts as ds
 from dense_shortcuts.cli import main
 from dense_shortcuts.commands import COMMANDS
 from dense_shortcuts.sweep.spec import read_sweep
@@ -69,3 +72,20 @@ def test_the_file_that_it_shows_reads(place):
         "ResNet-50, same budget",
         "DSNet-50, 200 epochs",
     ]
+
+
+def test_the_public_forms_snippet_starts_every_weight_at_random():
+    guide = (ROOT / "docs" / "what-public-code-does.md").read_text(encoding="utf-8")
+    names: dict = {}
+    exec(compile(re.search(r"```python\n(.*?)```", guide, re.DOTALL)[1], "what-public-code-does.md", "exec"), names)
+    weights = [w for stage in ds.dense_stages(names["net"]).values() for w in stage.shortcut.weights]
+    assert len(weights) == 16 and all(w.abs().max() <= 1 and w.std() > 0.5 for w in weights)
+
+
+@pytest.mark.parametrize("name", ["densenet121_cifar", "rdnet_tiny_cifar"])
+def test_the_relatives_for_small_images_end_in_maps_of_4x4(name):
+    model = timm.create_model(name, num_classes=7)
+    images = torch.zeros(1, 3, 32, 32)
+    assert model.forward_features(images).shape[2:] == (4, 4)
+    model(images).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
