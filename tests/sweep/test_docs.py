@@ -11,9 +11,11 @@ import yaml
 from train.train_helpers import png, write_parquet
 
 import dense_shortcuts as ds
+from dense_shortcuts import shipped
 from dense_shortcuts.cli import main
 from dense_shortcuts.commands import COMMANDS
 from dense_shortcuts.sweep.spec import read_sweep
+from dense_shortcuts.train.loop import METRICS, read_metrics
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
@@ -89,3 +91,8 @@ def test_the_relatives_for_small_images_end_in_maps_of_4x4(name):
     assert model.forward_features(images).shape[2:] == (4, 4)
     model(images).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_the_results_say_what_the_network_in_the_package_reached():
+    said = re.search(r"^([\d.]+) % of the 10,000 test images", (ROOT / "docs" / "results.md").read_text(), re.MULTILINE)
+    assert float(said[1]) == round(read_metrics(shipped.folder() / METRICS)[-1]["test_top1"], 2)

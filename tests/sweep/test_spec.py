@@ -91,10 +91,10 @@ def test_a_wrong_setting_on_the_command_line_is_told(change):
         read_sweep(Path("s.yaml"), [change])
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_sweep_among_the_recipes_reads(path):
-    if "grid:" not in path.read_text():
-        pytest.skip("a recipe of one run")
+SWEEPS = [path for path in sorted((ROOT / "recipes").glob("*.yaml")) if "\ngrid:" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_sweep_among_the_recipes_reads_and_has_a_bigger_host(path):
     sweep = read_sweep(path)
-    assert len(sweep.seeds) >= 3 and len(sweep.rows) > 1
-    assert any(row.same_budget_as for row in sweep.rows), "every comparison has a bigger host of the same budget"
+    assert len(sweep.seeds) >= 3 and any(row.same_budget_as for row in sweep.rows)
