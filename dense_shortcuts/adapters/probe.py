@@ -35,7 +35,21 @@ def probe(block: nn.Module, needed: tuple[str, ...] = ()) -> Layout:
             result = _run(shadow, torch.empty(shape, device="meta", dtype=_dtype(block)), _guesses(needed, side))
             if result is not None and result.ndim == len(shape):
                 return Layout(result.shape[-1 if tokens else 1], tokens)
+    width = _token_norm(block)
+    if width is not None:
+        return Layout(width, True)
     raise NoResidual("it takes neither maps (N, C, H, W) nor tokens (N, L, C) or (N, H, W, C)")
+
+
+def _token_norm(block: nn.Module) -> int | None:
+    """Channels of a transformer's block that takes tokens in a number of its own: it has layer norms and linear layers.
+
+    A layer norm over one axis is over the last one, which a convolution's maps do not have their channels on.
+    """
+    norms = [m for m in block.children() if isinstance(m, nn.LayerNorm) and len(m.normalized_shape) == 1]
+    linear = any(isinstance(m, nn.Linear) for m in block.modules())
+    convolved = any(isinstance(m, nn.Conv2d) for m in block.modules())
+    return norms[0].normalized_shape[0] if norms and linear and not convolved else None
 
 
 def _guesses(needed: tuple[str, ...], side: int) -> list[Any]:
