@@ -80,7 +80,7 @@ def shard(model: nn.Module, device: torch.device, *, stages: bool) -> None:
 
 def units(model: nn.Module) -> list[nn.Module]:
     """The stages of a network: dense ones, else the plain sequences that it is made of."""
-    dense: list[nn.Module] = [module for module in model.modules() if isinstance(module, DenseStage)]
+    dense: list[nn.Module] = [m for m in model.modules() if isinstance(m, DenseStage) and m is not model]
     return dense or [child for child in model.children() if type(child) is nn.Sequential]
 
 

@@ -24,7 +24,7 @@ from dense_shortcuts.train.display import Display
 from dense_shortcuts.train.loop import METRICS, read_metrics, train_network
 from dense_shortcuts.train.network import network_label
 
-SECONDS = 240  # after which a process that hangs is ended, and the test fails
+SECONDS = 1200  # after which a process that hangs is ended, and the test fails
 
 
 def tiny_resnet(num_classes: int, **kwargs) -> ResNet:
@@ -61,7 +61,7 @@ def tiny(**changes) -> TrainConfig:
         "epochs": 2,
         "warmup_epochs": 0,
         "lr": 0.05,
-        "timeout": 60,
+        "timeout": 300,
     }
     return TrainConfig(**settings | changes)
 

@@ -188,7 +188,7 @@ def test_a_run_folder_that_exists_is_refused_and_untouched(capsys):
     ("arguments", "message"),
     [
         (["train", "--model", "dsnet21"], "unknown model 'dsnet21'"),
-        (["train", "--model", "vit_tiny_patch16_224"], "no adapter for the block class"),
+        (["train", "--model", "vgg11"], "holds no residual blocks"),
         (["train", "--groups", "7"], "7 groups do not divide"),
         (["train", "--groups", "4", "--norm", "batch"], "groups=4 goes with norm='group'"),
         (["train", "--inner", "True"], "needs bottleneck blocks"),

@@ -51,6 +51,7 @@ def everything(folder: Path, count: int):
         found |= {"spread": spread(folder / "spread"), "statistics": statistics(rank), "no_sync": parts(folder / "no")}
         found |= {"unsynchronised": fit(tiny(norm="batch", epochs=1), folder / "unsynchronised")[0]["train_loss"]}
         fit(with_epochs(count), folder.parent / "resumed")
+        found |= {"timeout": dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds()}
         if rank == 0:
             (folder / "found.json").write_text(json.dumps(found))
         dist.destroy_process_group()
@@ -175,6 +176,7 @@ def test_fsdp_leaves_each_process_its_part_and_takes_the_stages_as_units(folders
 @pytest.mark.parametrize("count", [2, 4])
 def test_the_switches_act(folders, alone, count):
     found = json.loads((folders / str(count) / "found.json").read_text())
+    assert found["timeout"] == tiny().timeout
     assert found["no_sync"] == 2 * 3
     assert found["statistics"] == [(count - 1) / 2] * 2
     synchronised = curve(folders / str(count) / "ddp, batch norms synchronised")[0]
