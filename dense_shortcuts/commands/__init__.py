@@ -9,8 +9,10 @@ from .detect import DetectCompare, DetectEval, DetectPredict, DetectTrain
 from .export import Export
 from .networks import Models
 from .prune import Prune, Renorm
+from .rerun import Rerun
 from .scaling import Scaling
 from .support import Support
+from .sweep import Sweep
 from .training import Compare, Eval, Train
 
 # A command by its word; a word with commands of its own leads to a dictionary of them.
@@ -18,6 +20,8 @@ COMMANDS: dict[str, type | dict[str, type]] = {
     "compare": Compare,
     "train": Train,
     "eval": Eval,
+    "sweep": Sweep,
+    "rerun": Rerun,
     "models": Models,
     "prune": Prune,
     "renorm": Renorm,

@@ -22,7 +22,7 @@ from .network import build_network
 
 SHORTCUT_FIELDS = (
     *("aggregate", "norm", "groups", "init", "inner", "inner_start", "weighting", "pattern", "window"),
-    "keep_identity",
+    *("keep_identity", "channels", "layers"),
 )
 WEIGHTS, CARD = "model.safetensors", "model.json"
 

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import os
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -48,6 +49,10 @@ class TrainConfig:
     """Keep the host's identity shortcut beside the dense one."""
     zero_init_last: bool | None = None
     """Start the last norm of each residual branch at zero; None is the host's own (timm's ResNets do)."""
+    channels: tuple[int, ...] = ()
+    """Width of each stage before expansion, for ResNets of another width; () is the model's own."""
+    layers: tuple[int, ...] = ()
+    """Blocks of each stage, for ResNets of another depth; () is the model's own."""
 
     data: DataName = "digits"
     """scikit-learn's handwritten digits, CIFAR-10 and -100, Tiny ImageNet, a folder with train/ and val/ or test/,
@@ -163,6 +168,8 @@ class TrainConfig:
     """Name of the run; None makes one from data, model and time."""
     output: str = "runs"
     """Folder in which the run's folder is made."""
+    tracker: Literal["tensorboard", "wandb", "trackio", "none"] | None = None
+    """Where the metrics of each epoch go beside metrics.jsonl; None is TensorBoard where it is installed, else none."""
 
     def resolved(self) -> "TrainConfig":
         """The same with nothing left open: what the data set decides is filled in and the data folder is absolute.
@@ -258,13 +265,20 @@ def read_yaml(path: Path) -> TrainConfig:
     Raises:
         DenseShortcutError: no such file, not a mapping, an unknown key, or a value of the wrong kind.
     """
-    config = read_fields(path, TrainConfig)
-    _check(config)
-    return config
+    return from_settings(read_settings(path), str(path))
 
 
 def read_fields(path: Path, cls: type[Config]) -> Config:
     """A dataclass of settings from a YAML file, as `read_yaml`, without a check of what they mean together."""
+    return _from_values(read_settings(path), str(path), cls)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        DenseShortcutError: no such file, not YAML, or not a mapping.
+    """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -273,12 +287,27 @@ def read_fields(path: Path, cls: type[Config]) -> Config:
         raise DenseShortcutError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
         raise DenseShortcutError(f"{path} must hold lines of the form `epochs: 20`.")
+    return values
+
+
+def from_settings(values: Mapping[str, Any], where: str) -> TrainConfig:
+    """The configuration with these values; `where` says in errors whence they come.
+
+    Raises:
+        DenseShortcutError: an unknown key, a value of the wrong kind, or settings that cannot work.
+    """
+    config = _from_values(values, where, TrainConfig)
+    _check(config)
+    return config
+
+
+def _from_values(values: Mapping[str, Any], where: str, cls: type[Config]) -> Config:
     kinds = typing.get_type_hints(cls)
     for key in values:
         if key not in kinds:
             near = difflib.get_close_matches(str(key), kinds, n=1)
-            raise DenseShortcutError(f"{path} has the unknown key {key!r}: {_advice(near)}.")
-    return cls(**{key: _convert(value, kinds[key], f"{key} in {path}") for key, value in values.items()})
+            raise DenseShortcutError(f"{where} has the unknown key {key!r}: {_advice(near)}.")
+    return cls(**{key: _convert(value, kinds[key], f"{key} in {where}") for key, value in values.items()})
 
 
 def write_yaml(config: Any) -> str:

@@ -35,6 +35,7 @@ from .states import (
     whole,
     write_state,
 )
+from .tracking import make_tracker
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -91,6 +92,7 @@ def train_network(
 
     accelerator = make_accelerator(config)
     training = prepare(config, data, folder, accelerator, model)
+    tracker = make_tracker(config, folder, training.epochs_done)
     display.start(training.label, training.epochs_done)
 
     for epoch in range(training.epochs_done, config.epochs):
@@ -111,7 +113,11 @@ def train_network(
             # The line goes first: a state without its line would lose an epoch, a line without its state is dropped.
             append_line(folder / METRICS, json.dumps(row))
         save_state(training, epoch + 1, predicted, accelerator)
+        if tracker is not None:
+            tracker.log(row, step=epoch + 1)
         display.epoch(row)
+    if tracker is not None:
+        tracker.finish()
     accelerator.wait_for_everyone()
     weights = whole(training.finished_model().state_dict())
     if accelerator.is_main_process:

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,15 @@ def images_at_once(config: TrainConfig) -> int:
 
 def training_step_memory(config: TrainConfig, num_classes: int) -> int:
     """Bytes held at the highest point of one training step (`peak_bytes`), after one before it."""
+    step, resident, device = training_step(config, num_classes)
+    step()
+    return peak_bytes(step, resident(), device)
+
+
+def training_step(
+    config: TrainConfig, num_classes: int
+) -> tuple[Callable[[], None], Callable[[], list[Tensor]], torch.device]:
+    """One training step on noise, ready to be called; what is in memory between two calls; and the device."""
     device = make_accelerator(config).device
     batch_size = images_at_once(config)
     model = placed(build_network(config, num_classes), config, device).train()
@@ -51,18 +60,21 @@ def training_step_memory(config: TrainConfig, num_classes: int) -> int:
     labels = torch.arange(batch_size, device=device) % num_classes
     loss, mix = make_loss(config, num_classes)
     autocast = make_accelerator(config).autocast
+    network: Any = torch.compile(model) if config.compile else model
 
     def step() -> None:
         batch, target = mix(images.clone(), labels) if mix is not None else (images, labels)
         with autocast():
-            output = model(batch)
+            output = network(batch)
         loss(output.float(), target).backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    step()
-    state = [t for entry in optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]
-    return peak_bytes(step, [*model.parameters(), *model.buffers(), *state, images, labels], device)
+    def resident() -> list[Tensor]:
+        state = [t for entry in optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]
+        return [*model.parameters(), *model.buffers(), *state, images, labels]
+
+    return step, resident, device
 
 
 @torch.no_grad()

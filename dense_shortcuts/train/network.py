@@ -33,8 +33,17 @@ def build_network(config: TrainConfig, num_classes: int) -> nn.Module:
         settings["drop_path_rate"] = config.drop_path
     if config.zero_init_last is not None:
         settings["zero_init_last"] = config.zero_init_last
+    sizes = {key: value for key in ("channels", "layers") if (value := getattr(config, key))}
     torch.manual_seed(config.seed)
-    model: Any = timm.create_model(config.model, **settings, **(options if ours else {}))
+    try:
+        model: Any = timm.create_model(config.model, **settings, **sizes, **(options if ours else {}))
+    except (TypeError, IndexError) as error:
+        if not sizes:
+            raise
+        raise DenseShortcutError(
+            f"{config.model} cannot be built with {' and '.join(sizes)} as given ({error}): "
+            "these are for ResNets, a number for each stage."
+        ) from error
     if ours and config.aggregate == "identity":
         unplug(model)
     elif not ours and config.aggregate != "identity":

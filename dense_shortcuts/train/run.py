@@ -21,12 +21,14 @@ from .checkpoint import CARD, WEIGHTS, read_json, read_model, write_text
 from .config import TrainConfig, read_yaml, write_yaml
 from .data import Data, load_data
 from .display import Display
+from .fingerprint import fingerprints
 from .log import run_log
 from .loop import METRICS, make_loader, placed, read_metrics, test_network, train_network
 from .measure import images_at_once, inference_speed, multiply_adds, parameters, training_step_memory
 from .network import build_network, make_optimizer, network_label, twin
 from .processes import make_accelerator, repeatable, told_when_lost
 from .states import read_predicted, remove
+from .tracking import chosen_tracker
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -45,22 +47,25 @@ CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
 _logger = logging.getLogger(__name__)
 
 
-def compare(config: TrainConfig) -> Path:
+def compare(config: TrainConfig, line: str = "") -> Path:
     """Train the host network and its DSNet twin with the same seed and recipe; gives the run's folder.
+
+    Args:
+        line: the command as it was typed, for the run's folder.
 
     Raises:
         DenseShortcutError: bad input of any kind; a folder that exists already is left as it was.
     """
-    return execute(config, "compare", resumed=None)
+    return execute(config, "compare", resumed=None, line=line)
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: TrainConfig, line: str = "") -> Path:
     """Train one network; gives the run's folder.
 
     Raises:
         DenseShortcutError: as `compare`.
     """
-    return execute(config, "train", resumed=None)
+    return execute(config, "train", resumed=None, line=line)
 
 
 def resume(folder: Path, command: str) -> Path:
@@ -81,10 +86,11 @@ def resume(folder: Path, command: str) -> Path:
     return execute(read_yaml(folder / CONFIG), command, resumed=folder)
 
 
-def execute(config: TrainConfig, command: str, resumed: Path | None) -> Path:
+def execute(config: TrainConfig, command: str, resumed: Path | None, line: str = "") -> Path:
     """Check everything, make the folder, train what is not trained yet, and report."""
     config = config.resolved()
     networks = networks_of(config, command)
+    chosen_tracker(config)
     accelerator = make_accelerator(config)
     data = load_data(config)
     for each in networks:  # what cannot work is refused before the folder is made
@@ -93,7 +99,7 @@ def execute(config: TrainConfig, command: str, resumed: Path | None) -> Path:
 
     folder = resumed or Path(config.output) / (config.name or default_name(config))
     if accelerator.is_main_process and resumed is None:
-        make_folder(folder, config, command)
+        make_folder(folder, config, environment(config, command, line, data))
     accelerator.wait_for_everyone()
     with run_log(folder, accelerator.process_index):
         _logger.info(
@@ -158,7 +164,7 @@ def default_name(config: TrainConfig) -> str:
     return broadcast_object_list([name])[0]
 
 
-def make_folder(folder: Path, config: TrainConfig, command: str) -> None:
+def make_folder(folder: Path, config: TrainConfig, about: dict[str, Any]) -> None:
     """Make a run's folder with its configuration, whole or not at all; one that exists is refused and left alone."""
     if folder.exists():
         raise DenseShortcutError(
@@ -169,16 +175,16 @@ def make_folder(folder: Path, config: TrainConfig, command: str) -> None:
         if begun.exists():  # of a process that was killed here
             remove(begun)
         begun.mkdir(parents=True)
-        write_text(begun / ENVIRONMENT, json.dumps(environment(config, command), indent=2) + "\n")
+        write_text(begun / ENVIRONMENT, json.dumps(about, indent=2) + "\n")
         write_text(begun / CONFIG, write_yaml(dataclasses.replace(config, name=folder.name)))
         os.replace(begun, folder)
     except OSError as error:
         raise DenseShortcutError(f"cannot make {folder} ({error.strerror}): choose another --output.") from error
 
 
-def environment(config: TrainConfig, command: str) -> dict[str, Any]:
+def environment(config: TrainConfig, command: str, line: str, data: Data) -> dict[str, Any]:
     """What a run depends on besides its configuration."""
-    return {"command": command, "seed": config.seed, **machine()}
+    return {"command": command, "line": line, "seed": config.seed, **machine(), "data": fingerprints(data)}
 
 
 def heading(config: TrainConfig, data: Data, labels: Sequence[str], folder: Path, device: torch.device) -> str:

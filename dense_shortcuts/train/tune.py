@@ -15,7 +15,7 @@ from .data import Data
 from .display import Display
 from .loop import METRICS, make_accelerator, make_loader, placed, read_metrics, test_network, train_network
 from .network import network_label
-from .run import data_of, make_folder
+from .run import data_of, environment, make_folder
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def tune(
         config, epochs=max(epochs, 1), lr=lr, sched="cosine", warmup_epochs=0, name=name, output=str(output)
     ).resolved()
     start = accuracy(model, config, data)
-    make_folder(output / name, config, command)
+    make_folder(output / name, config, environment(config, command, command, data))
     folder = output / name / network_label(config)
     folder.mkdir()
     if not epochs:

@@ -79,7 +79,7 @@ def test_compare_leaves_table_curves_configuration_metrics_and_checkpoints():
     done = subprocess.run([DSNET, "compare", *TINY, "--name", "a"], capture_output=True, text=True, check=True)
     run = Path("runs/a")
     assert {p.name for p in run.iterdir()} == {
-        "config.yaml", "environment.json", "table.md", "table.json", "curves.png", "run.log", *NETWORKS
+        "tensorboard", "config.yaml", "environment.json", "table.md", "table.json", "curves.png", "run.log", *NETWORKS
     }  # fmt: skip
     for name in NETWORKS:
         files = {p.name for p in (run / name).iterdir()}
@@ -163,7 +163,7 @@ def test_eval_gives_the_last_accuracy_of_the_run(capsys):
 
 def test_train_leaves_one_network(capsys):
     assert main(["train", *TINY, "--aggregate", "identity", "--name", "host"]) == 0
-    assert {p.name for p in Path("runs/host").iterdir() if p.is_dir()} == {"identity"}
+    assert {p.name for p in Path("runs/host").iterdir() if p.is_dir()} == {"identity", "tensorboard"}
     assert "% accuracy" in capsys.readouterr().out
 
 
