@@ -5,6 +5,7 @@ what `--help` says. What it needs is imported when it runs, so that `dsnet --hel
 """
 
 from .bench import Bench, Info
+from .explain import Cam, Shortcuts
 from .networks import Models
 from .training import Compare, Eval, Train
 
@@ -15,4 +16,6 @@ COMMANDS = {
     "models": Models,
     "bench": Bench,
     "info": Info,
+    "cam": Cam,
+    "shortcuts": Shortcuts,
 }

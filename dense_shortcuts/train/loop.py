@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..errors import DenseShortcutError
+from ..weights import SHORTCUTS, record
 from .checkpoint import STATE, read_tensors, restore_training, training_state, write_model, write_tensors, write_text
 from .config import TrainConfig
 from .data import Data, EpochSampler, TransformedImages, mixed_seed, worker_error
@@ -124,6 +125,7 @@ def train_network(config: TrainConfig, data: Data, folder: Path, display: Displa
             row = {"epoch": epoch + 1, **prefixed("train", train), **prefixed("test", test)}
             # The line goes first: a state without its line would lose an epoch, a line without its state is dropped.
             append_line(folder / METRICS, json.dumps(row))
+            record(folder / SHORTCUTS, epoch + 1, training.finished_model())
             save_state(training, folder / STATE, epoch + 1, predicted, accelerator)
             display.epoch(row)
     accelerator.wait_for_everyone()
