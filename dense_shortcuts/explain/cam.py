@@ -88,7 +88,8 @@ def cam_maps(
         raise DenseShortcutError(
             f"ablationcam takes a layer out, and {name} is a block that shares its maps with others: take {name[:-2]}."
         )
-    with _as_it_was(model), contextlib.ExitStack() as stack:
+    # ShapleyCAM alone differentiates the gradient, which depends on nothing but the last weights in a linear head.
+    with _as_it_was(model, frozen=method != "shapleycam"), contextlib.ExitStack() as stack:
         make = _camera(METHODS[method])
         camera = make(model, [] if method == "fullgrad" else [module])
         base = getattr(camera, "base_cam", camera)
@@ -97,8 +98,6 @@ def cam_maps(
             # After grad-cam's hooks: what follows gets a copy, so that no later step in place changes what they saw.
             hook = hooked.register_forward_hook(lambda _, __, output: _checked(output, name).clone())
             stack.callback(hook.remove)
-        if method == "ablationcam":  # it puts a layer of its own here, and an error would leave it there
-            stack.callback(setattr, parent, name.rpartition(".")[2], module)
         inputs = images.detach().requires_grad_()
         if method == "finercam":  # chooses the rival classes itself, for one class at a time
             pairs = zip(inputs.split(1), targets, strict=True)
@@ -132,22 +131,35 @@ def _camera(name: str) -> Any:
 
 
 @contextlib.contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Parameters ask for no gradient inside; afterwards mode, `requires_grad` and `grad` are as before."""
+def _as_it_was(model: nn.Module, *, frozen: bool) -> Iterator[None]:
+    """Evaluation mode inside, parameters that ask for no gradient where `frozen`; afterwards all is as before.
+
+    Children that are None are plain attributes meanwhile, for grad-cam walks into every child; and the child that
+    AblationCAM puts in a layer's place goes again even where it fails.
+    """
     modes = {module: module.training for module in model.modules()}
+    children = {module: dict(module._modules) for module in model.modules()}
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     model.eval()
     try:
+        for module, named in children.items():
+            for name in [name for name, child in named.items() if child is None]:
+                del module._modules[name]
+                vars(module)[name] = None
         for parameter, _, _ in before:
-            parameter.requires_grad_(False)
+            parameter.requires_grad_(parameter.requires_grad and not frozen)
         with torch.enable_grad():
             yield
     finally:
+        for module, named in children.items():
+            for name in named.keys() & vars(module).keys():
+                del vars(module)[name]
+            module._modules.clear()
+            module._modules.update(named)
+            module.training = modes[module]
         for parameter, asked, grad in before:
             parameter.requires_grad_(asked)
             parameter.grad = grad
-        for module, training in modes.items():
-            module.training = training
 
 
 def _checked(output: Any, layer: str) -> Tensor:
