@@ -2,10 +2,10 @@
 
     python benchmarks/cell_windows.py BCCD OUT
 
-A window is 192 pixels wide. Around every white cell and every platelet that lies in it whole, one window; its class is
-WBC where a white cell is in it, Platelets where platelets and no white cell are, and RBC where neither touches it, for
-which places are drawn at random. OUT gets train/CLASS and val/CLASS, and val.json with the boxes of the windows in COCO
-form: those of the window's own class, so that a map of the class can be scored.
+A window is 160 pixels wide; its class is the rarest kind of cell in it. Two windows go around every white cell (WBC)
+and every platelet, moved at random so that the cell's middle stays inside: WBC, or Platelets where no white cell
+touches the window. RBC windows, up to two a photo, touch neither. OUT gets train/CLASS and val/CLASS, and train.json
+and val.json with the boxes of each window's own class in COCO form, so that a map of that class can be scored.
 """
 
 import json
@@ -15,30 +15,34 @@ from pathlib import Path
 
 from PIL import Image
 
-SIDE = 192
+SIDE = 160
 
 
-def cut(photo, boxes, names, rng):
-    """Windows of a photo as (class, left, top), from boxes as (category id, x0, y0, x1, y1)."""
-    width, height = photo.size
-    places = [(names[c], (x0 + x1) / 2, (y0 + y1) / 2) for c, x0, y0, x1, y1 in boxes if names[c] != "RBC"]
-    places.append(("RBC", rng.uniform(0, width), rng.uniform(0, height)))
-    for wanted, x, y in places:
-        shift = [rng.uniform(-SIDE / 4, SIDE / 4) for _ in range(2)]
-        left = int(min(max(x + shift[0] - SIDE / 2, 0), width - SIDE))
-        top = int(min(max(y + shift[1] - SIDE / 2, 0), height - SIDE))
-        touched = {names[c] for c, *b in boxes if inside(b, left, top, whole=False)}
-        whole = {names[c] for c, *b in boxes if inside(b, left, top, whole=True)}
-        kind = next(name for name in ("WBC", "Platelets", "RBC") if name in touched or name == "RBC")
-        if kind == wanted and kind in whole:
-            yield kind, left, top
+def windows(boxes, width, height, rng):
+    """Windows of a photo as (class, left, top); boxes are (class, x0, y0, x1, y1) in it."""
+    for name, x0, y0, x1, y1 in boxes:
+        for _ in range(2 if name != "RBC" else 0):
+            x, y = ((a + b) / 2 + rng.uniform(-0.35, 0.35) * SIDE for a, b in ((x0, x1), (y0, y1)))
+            left, top = corner(x, width), corner(y, height)
+            if name == "WBC" or "WBC" not in touching(boxes, left, top):
+                yield name, left, top
+    tries = [(corner(rng.uniform(0, width), width), corner(rng.uniform(0, height), height)) for _ in range(12)]
+    plain = [place for place in tries if touching(boxes, *place) == {"RBC"}]
+    yield from (("RBC", left, top) for left, top in plain[:2])
 
 
-def inside(box, left, top, *, whole):
-    """Whether a box lies in the window, or (not whole) whether it touches it."""
+def corner(middle, size):
+    """The left or upper edge of a window around a middle, kept inside a photo of this size."""
+    return int(min(max(middle - SIDE / 2, 0), size - SIDE))
+
+
+def touching(boxes, left, top):
+    """The classes of which a box touches a window."""
+    return {name for name, *box in boxes if touches(box, left, top)}
+
+
+def touches(box, left, top):
     x0, y0, x1, y1 = box
-    if whole:
-        return x0 >= left and y0 >= top and x1 <= left + SIDE and y1 <= top + SIDE
     return x1 > left and y1 > top and x0 < left + SIDE and y0 < top + SIDE
 
 
@@ -47,26 +51,23 @@ def main(source, target):
     for part in ("train", "val"):
         coco = json.loads((source / f"instances_{part}.json").read_text())
         names = {category["id"]: category["name"] for category in coco["categories"]}
+        numbers = {name: number for number, name in names.items()}
         images, annotations = [], []
         for image in coco["images"]:
-            found = [a for a in coco["annotations"] if a["image_id"] == image["id"]]
-            boxes = [
-                (a["category_id"], x, y, x + w, y + h) for a in found for x, y, w, h in [a["bbox"]] if w > 0 and h > 0
-            ]
+            found = [a for a in coco["annotations"] if a["image_id"] == image["id"] and min(a["bbox"][2:]) > 0]
+            boxes = [(names[a["category_id"]], x, y, x + w, y + h) for a in found for x, y, w, h in [a["bbox"]]]
             photo = Image.open(source / part / image["file_name"]).convert("RGB")
-            for number, (kind, left, top) in enumerate(cut(photo, boxes, names, rng)):
-                name = f"{Path(image['file_name']).stem}-{number}.png"
+            for number, (kind, left, top) in enumerate(windows(boxes, *photo.size, rng)):
+                file = f"{Path(image['file_name']).stem}-{number}.png"
                 folder = target / part / kind
                 folder.mkdir(parents=True, exist_ok=True)
-                photo.crop((left, top, left + SIDE, top + SIDE)).save(folder / name)
-                images.append({"id": len(images), "file_name": name, "width": SIDE, "height": SIDE})
-                for c, *box in boxes:
-                    if names[c] == kind and inside(box, left, top, whole=False):
-                        x0, y0, x1, y1 = box
+                photo.crop((left, top, left + SIDE, top + SIDE)).save(folder / file)
+                images.append({"id": len(images), "file_name": file, "width": SIDE, "height": SIDE})
+                for name, x0, y0, x1, y1 in boxes:
+                    if name == kind and touches((x0, y0, x1, y1), left, top):
                         bbox = [x0 - left, y0 - top, x1 - x0, y1 - y0]
-                        annotations.append({"image_id": images[-1]["id"], "category_id": c, "bbox": bbox})
-        for number, annotation in enumerate(annotations):
-            annotation["id"] = number
+                        about = {"id": len(annotations), "image_id": len(images) - 1, "category_id": numbers[name]}
+                        annotations.append(about | {"bbox": bbox})
         content = {"images": images, "annotations": annotations, "categories": coco["categories"]}
         (target / f"{part}.json").write_text(json.dumps(content))
 

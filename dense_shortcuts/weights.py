@@ -1,4 +1,4 @@
-"""The shortcut weights of a network in few numbers: for every pair (l, i) the mean of |w| and the spread over channels."""
+"""Shortcut weights in few numbers: for every pair (l, i) the mean of |w| and the spread over the channels."""
 
 import json
 import os

@@ -54,7 +54,9 @@ def find_layer(model: nn.Module, name: str | None = None) -> tuple[str, nn.Modul
     if name is None:
         info = getattr(model, "feature_info", None)
         if not info:
-            raise DenseShortcutError(f"{type(model).__name__} has no feature_info to find its last stage by: name a layer.")
+            raise DenseShortcutError(
+                f"{type(model).__name__} has no feature_info to find its last stage by: name a layer."
+            )
         name = info[-1]["module"]
     modules = dict(model.named_modules())
     if not name or name not in modules:

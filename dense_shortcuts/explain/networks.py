@@ -149,7 +149,9 @@ def _from_timm(name: str, pretrained: bool) -> Network:
     try:
         model = timm.create_model(name, pretrained=pretrained).eval()
     except (OSError, RuntimeError) as error:  # no network, no space
-        raise DenseShortcutError(f"the weights of {name} cannot be fetched ({_first_line(error)}): go online.") from error
+        raise DenseShortcutError(
+            f"the weights of {name} cannot be fetched ({_first_line(error)}): go online."
+        ) from error
     look = resolve_model_data_config(model)
     return Network(
         label=name,

@@ -14,7 +14,7 @@ from dense_shortcuts.models.cifar import cifar_resnet
 
 @pytest.fixture
 def tiny_host():
-    """Makes a small residual network of two and three blocks, in evaluation mode, with norms that have seen something."""
+    """Makes a small residual network of two and three blocks, in evaluation mode, its norms no longer new."""
 
     def make(num_classes: int = 5, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
         torch.manual_seed(3)

@@ -114,7 +114,9 @@ def test_a_layer_that_the_host_overwrites_later_is_seen_as_it_came_out(tiny_host
 def test_other_shortcuts_give_the_same_map_with_every_back_end(tiny_dsnet, options):
     images, targets = torch.randn(1, 3, 16, 16, dtype=torch.float64).expand(5, -1, -1, -1), [0, 1, 2, 3, 4]
     usable = [name for name in CPU_BACKENDS if unusable(name, "cpu", torch.float64) is None]
-    maps = [cam_maps(tiny_dsnet(torch.float64, backend=b, **options), images, targets, layer="layer2.1") for b in usable]
+    maps = [
+        cam_maps(tiny_dsnet(torch.float64, backend=b, **options), images, targets, layer="layer2.1") for b in usable
+    ]
     assert len(maps) >= 2 and maps[0].max() > 0.99
     for found in maps[1:]:
         np.testing.assert_allclose(found, maps[0], atol=1e-6)
@@ -215,7 +217,7 @@ def test_a_named_layer_is_the_one_looked_at(tiny_dsnet, spied):
 
 def test_bad_layers_and_methods_are_refused_in_a_sentence(tiny_dsnet):
     model, images = tiny_dsnet(), torch.randn(1, 3, 16, 16)
-    with pytest.raises(DenseShortcutError, match="no layer 'layer9'.*layer3"):
+    with pytest.raises(DenseShortcutError, match=r"no layer 'layer9'.*layer3"):
         cam_maps(model, images, [0], layer="layer9")
     with pytest.raises(DenseShortcutError, match="fc gives no feature map"):
         cam_maps(model, images, [0], layer="fc")
