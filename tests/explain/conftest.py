@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_run import small_run
 from timm.models.resnet import BasicBlock
 
 import dense_shortcuts as ds
@@ -52,3 +53,9 @@ def photo(tmp_path):
         return tmp_path / name
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """The folder of a DSNet-20 after two epochs on a few digits."""
+    return small_run(tmp_path_factory.mktemp("explain")) / "stage-group"
