@@ -5,6 +5,7 @@ what `--help` says. What it needs is imported when it runs, so that `dsnet --hel
 """
 
 from .bench import Bench, Info
+from .demo import Demo
 from .explain import Cam, Shortcuts
 from .networks import Models
 from .training import Compare, Eval, Train
@@ -18,4 +19,5 @@ COMMANDS = {
     "info": Info,
     "cam": Cam,
     "shortcuts": Shortcuts,
+    "demo": Demo,
 }

@@ -18,9 +18,7 @@ def boxes_file(path, files, categories=("left", "right")):
     content = {
         "images": [{"id": i, "file_name": file.name} for i, file in enumerate(files)],
         "categories": [{"id": i, "name": name} for i, name in enumerate(categories)],
-        "annotations": [
-            {"image_id": i, "category_id": i % 2, "bbox": [4 + i, 6, 20, 18]} for i in range(len(files))
-        ],
+        "annotations": [{"image_id": i, "category_id": i % 2, "bbox": [4 + i, 6, 20, 18]} for i in range(len(files))],
     }
     path.write_text(json.dumps(content))
     return path

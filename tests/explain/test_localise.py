@@ -121,7 +121,7 @@ def test_boxes_move_with_the_picture(tmp_path):
 
 
 def test_networks_are_refused_in_a_sentence(tmp_path):
-    with pytest.raises(DenseShortcutError, match="neither a folder of a trained network nor a model of timm.*dsnet50"):
+    with pytest.raises(DenseShortcutError, match=r"neither a folder of a trained network nor a model of timm.*dsnet50"):
         read_network("dsnet5O")
     with pytest.raises(DenseShortcutError, match="no trained weights for dsnet18"):
         read_network("dsnet18", pretrained=True)
