@@ -49,6 +49,8 @@ def advice(interruption: KeyboardInterrupt, arguments: list[str]) -> str:
     """What to do after an interruption."""
     from .train.run import RunInterrupted
 
+    if arguments[:1] in (["sweep"], ["rerun"]):
+        return "the same command goes on."
     if isinstance(interruption, RunInterrupted):
         return f"go on with `dsnet {arguments[0]} --resume {shlex.quote(str(interruption.folder))}`."
     if arguments[:1] == ["bench"]:

@@ -8,12 +8,16 @@ from .bench import Bench, Info
 from .demo import Demo
 from .explain import Cam, Shortcuts
 from .networks import Models
+from .rerun import Rerun
+from .sweep import Sweep
 from .training import Compare, Eval, Train
 
 COMMANDS = {
     "compare": Compare,
     "train": Train,
     "eval": Eval,
+    "sweep": Sweep,
+    "rerun": Rerun,
     "models": Models,
     "bench": Bench,
     "info": Info,

@@ -13,7 +13,7 @@ class Cam:
     images: tyro.conf.Positional[tuple[Path, ...]]
     """Images, or folders of images."""
     models: str = "resnet50,dsnet50"
-    """Networks, separated by commas: folders of trained networks (runs/NAME/stage-group) or models of timm."""
+    """Networks, separated by commas: folders of trained networks (runs/NAME/stage-group), shipped, timm's models."""
     method: str = "gradcam,gradcam++"
     """Methods, separated by commas, or all: gradcam, gradcam++, hirescam, elementwise, xgradcam, layercam, shapleycam,
     finercam, eigencam, eigengradcam, kpcacam, fem, scorecam, ablationcam, fullgrad, randomcam."""
@@ -41,7 +41,7 @@ class Shortcuts:
     """Draw what a network learned to look back at: mean |w| of every pair, its spread, and its change in training."""
 
     checkpoint: tyro.conf.Positional[str]
-    """A network's folder in a run, the model.safetensors in it, or a DSNet by name, which shows its start."""
+    """A network's folder in a run, the model.safetensors in it, shipped, or a DSNet by name, which shows its start."""
     output: Path = Path("shortcuts.png")
     """The picture; the numbers go beside it as .json."""
 

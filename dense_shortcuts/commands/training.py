@@ -30,7 +30,7 @@ class Compare(Run):
         if self.resume is not None:
             runs.resume(self.resume, "compare")
         else:
-            runs.compare(self.config)
+            runs.compare(self.config, line)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Train(Run):
         if self.resume is not None:
             runs.resume(self.resume, "train")
         else:
-            runs.train(self.config)
+            runs.train(self.config, line)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Eval:
     """Score a checkpoint on the test images of its run, or on others with the same classes."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A network's folder in a run, or the model.safetensors in it."""
+    """A network's folder in a run, or the model.safetensors in it; `shipped` is the network in the package."""
     data: str | None = None
     """digits, cifar100 or imagefolder; None is what it was trained on."""
     data_dir: str | None = None
@@ -64,9 +64,10 @@ class Eval:
     """Worker processes that prepare images; None is the run's own."""
 
     def run(self, line: str) -> None:
+        from .. import shipped
         from ..train import run as runs
 
-        print_figures(runs.evaluate(**vars(self)))
+        print_figures(runs.evaluate(**vars(self) | {"checkpoint": shipped.checkpoint(self.checkpoint)}))
 
 
 def print_figures(figures: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """The page: what is on it, and the server behind it."""
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable
@@ -9,11 +10,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .. import shipped
 from ..errors import DenseShortcutError
 from ..explain.cam import METHODS, cam_maps, find_layer
 from ..explain.networks import Network, probabilities, read_network, top, view
 from ..explain.picture import overlay
 from ..explain.shortcuts import read_shortcuts
+from ..plug import unplug
 from . import charts, sources
 
 QUICK = tuple(name for name in METHODS if name not in ("scorecam", "ablationcam", "randomcam"))
@@ -105,29 +108,23 @@ def build(gradio: Any, runs: Path) -> Any:
 
 def look_tab(gradio: Any, runs: Path) -> None:
     """An image and two networks: top-5 and a map each."""
-
-    class AnyImage(gradio.Image):
-        """An image input that hands on the path of whatever came, so that a broken file is ours to explain."""
-
-        is_template = True
-
-        def preprocess(self, payload: Any) -> str | None:
-            return None if payload is None else payload.path
-
     images = sources.samples()
     choices = [(choice.label, choice.name) for choice in sources.networks(runs)]
+    begin = sources.first_pair(runs)
     with gradio.Row():
         with gradio.Column(min_width=280):
-            image = AnyImage(
+            image = gradio.Image(
                 label=f"Image ({', '.join(sources.FORMATS)}; up to {sources.MAX_MEGABYTES} MB)",
                 sources=["upload", "clipboard"],
                 height=300,
                 elem_classes="pixels",
             )
+            # Gradio would open the file, but a broken one is ours to explain. A subclass would write a .pyi file here.
+            image.preprocess = lambda payload: None if payload is None else payload.path
             sample = gradio.Dropdown([*images], value=None, label="Or pick a sample")
         with gradio.Column(min_width=280):
-            first = gradio.Dropdown(choices, value=choices[0][1], label="First network")
-            second = gradio.Dropdown(choices, value=choices[1][1], label="Second network")
+            first = gradio.Dropdown(choices, value=begin[0], label="First network")
+            second = gradio.Dropdown(choices, value=begin[1], label="Second network")
             method = gradio.Dropdown(list(QUICK), value="gradcam", label="Method")
             button = gradio.Button("Compare", variant="primary")
     message = gradio.HTML()
@@ -181,20 +178,24 @@ def short(name: str) -> str:
 
 @functools.lru_cache(maxsize=4)
 def network_of(name: str) -> Network:
-    return read_network(name)
+    """A network that stays in memory for the next image."""
+    if name != sources.HOST_FORM:
+        return read_network(name)
+    dense = read_network(shipped.NAME)
+    return dataclasses.replace(dense, label=name, model=unplug(dense.model))
 
 
 def shortcuts_tab(gradio: Any, runs: Path) -> None:
     """The shortcut weights of a network."""
-    hosts = (*sources.HOSTS, "identity")
-    found = [c for c in sources.networks(runs) if Path(c.name).name not in hosts]
+    hosts = (*sources.HOSTS, "identity", sources.HOST_FORM)
+    found = [choice for choice in sources.networks(runs) if Path(choice.name).name not in hosts]
     network = gradio.Dropdown([(c.label, c.name) for c in found], value=found[0].name, label="Network")
     button = gradio.Button("Show its shortcuts", variant="primary")
     gradio.Markdown(
         "Block *l* adds the normalised map *X_i* with one weight *w* for each channel. Point at a cell for its numbers."
     )
     maps = gradio.HTML()
-    button.click(_told(lambda name: charts.shortcut_maps(read_shortcuts(name))), network, maps, api_name="shortcuts")
+    button.click(told(lambda name: charts.shortcut_maps(read_shortcuts(name))), network, maps, api_name="shortcuts")
 
 
 def curves_tab(gradio: Any, runs: Path) -> None:
@@ -207,34 +208,16 @@ def curves_tab(gradio: Any, runs: Path) -> None:
         first = gradio.Dropdown(names, value=names[0], label="First run")
         second = gradio.Dropdown([("none", ""), *names], value=names[1] if len(names) > 1 else "", label="Second run")
     button = gradio.Button("Show curves", variant="primary")
-    message = gradio.HTML()
-    with gradio.Row():
-        plots = [
-            gradio.LinePlot(x="epoch", y=key, color="network", y_title=title, height=340, tooltip="all", min_width=280)
-            for key, title in (("test_top1", "test accuracy, %"), ("test_loss", "test loss"))
-        ]
+    figures = gradio.HTML()
 
-    def show(*chosen: str) -> list[Any]:
-        try:
-            table = curve_table(runs, [name for name in dict.fromkeys(chosen) if name])
-        except DenseShortcutError as error:
-            return [charts.error(str(error)), None, None]
-        return ["", table, table]
+    def show(*chosen: str) -> str:
+        names = [name for name in dict.fromkeys(chosen) if name]
+        histories = {
+            f"{name}: {label}": rows for name in names for label, rows in sources.histories(runs / name).items() if rows
+        }
+        return charts.run_curves(histories)
 
-    button.click(show, [first, second], [message, *plots], api_name="curves")
-
-
-def curve_table(runs: Path, names: list[str]) -> Any:
-    """Epoch, test_top1 (%) and test_loss of every network of some runs, as a data frame."""
-    import pandas
-
-    rows = [
-        {"network": f"{name}: {label}", **{key: row[key] for key in ("epoch", "test_top1", "test_loss")}}
-        for name in names
-        for label, history in sources.histories(runs / name).items()
-        for row in history
-    ]
-    return pandas.DataFrame(rows)
+    button.click(told(show), [first, second], figures, api_name="curves")
 
 
 def speed_tab(gradio: Any, runs: Path) -> None:
@@ -247,19 +230,19 @@ def speed_tab(gradio: Any, runs: Path) -> None:
     button = gradio.Button("Show figures", variant="primary")
     figures = gradio.HTML()
     button.click(
-        _told(lambda name: "".join(map(charts.benchmark, sources.comparisons(runs / name)))),
+        told(lambda name: "".join(map(charts.benchmark, sources.comparisons(runs / name)))),
         chosen,
         figures,
         api_name="speed",
     )
 
 
-def _told(make: Callable[[str], str]) -> Callable[[str], str]:
+def told(make: Callable[..., str]) -> Callable[..., str]:
     """The same function with errors of ours as a message on the page."""
 
-    def shown(name: str) -> str:
+    def shown(*chosen: str) -> str:
         try:
-            return make(name)
+            return make(*chosen)
         except DenseShortcutError as error:
             return charts.error(str(error))
 

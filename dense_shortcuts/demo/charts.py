@@ -1,13 +1,19 @@
 """Charts as HTML and SVG: nothing is loaded for them, they tell their numbers on hovering and fit a narrow screen."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import cycle
 from typing import Any
 
-from ..explain.shortcuts import Rows, Shortcuts, course, told
+from ..explain.shortcuts import Shortcuts, course, told, two_digits
+from ..weights import Rows
 
 CSS = """
-.ds-grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(15rem, 100%), 1fr)); gap: 1rem; }
+.ds-grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(13rem, 100%), 1fr)); gap: 1rem; }
+.ds-grid.wide { grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
+.ds-card ul { display: flex; flex-wrap: wrap; gap: .15rem .9rem; list-style: none; margin: .25rem 0 .5rem; padding: 0;
+  font-size: .85rem; }
+.ds-card li span { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .35em; }
 .ds-card { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .75rem; margin-bottom: 1rem;
   background: var(--block-background-fill); color: var(--body-text-color); }
 .ds-card h3 { margin: 0 0 .25rem; font-size: 1.05rem; }
@@ -26,7 +32,7 @@ CSS = """
 .ds-note { margin: 0 0 .5rem; font-size: .9rem; }
 .ds-error { border: 2px solid #b42318; border-radius: 8px; padding: .6rem .8rem; font-weight: 600;
   background: #fef3f2; color: #7a1610; }
-.pixels img { image-rendering: pixelated; }
+.pixels img { image-rendering: pixelated; object-fit: contain; width: 100%; height: 100%; }
 """
 
 LINES = ("#1f6feb", "#b35900", "#1a7f37", "#8250df", "#bf3989", "#57606a")
@@ -47,7 +53,7 @@ def shortcut_maps(found: Shortcuts) -> str:
             heat_map(stage.change, "change of mean |w| since the start", "RdBu_r"),
         ]
         if stage.history:
-            figures.append(lines(course(stage), "mean |w| by epoch"))
+            figures.append(lines({distances(d): v for d, v in course(stage).items()}, "mean |w| by epoch"))
         cards.append(
             f'<section class="ds-card"><h3>{escape(stage.name)}</h3><p class="ds-note">{escape(told(stage))}.</p>'
             f'<div class="ds-grid">{"".join(figures)}</div>'
@@ -57,17 +63,24 @@ def shortcut_maps(found: Shortcuts) -> str:
     return "".join(cards)
 
 
+def distances(back: int) -> str:
+    """What the page calls the maps that lie so many blocks back."""
+    return "nearest map" if back == 1 else f"{back} back"
+
+
 def heat_map(rows: Rows, title: str, colours: str) -> str:
     """A heat map of pairs: block l downwards, map i to the right; each cell says its number."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
     depth = len(rows)
-    greatest = max((abs(value) for row in rows for value in row), default=0.0) or 1.0
+    greatest = max((abs(value) for row in rows for value in row if value is not None), default=0.0) or 1.0
     cell, edge = 100 / depth, 14
     parts = [f'<svg viewBox="0 0 {100 + edge} {100 + edge}" role="img" aria-label="{escape(title)}">']
     for k, row in enumerate(rows):
         for i, value in enumerate(row):
+            if value is None:
+                continue
             share = (value / greatest + 1) / 2 if colours == "RdBu_r" else value / greatest
             red, green, blue, _ = colour = colormaps[colours](share)
             x, y = edge + i * cell, k * cell
@@ -80,7 +93,7 @@ def heat_map(rows: Rows, title: str, colours: str) -> str:
                 ink = "#fff" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "#000"
                 parts.append(
                     f'<text x="{x + cell / 2:.2f}" y="{y + cell / 2 + 2:.2f}" text-anchor="middle" font-size="6" '
-                    f'style="fill:{ink};pointer-events:none">{value:.2f}</text>'
+                    f'style="fill:{ink};pointer-events:none">{two_digits(value)}</text>'
                 )
     step = max(1, depth // 6)
     for k in range(0, depth, step):
@@ -94,40 +107,59 @@ def heat_map(rows: Rows, title: str, colours: str) -> str:
     return f"<figure><figcaption>{escape(title)}</figcaption>{''.join(parts)}</figure>"
 
 
-def lines(series: dict[int, list[tuple[int, float]]], title: str) -> str:
-    """Lines by epoch, one for each distance l - i; the nearest six are drawn."""
-    drawn = dict(list(series.items())[: len(LINES)])
-    points = [point for values in drawn.values() for point in values]
-    last, top = max(epoch for epoch, _ in points) or 1, max(value for _, value in points) or 1.0
-    parts = [f'<svg viewBox="0 0 114 114" role="img" aria-label="{escape(title)}">']
-    for mark in (0.0, top / 2, top):
-        y = 96 - 90 * mark / top
-        parts.append(f'<line x1="14" x2="112" y1="{y:.1f}" y2="{y:.1f}" stroke="currentColor" stroke-opacity=".2"/>')
-        parts.append(f'<text x="12" y="{y + 2:.1f}" text-anchor="end" font-size="5.5">{mark:.2g}</text>')
-    for colour, (distance, values) in zip(LINES, drawn.items(), strict=False):
-        name = "nearest map" if distance == 1 else f"{distance} back"
-        path = [(14 + 96 * epoch / last, 96 - 90 * value / top, epoch, value) for epoch, value in values]
-        joined = " ".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in path)
-        parts.append(f'<polyline points="{joined}" fill="none" stroke="{colour}" stroke-width="1.2"/>')
-        for x, y, epoch, value in path:
+def lines(series: Mapping[str, Sequence[tuple[int, float]]], title: str) -> str:
+    """Lines by epoch with a legend below that wraps on a narrow screen; each point says its number."""
+    points = [point for values in series.values() for point in values]
+    first, last = min(epoch for epoch, _ in points), max(epoch for epoch, _ in points)
+    top = max(value for _, value in points) or 1.0
+    width = max(1, last - first)
+    parts = [f'<svg viewBox="0 0 154 104" role="img" aria-label="{escape(title)}">']
+    for mark in (0.0, top / 4, top / 2, 3 * top / 4, top):
+        y = 88 - 82 * mark / top
+        parts.append(f'<line x1="18" x2="150" y1="{y:.1f}" y2="{y:.1f}" stroke="currentColor" stroke-opacity=".2"/>')
+        parts.append(f'<text x="16" y="{y + 2:.1f}" text-anchor="end" font-size="5.5">{mark:.3g}</text>')
+    for epoch in sorted({first, first + width // 2, last}):
+        x = 20 + 128 * (epoch - first) / width
+        parts.append(f'<text x="{x:.1f}" y="96" text-anchor="middle" font-size="5.5">{epoch}</text>')
+    parts.append('<text x="84" y="103" text-anchor="middle" font-size="5.5">epoch</text>')
+    for colour, (name, values) in zip(cycle(LINES), series.items(), strict=False):
+        path = [(20 + 128 * (epoch - first) / width, 88 - 82 * value / top) for epoch, value in values]
+        joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in path)
+        parts.append(f'<polyline points="{joined}" fill="none" stroke="{colour}" stroke-width="1"/>')
+        for (x, y), (epoch, value) in zip(path, values, strict=True):
             says = escape(f"{name}, epoch {epoch}: {value:.4g}")
-            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="1.8" fill="{colour}"><title>{says}</title></circle>')
-        place = list(drawn).index(distance)
-        x, y = 16 + 50 * (place % 2), 40 + 7 * (place // 2)
-        parts.append(f'<rect x="{x}" y="{y - 4}" width="4" height="4" fill="{colour}"/>')
-        parts.append(f'<text x="{x + 6}" y="{y}" font-size="5.5">{name}</text>')
-    parts.append('<text x="14" y="104" text-anchor="middle" font-size="5.5">0</text>')
-    parts.append(f'<text x="110" y="104" text-anchor="middle" font-size="5.5">{last}</text>')
-    parts.append('<text x="62" y="112" text-anchor="middle" font-size="5.5">epoch</text></svg>')
-    return f"<figure><figcaption>{escape(title)}</figcaption>{''.join(parts)}</figure>"
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="1.4" fill="{colour}"><title>{says}</title></circle>')
+    parts.append("</svg>")
+    legend = "".join(
+        f'<li><span style="background:{colour}"></span>{escape(name)}</li>'
+        for colour, name in zip(cycle(LINES), series, strict=False)
+    )
+    return f"<figure><figcaption>{escape(title)}</figcaption>{''.join(parts)}<ul>{legend}</ul></figure>"
+
+
+def run_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Accuracy and loss by epoch of networks, by name, and their last figures as a table."""
+    kinds = {"test_top1": "test accuracy, %", "test_loss": "test loss", "train_loss": "training loss"}
+    figures = [
+        lines({name: [(row["epoch"], row[key]) for row in rows] for name, rows in histories.items()}, title)
+        for key, title in kinds.items()
+    ]
+    last = [
+        [name, str(rows[-1]["epoch"]), *(f"{rows[-1][key]:.3f}" for key in kinds)] for name, rows in histories.items()
+    ]
+    return (
+        f'<section class="ds-card"><div class="ds-grid wide">{"".join(figures)}</div>'
+        f"{html_table(['network', 'epochs', *kinds.values()], last)}</section>"
+    )
 
 
 def pair_table(mean_abs: Rows, spread: Rows, change: Rows) -> str:
     """Every pair in a row, for those who do not hover."""
     cells = [
-        [str(k + 1), f"X_{i}", f"{mean:.4f}", f"{spread[k][i]:.4f}", f"{change[k][i]:+.4f}"]
-        for k, row in enumerate(mean_abs)
-        for i, mean in enumerate(row)
+        [str(k + 1), f"X_{i}", *(f"{figure:.4f}" for figure in figures)]
+        for k, rows in enumerate(zip(mean_abs, spread, change, strict=True))
+        for i, figures in enumerate(zip(*rows, strict=True))
+        if None not in figures
     ]
     return html_table(["block l", "map i", "mean |w|", "spread", "change"], cells)
 

@@ -1,20 +1,23 @@
 """What the page can choose from: networks, runs, benchmarks and sample images."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from .. import shipped
 from ..bench.run import RESULTS
 from ..errors import DenseShortcutError
 from ..models import list_models
 from ..train.checkpoint import CARD, read_json
-from ..train.data import IMAGE_ERRORS
+from ..train.data.images import IMAGE_ERRORS
 from ..train.loop import METRICS, read_metrics
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+HOST_FORM = "shipped, unplugged"
 MAX_MEGABYTES = 10
 MAX_PIXELS = 40_000_000
 HOSTS = ("resnet18", "resnet26", "resnet34", "resnet50", "resnet101", "resnet152")  # in timm, of DSNets of these depths
@@ -29,10 +32,20 @@ class Choice:
 
 
 def networks(runs: Path) -> list[Choice]:
-    """Trained networks of runs, the newest run first and each run's host before its DSNet, then untrained ones."""
+    """The shipped network and its host form, those of runs (newest first, a host before its DSNet), others."""
+    package = [Choice("shipped DSNet-20", shipped.NAME), Choice("shipped, its shortcuts taken out", HOST_FORM)]
     cards = sorted(runs.glob(f"*/*/{CARD}"), key=lambda card: (-_started(card.parents[1]), card.parent.name))
     trained = [Choice(f"{card.parents[1].name}: {card.parent.name}", str(card.parent)) for card in cards]
-    return [*trained, *(Choice(f"{name} (not trained)", name) for name in (*HOSTS, *list_models()))]
+    return [*package, *trained, *(Choice(f"{name} (not trained)", name) for name in (*HOSTS, *list_models()))]
+
+
+def first_pair(runs: Path) -> tuple[str, str]:
+    """The networks to begin with: host and DSNet of the newest comparison, else the shipped one and its host form."""
+    found = [choice.name for choice in networks(runs)]
+    for host, dense in pairwise(found):
+        if Path(host).name == "identity" and Path(host).parent == Path(dense).parent:
+            return host, dense
+    return HOST_FORM, shipped.NAME
 
 
 def curves(runs: Path) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from .. import shipped
 from ..errors import DenseShortcutError
 
 
@@ -53,7 +54,7 @@ class View:
 
 
 def read_network(name: str, *, pretrained: bool = False) -> Network:
-    """The network of a run's folder (or the model.safetensors in it), else the timm model of that name.
+    """The network of a run's folder (or the model.safetensors in it), `shipped`, else the timm model of that name.
 
     Args:
         pretrained: load timm's weights, which may have to be downloaded; else a timm model starts at random, seed 0.
@@ -63,7 +64,7 @@ def read_network(name: str, *, pretrained: bool = False) -> Network:
     """
     from ..train.checkpoint import WEIGHTS, read_model
 
-    path = Path(name)
+    path = shipped.checkpoint(Path(name))
     if path.is_dir() or path.name == WEIGHTS:
         model, card = read_model(path if path.is_dir() else path.parent)
         return _from_card(name, model, card)

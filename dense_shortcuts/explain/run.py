@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ..errors import DenseShortcutError
 from ..train.checkpoint import write_text
-from ..train.data import IMAGE_ERRORS, first_line
+from ..train.data.images import IMAGE_ERRORS, first_line
 from . import picture
 from .cam import cam_maps, find_layer, methods
 from .localise import Box, Score, mask_of, paired, read_boxes, score, summary

@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from .. import shipped
 from ..errors import DenseShortcutError
 from ..train.checkpoint import atomic, write_text
-from ..weights import SHORTCUTS, Summary, read_record, start_summary, weight_summary
+from ..weights import SHORTCUTS, Rows, Summary, read_record, start_summary, weight_summary
 from .networks import read_network
-
-Rows = list[list[float]]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage learned to look back at; each of Rows has a row for every block l = 1..L, a number for every map i.
+    """What a stage learned to look back at; each of Rows has a row for every block l = 1..L, a number for every map i,
+    None where the block does not sum that map.
 
     Attributes:
         mean_abs: mean of |w_{l,i}| over the channels.
@@ -38,8 +38,17 @@ class Stage:
     def change(self) -> Rows:
         """mean_abs less start."""
         return [
-            [float(f"{now - before:.6g}") for now, before in zip(*rows, strict=True)]
+            [
+                None if now is None or before is None else round(now - before, 6)
+                for now, before in zip(*rows, strict=True)
+            ]
             for rows in zip(self.mean_abs, self.start, strict=True)
+        ]
+
+    def pairs(self) -> list[tuple[int, int, float]]:
+        """(l, i, mean_abs) of every pair that is summed."""
+        return [
+            (k + 1, i, value) for k, row in enumerate(self.mean_abs) for i, value in enumerate(row) if value is not None
         ]
 
 
@@ -75,12 +84,14 @@ def shortcuts(checkpoint: str, output: Path, line: str) -> Path:
 def read_shortcuts(checkpoint: str) -> Shortcuts:
     """The shortcut weights of a run's folder or of a DSNet by name, with what the run recorded in training."""
     network = read_network(checkpoint)
-    path = Path(checkpoint)
+    path = shipped.checkpoint(Path(checkpoint))
     folder = path if path.is_dir() else path.parent
     history = read_record(folder / SHORTCUTS) if network.trained else []
     now, start = weight_summary(network.model), start_summary(network.model)
     if not now["stages"]:
-        raise DenseShortcutError(f"{checkpoint} has no shortcut weights to look at: give a DSNet.")
+        raise DenseShortcutError(
+            f"{checkpoint} has no shortcut weights to look at, or none that are the same for every image: give a DSNet."
+        )
     stages = [
         Stage(name, rows["mean_abs"], rows["spread"], start["stages"][name]["mean_abs"], _history(name, history))
         for name, rows in now["stages"].items()
@@ -108,22 +119,27 @@ def as_json(found: Shortcuts) -> dict[str, Any]:
 
 def told(stage: Stage) -> str:
     """A stage in a line: how much of the weight goes to the nearest map, to the stage's input and to the rest."""
-    total = sum(map(sum, stage.mean_abs))
-    nearest = sum(row[-1] for row in stage.mean_abs)
-    first = sum(row[0] for row in stage.mean_abs[1:])
+    pairs = stage.pairs()
+    total = sum(value for _, _, value in pairs)
+    nearest = sum(value for block, i, value in pairs if i == block - 1)
+    first = sum(value for block, i, value in pairs if i == 0 and block > 1)
     shares = [part / total if total else 0.0 for part in (nearest, first, total - nearest - first)]
-    pairs = sum(map(len, stage.mean_abs))
     return (
-        f"{stage.name}: {len(stage.mean_abs)} blocks, {pairs} pairs; of the sum of mean |w| {shares[0]:.0%} is on the "
-        f"nearest map, {shares[1]:.0%} on X_0 from later blocks, {shares[2]:.0%} on the maps between"
+        f"{stage.name}: {len(stage.mean_abs)} blocks, {len(pairs)} pairs; of the sum of mean |w| {shares[0]:.0%} is on "
+        f"the nearest map, {shares[1]:.0%} on X_0 from later blocks, {shares[2]:.0%} on the maps between"
     )
 
 
+def two_digits(value: float) -> str:
+    """A number with two digits behind the point, and no sign before 0.00."""
+    return f"{value:.2f}".replace("-0.00", "0.00")
+
+
 def grid(rows: Rows) -> np.ndarray:
-    """Rows of growing length as (L, L), with NaN where a block has no such map."""
+    """Rows of growing length as (L, L), with NaN where a block does not sum such a map."""
     square = np.full((len(rows), len(rows)), np.nan)
     for line, row in zip(square, rows, strict=True):
-        line[: len(row)] = row
+        line[: len(row)] = [np.nan if value is None else value for value in row]
     return square
 
 
@@ -165,9 +181,11 @@ def draw_heat(figure: Any, axes: Any, rows: Rows, title: str, colours: str) -> N
         return
     for k, row in enumerate(rows):
         for i, value in enumerate(row):
+            if value is None:
+                continue
             red, green, blue, _ = image.cmap(image.norm(value))
             dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-            axes.text(i, k, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white" if dark else "black")
+            axes.text(i, k, two_digits(value), ha="center", va="center", fontsize=7, color="white" if dark else "black")
 
 
 def draw_course(axes: Any, stage: Stage) -> None:
@@ -184,14 +202,13 @@ def draw_course(axes: Any, stage: Stage) -> None:
 
 def course(stage: Stage) -> dict[int, list[tuple[int, float]]]:
     """(epoch, mean of mean |w| over the pairs) by the distance l - i; epoch 0 is the start."""
-    depth = len(stage.mean_abs)
+    by_distance: dict[int, list[tuple[int, int]]] = {}
+    for block, i, _ in stage.pairs():
+        by_distance.setdefault(block - i, []).append((block - 1, i))
     epochs = [(0, stage.start), *stage.history]
     return {
-        distance: [
-            (epoch, float(np.mean([rows[k][k + 1 - distance] for k in range(distance - 1, depth)])))
-            for epoch, rows in epochs
-        ]
-        for distance in range(1, depth + 1)
+        distance: [(epoch, float(np.mean([rows[k][i] for k, i in pairs]))) for epoch, rows in epochs]
+        for distance, pairs in sorted(by_distance.items())
     }
 
 

@@ -33,8 +33,17 @@ def build_network(config: TrainConfig, num_classes: int) -> nn.Module:
         settings["drop_path_rate"] = config.drop_path
     if config.zero_init_last is not None:
         settings["zero_init_last"] = config.zero_init_last
+    sizes = {key: value for key in ("channels", "layers") if (value := getattr(config, key))}
     torch.manual_seed(config.seed)
-    model: Any = timm.create_model(config.model, **settings, **(options if ours else {}))
+    try:
+        model: Any = timm.create_model(config.model, **settings, **sizes, **(options if ours else {}))
+    except (TypeError, IndexError) as error:
+        if not sizes:
+            raise
+        raise DenseShortcutError(
+            f"{config.model} cannot be built with {' and '.join(sizes)} as given ({error}): "
+            "these are for ResNets, a number for each stage."
+        ) from error
     if ours and config.aggregate == "identity":
         unplug(model)
     elif not ours and config.aggregate != "identity":
@@ -117,9 +126,13 @@ def make_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_
 def make_loss(config: TrainConfig, num_classes: int) -> tuple[Loss, Callable[..., tuple[Tensor, Tensor]] | None]:
     """timm's loss for training and its mixup/cutmix, None where both are off. Smoothing sits in one of the two."""
     from timm.data import Mixup
-    from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+    from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
-    if not (config.mixup or config.cutmix):
-        return LabelSmoothingCrossEntropy(config.smoothing), None
-    mix = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=num_classes)
-    return SoftTargetCrossEntropy(), mix
+    mixes = bool(config.mixup or config.cutmix)
+    loss: Loss
+    if config.loss == "bce":
+        loss = BinaryCrossEntropy(0.0 if mixes else config.smoothing, config.bce_threshold)
+    else:
+        loss = SoftTargetCrossEntropy() if mixes else LabelSmoothingCrossEntropy(config.smoothing)
+    smoothed = {"label_smoothing": config.smoothing, "num_classes": num_classes}
+    return loss, Mixup(config.mixup, config.cutmix, **smoothed) if mixes else None

@@ -39,10 +39,24 @@ def test_inner_weights_are_summed_up_by_block_and_controls_without_weights_left_
     assert weight_summary(ds.models.dsnet.dsnet20(aggregate="dense_identity")) == {"stages": {}, "inner": {}}
 
 
-@pytest.mark.parametrize("init", ["nearest", "uniform", "ones", "zeros"])
-def test_the_start_is_that_of_a_new_network(init):
-    model = ds.models.dsnet.dsnet20(init=init)
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"init": init} for init in ("nearest", "uniform", "ones", "zeros")),
+        {"weighting": "softmax"},
+        {"weighting": "gate", "pattern": "powers"},
+        {"window": 2},
+    ],
+)
+def test_the_start_is_that_of_a_new_network(options):
+    model = ds.models.dsnet.dsnet56(**options)
     assert start_summary(model)["stages"] == weight_summary(model)["stages"]
+
+
+def test_a_pair_that_is_not_summed_has_no_number(tiny_dsnet):
+    rows = weight_summary(tiny_dsnet(window=1))["stages"]["layer2"]["mean_abs"]
+    assert [[value is None for value in row] for row in rows] == [[False], [True, False], [True, True, False]]
+    assert weight_summary(tiny_dsnet(weighting="attention", init="uniform"))["stages"] == {}
 
 
 def test_an_epoch_trained_twice_counts_once_and_a_cut_line_is_left_out(tiny_dsnet, tmp_path):
@@ -77,7 +91,7 @@ def test_training_records_each_epoch_and_the_command_draws_it(trained, tmp_path,
         weights = [w.detach() for w in ds.dense_stages(model)[name].shortcut.weights]
         assert stage["mean_abs"][2] == pytest.approx(weights[2].abs().mean(1).tolist(), rel=1e-5)
         assert stage["start"] == [[1.0], [0.0, 1.0], [0.0, 0.0, 1.0]]
-        assert stage["change"][2][0] == pytest.approx(stage["mean_abs"][2][0]) and stage["change"][2][0] > 0
+        assert stage["change"][2][0] == pytest.approx(stage["mean_abs"][2][0], abs=1e-6) and stage["change"][2][0] > 0
         assert [row["epoch"] for row in stage["history"]] == [1, 2]
         assert stage["history"][-1]["mean_abs"] == stage["mean_abs"] != stage["history"][0]["mean_abs"]
     with Image.open(tmp_path / "out" / "map.png") as picture:

@@ -78,11 +78,12 @@ def test_compare_leaves_table_curves_configuration_metrics_and_checkpoints():
     done = subprocess.run([DSNET, "compare", *TINY, "--name", "a"], capture_output=True, text=True, check=True)
     run = Path("runs/a")
     assert {p.name for p in run.iterdir()} == {
-        "config.yaml", "environment.json", "table.md", "table.json", "curves.png", *NETWORKS
+        "config.yaml", "environment.json", "table.md", "table.json", "curves.png", "run.log", *NETWORKS
     }  # fmt: skip
     for name in NETWORKS:
         files = {p.name for p in (run / name).iterdir()}
-        assert files == {"metrics.jsonl", "state.safetensors", "model.safetensors", "model.json"}
+        states = {f"state-{epoch:04d}.safetensors" for epoch in (2, 3)}
+        assert files == {"metrics.jsonl", *states, "model.safetensors", "model.json"}
     table = json.loads((run / "table.json").read_text())
     for row, name in zip(table["networks"], NETWORKS, strict=True):
         last = read_metrics(run / name / "metrics.jsonl")[-1]
