@@ -114,7 +114,7 @@ def look_tab(gradio: Any, runs: Path) -> None:
     with gradio.Row():
         with gradio.Column(min_width=280):
             image = gradio.Image(
-                label=f"Image ({', '.join(sources.FORMATS)}; up to {sources.MAX_MEGABYTES} MB)",
+                label=f"Image, up to {sources.MAX_MEGABYTES} MB",
                 sources=["upload", "clipboard"],
                 height=300,
                 elem_classes="pixels",

@@ -1,5 +1,6 @@
 """Charts as HTML and SVG: nothing is loaded for them, they tell their numbers on hovering and fit a narrow screen."""
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import cycle
@@ -9,8 +10,8 @@ from ..explain.shortcuts import Shortcuts, course, told, two_digits
 from ..weights import Rows
 
 CSS = """
-.ds-grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(13rem, 100%), 1fr)); gap: 1rem; }
-.ds-grid.wide { grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
+.ds-grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(12rem, 100%), 1fr)); gap: 1rem; }
+.ds-grid.wide { grid-template-columns: repeat(auto-fit, minmax(min(16rem, 100%), 1fr)); }
 .ds-card ul { display: flex; flex-wrap: wrap; gap: .15rem .9rem; list-style: none; margin: .25rem 0 .5rem; padding: 0;
   font-size: .85rem; }
 .ds-card li span { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .35em; }
@@ -55,7 +56,7 @@ def shortcut_maps(found: Shortcuts) -> str:
         if stage.history:
             figures.append(lines({distances(d): v for d, v in course(stage).items()}, "mean |w| by epoch"))
         cards.append(
-            f'<section class="ds-card"><h3>{escape(stage.name)}</h3><p class="ds-note">{escape(told(stage))}.</p>'
+            f'<section class="ds-card"><h3>{escape(stage.name)}</h3><p class="ds-note">{escape(told(stage).partition(": ")[2])}.</p>'
             f'<div class="ds-grid">{"".join(figures)}</div>'
             f"<details><summary>Numbers</summary>{pair_table(stage.mean_abs, stage.spread, stage.change)}</details>"
             "</section>"
@@ -111,7 +112,7 @@ def lines(series: Mapping[str, Sequence[tuple[int, float]]], title: str) -> str:
     """Lines by epoch with a legend below that wraps on a narrow screen; each point says its number."""
     points = [point for values in series.values() for point in values]
     first, last = min(epoch for epoch, _ in points), max(epoch for epoch, _ in points)
-    top = max(value for _, value in points) or 1.0
+    top = round_top(max(value for _, value in points))
     width = max(1, last - first)
     parts = [f'<svg viewBox="0 0 154 104" role="img" aria-label="{escape(title)}">']
     for mark in (0.0, top / 4, top / 2, 3 * top / 4, top):
@@ -135,6 +136,14 @@ def lines(series: Mapping[str, Sequence[tuple[int, float]]], title: str) -> str:
         for colour, name in zip(cycle(LINES), series, strict=False)
     )
     return f"<figure><figcaption>{escape(title)}</figcaption>{''.join(parts)}<ul>{legend}</ul></figure>"
+
+
+def round_top(value: float) -> float:
+    """The least of 1, 2, 4, 5, 8 or 10 times a power of ten that is not below a value; 1 for nothing above 0."""
+    if value <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(value))
+    return next((n * power for n in (1, 2, 4, 5, 8) if n * power >= value), 10 * power)
 
 
 def run_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
