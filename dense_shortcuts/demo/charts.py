@@ -25,9 +25,9 @@ CSS = """
 .ds-card rect:hover, .ds-card circle:hover { stroke: var(--body-text-color); stroke-width: 1.5; }
 .ds-scroll { overflow-x: auto; }
 .ds-card table { border-collapse: collapse; width: 100%; font-size: .9rem; }
-.ds-card th, .ds-card td { text-align: right; padding: .25rem .5rem;
+.ds-card .ds-scroll :is(th, td) { text-align: right; padding: .25rem .5rem; border: 0;
   border-top: 1px solid var(--border-color-primary); }
-.ds-card th:first-child, .ds-card td:first-child { text-align: left; }
+.ds-card .ds-scroll :is(th, td):first-child { text-align: left; }
 .ds-bar { display: block; height: .45rem; border-radius: 2px; background: #1f6feb; margin-left: auto; }
 .ds-bar.memory { background: #b35900; }
 .ds-note { margin: 0 0 .5rem; font-size: .9rem; }
@@ -55,8 +55,9 @@ def shortcut_maps(found: Shortcuts) -> str:
         ]
         if stage.history:
             figures.append(lines({distances(d): v for d, v in course(stage).items()}, "mean |w| by epoch"))
+        about = told(stage).removeprefix(f"{stage.name}: ")
         cards.append(
-            f'<section class="ds-card"><h3>{escape(stage.name)}</h3><p class="ds-note">{escape(told(stage).partition(": ")[2])}.</p>'
+            f'<section class="ds-card"><h3>{escape(stage.name)}</h3><p class="ds-note">{escape(about)}.</p>'
             f'<div class="ds-grid">{"".join(figures)}</div>'
             f"<details><summary>Numbers</summary>{pair_table(stage.mean_abs, stage.spread, stage.change)}</details>"
             "</section>"

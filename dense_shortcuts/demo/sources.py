@@ -98,16 +98,17 @@ def read_upload(path: str | None) -> Image.Image:
         raise DenseShortcutError(f"This file is larger than {MAX_MEGABYTES} MB: take a smaller one.")
     try:
         image = Image.open(path, formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise DenseShortcutError(
-                f"This image has {image.width * image.height / 1e6:.0f} million pixels: "
-                f"up to {MAX_PIXELS / 1e6:.0f} million are read here."
-            )
-        return ImageOps.exif_transpose(image).convert("RGB")
+        pixels = image.width * image.height
+        upright = ImageOps.exif_transpose(image).convert("RGB") if pixels <= MAX_PIXELS else None
     except IMAGE_ERRORS as error:
         raise DenseShortcutError(
             f"This file is not a whole image: it must be one of {', '.join(FORMATS)}, and complete."
         ) from error
+    if upright is None:
+        raise DenseShortcutError(
+            f"This image has {pixels:,} pixels, and up to {MAX_PIXELS:,} are read here: take a smaller one."
+        )
+    return upright
 
 
 def _started(folder: Path) -> float:

@@ -83,7 +83,6 @@ def shoot():
     def save(page, name: str) -> None:
         folder = os.environ.get("SCREENSHOTS")
         if folder is not None:
-            page.evaluate("document.activeElement.scrollIntoViewIfNeeded?.()")
             page.screenshot(path=Path(folder) / f"{name}.png", full_page=True, animations="disabled")
 
     return save

@@ -1,10 +1,8 @@
-"""The page in a real browser: upload, compare, errors, keyboard alone, a narrow screen, and no word to other servers."""
+"""The page in a real browser: upload, compare, errors, keyboard alone, a narrow screen, no word to other servers."""
 
 import json
 import re
 from pathlib import Path
-
-import pytest
 
 WAIT = 60_000  # milliseconds; for machines under load, nothing waits this long by itself
 
@@ -45,7 +43,7 @@ def test_a_sample_goes_through_the_shipped_network_and_its_host_form(tab, shoot)
         ("Method", "layercam"),
     ):
         page.get_by_label(label).click()
-        page.get_by_role("option", name=value).click()
+        page.get_by_role("option", name=value, exact=True).filter(visible=True).click()
     page.get_by_role("button", name="Remove Image").wait_for(timeout=WAIT)
     compare(page)
     told(page, "shipped").nth(0).wait_for(timeout=WAIT)
@@ -81,13 +79,15 @@ def test_errors_get_a_message_and_the_server_lives_on(tab, shoot, digit, tmp_pat
 
 
 def focused(page) -> str:
-    return page.evaluate("(document.activeElement.ariaLabel || document.activeElement.innerText || '').trim()")
+    return page.evaluate(
+        "(e => e === document.body ? '' : (e.ariaLabel || e.innerText || '').trim())(document.activeElement)"
+    )
 
 
 def tab_to(page, name: str) -> None:
     for _ in range(30):
         page.keyboard.press("Tab")
-        if name in focused(page):
+        if focused(page) == name:
             return
     raise AssertionError(f"the Tab key never comes to {name!r}")
 
@@ -118,12 +118,12 @@ def test_shortcut_maps_tell_their_numbers(tab, shoot):
     page = tab()
     page.get_by_role("tab", name="Shortcuts").click()
     page.get_by_label("Network", exact=True).click()
-    page.get_by_role("option", name="small: stage-group").click()
+    page.get_by_role("option", name="small: stage-group").filter(visible=True).click()
     page.get_by_role("button", name="Show its shortcuts").click()
     page.locator(".ds-card").first.wait_for(timeout=WAIT)
     assert page.locator(".ds-card").count() == 3
     says = page.locator(".ds-card").first.locator("rect title").all_text_contents()
-    assert len(says) == 18 and re.fullmatch(r"block 3 from map X_2: mean \|w\| [01]\.\d+", says[5])
+    assert len(says) == 18 and re.fullmatch(r"block 3 from map X_2: mean \|w\| [01](\.\d+)?", says[5])
     page.get_by_text("Numbers").first.click()
     assert page.locator(".ds-card").first.locator("tbody tr").count() == 6
     shoot(page, "shortcuts")
@@ -141,12 +141,11 @@ def test_curves_and_benchmarks_are_drawn(tab, shoot):
     row = page.get_by_role("row", name="public_dsnet50")
     row.wait_for(timeout=WAIT)
     assert row.locator("td").nth(3).inner_text() == "1.31x" and row.locator(".ds-bar").count() == 3
-    shoot(page, "speed")
 
 
-@pytest.mark.parametrize("width", [360])
-def test_a_narrow_screen_needs_no_scrolling_sideways(tab, shoot, digit, width):
-    page = tab(width, 780)
+def test_a_narrow_screen_needs_no_scrolling_sideways(tab, shoot, digit):
+    width = 390
+    page = tab(width, 844)
     upload(page, digit)
     compare(page)
     told(page, "small: stage-group").wait_for(timeout=WAIT)
@@ -166,4 +165,3 @@ def test_a_narrow_screen_needs_no_scrolling_sideways(tab, shoot, digit, width):
             ".map(e => Math.round(e.getBoundingClientRect().right))"
         )
         assert max(edges) <= width, json.dumps(edges)
-    shoot(page, "narrow-speed")
