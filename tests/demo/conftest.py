@@ -63,6 +63,7 @@ def tab(chromium, address):
 
     def open_tab(width: int = 1200, height: int = 900):
         page = chromium.new_page(viewport={"width": width, "height": height})
+        page.set_default_timeout(60_000)  # milliseconds, for machines under load: nothing waits so long by itself
         opened.append(page)
         page.on("request", lambda r: r.url.startswith((address, "data:", "blob:")) or strangers.append(r.url))
         page.on("pageerror", lambda error: errors.append(str(error)))
