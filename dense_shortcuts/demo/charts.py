@@ -24,7 +24,7 @@ CSS = """
 .ds-card svg text { font-family: system-ui, sans-serif; fill: currentColor; }
 .ds-card rect:hover, .ds-card circle:hover { stroke: var(--body-text-color); stroke-width: 1.5; }
 .ds-scroll { overflow-x: auto; }
-.ds-card table { border-collapse: collapse; width: 100%; font-size: .9rem; }
+.ds-card table { border: 0; border-collapse: collapse; width: 100%; font-size: .9rem; }
 .ds-card .ds-scroll :is(th, td) { text-align: right; padding: .25rem .5rem; border: 0;
   border-top: 1px solid var(--border-color-primary); }
 .ds-card .ds-scroll :is(th, td):first-child { text-align: left; }
@@ -51,7 +51,7 @@ def shortcut_maps(found: Shortcuts) -> str:
         figures = [
             heat_map(stage.mean_abs, "mean |w|", "viridis"),
             heat_map(stage.spread, "spread over channels", "viridis"),
-            heat_map(stage.change, "change of mean |w| since the start", "RdBu_r"),
+            heat_map(stage.change, "change of mean |w|", "RdBu_r"),
         ]
         if stage.history:
             figures.append(lines({distances(d): v for d, v in course(stage).items()}, "mean |w| by epoch"))

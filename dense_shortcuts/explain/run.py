@@ -257,7 +257,7 @@ def table(found: Sequence[dict[str, Any]]) -> "Table":
 
     made = Table(box=SIMPLE_HEAD, pad_edge=False)
     for heading in ("method", "network", "energy inside", "pointing game", "chance (area)", "empty maps"):
-        made.add_column(heading, justify="left" if heading in ("method", "network") else "right")
+        made.add_column(heading, justify="left" if heading in ("method", "network") else "right", overflow="fold")
     for each in found:
         for line in each["networks"]:
             figures = [f"{line[key]:.3f}" for key in ("energy", "pointing", "area")]
