@@ -40,7 +40,7 @@ def test_a_command_of_the_guide_runs(command, trained, photo, tmp_path, monkeypa
 
 
 def blood(folder: Path, seed: int) -> None:
-    """Two generated photos a part, laid out as BCCD is: a white cell in one, a platelet in the other, red ones in both."""
+    """Two generated photos a part, laid out as BCCD is: a white cell in one, a platelet in the other."""
     for part in ("train", "val"):
         (folder / part).mkdir(parents=True)
         content = {
