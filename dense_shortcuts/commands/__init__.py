@@ -9,6 +9,8 @@ from .demo import Demo
 from .explain import Cam, Shortcuts
 from .networks import Models
 from .rerun import Rerun
+from .scaling import Scaling
+from .support import Support
 from .sweep import Sweep
 from .training import Compare, Eval, Train
 
@@ -24,4 +26,6 @@ COMMANDS = {
     "cam": Cam,
     "shortcuts": Shortcuts,
     "demo": Demo,
+    "support": Support,
+    "scaling": Scaling,
 }

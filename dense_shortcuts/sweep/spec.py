@@ -93,9 +93,9 @@ def read_sweep(path: Path, changes: Sequence[str] = (), data_dir: str | None = N
 
 
 def read_base(base: Any, path: Path) -> dict[str, Any]:
-    """The settings that all rows share: a mapping, or the name of a recipe beside the sweep's file."""
+    """The settings that all rows share: a mapping, or the name of a recipe beside the sweep's file, less its seed."""
     if isinstance(base, str):
-        return read_settings(path.parent / base)
+        return {key: value for key, value in read_settings(path.parent / base).items() if key not in ELSEWHERE}
     if not isinstance(base, dict):
         raise DenseShortcutError(f"{path} needs `base:`, the settings that all rows share or a recipe's file name.")
     return base

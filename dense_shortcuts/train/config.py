@@ -233,6 +233,8 @@ def _check(config: TrainConfig) -> None:
         raise DenseShortcutError("--sched multistep needs --milestones: the epochs at which to cut the learning rate.")
     if config.crop_pct is not None and config.crop_pct > 1:
         raise DenseShortcutError(f"--crop-pct {config.crop_pct} is above 1: the crop cannot be larger than the image.")
+    if config.hub is not None and (config.data != "streaming" or config.data_dir is not None):
+        raise DenseShortcutError("--hub goes with --data streaming and stands in for --data-dir: give one of them.")
     if config.bce_threshold is not None and config.loss != "bce":
         raise DenseShortcutError("--bce-threshold goes with --loss bce: give both or none.")
     if (config.mixup or config.cutmix) and config.batch_size % 2:

@@ -23,7 +23,7 @@ from .data import Data, EpochSampler, epochs_of, make_loader, mixed_seed, worker
 from .data.stream import StreamShare
 from .display import Display
 from .network import Loss, build_network, make_loss, make_optimizer, make_scheduler, network_label
-from .processes import average_statistics, gradients_stay, is_split, make_accelerator, shard, synchronise_norms
+from .processes import average_statistics, gradients_stay, is_split, make_accelerator, shard, synchronise_on_cpu
 from .states import (
     epoch_of,
     is_sharded,
@@ -128,13 +128,16 @@ def train_network(config: TrainConfig, data: Data, folder: Path, display: Displa
 
 def prepare(config: TrainConfig, data: Data, folder: Path, accelerator: "Accelerator") -> Training:
     """Network, optimizer, schedule, loss and loaders, at the start or where the folder's saved state left them."""
+    from timm.layers import convert_sync_batchnorm
+
     num_classes = len(data.classes)
     train_loader = make_loader(data.train, config, training=True)
     test_loader = make_loader(data.test, config)
     split, device = is_split(config, accelerator), accelerator.device
     model = build_network(config, num_classes)
-    if config.sync_bn and accelerator.num_processes > 1:
-        model = synchronise_norms(model, device)
+    synchronised = config.sync_bn and accelerator.num_processes > 1
+    if synchronised and device.type != "cpu":
+        model = convert_sync_batchnorm(model)
     # FSDP takes no weights with the channels last; a convolution goes by its input then.
     model = model.to(device) if split else placed(model, config, device)
     ema = make_ema(config, model)
@@ -153,6 +156,8 @@ def prepare(config: TrainConfig, data: Data, folder: Path, accelerator: "Acceler
     order = epochs_of(train_loader)
     if not split:  # Accelerate would wrap it for DDP
         network = accelerator.prepare(network)
+    if synchronised and device.type == "cpu":
+        synchronise_on_cpu(model)
     optimizer, train_loader, test_loader = accelerator.prepare(optimizer, train_loader, test_loader)
     return Training(
         label=network_label(config),
@@ -364,7 +369,7 @@ def restore(
     averaged = ema.module if ema is not None else None
     tensors, about = read_state(path, shards_of(read_shapes(path), model, optimizer, averaged))
     restore_training(tensors, about, model, optimizer, averaged, accelerator.scaler)
-    _logger.info("goes on from %s, the newest whole state, after %d epochs", path, about["epoch"])
+    _logger.info("%s: goes on from %s, its newest whole state, after %d epochs", folder.name, path.name, about["epoch"])
     return about["epoch"]
 
 

@@ -60,11 +60,12 @@ def training_step(
     labels = torch.arange(batch_size, device=device) % num_classes
     loss, mix = make_loss(config, num_classes)
     autocast = make_accelerator(config).autocast
+    network: Any = torch.compile(model) if config.compile else model
 
     def step() -> None:
         batch, target = mix(images.clone(), labels) if mix is not None else (images, labels)
         with autocast():
-            output = model(batch)
+            output = network(batch)
         loss(output.float(), target).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -31,6 +31,7 @@ def make_accelerator(config: TrainConfig) -> "Accelerator":
 
     try:
         accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # unasked, it would leave processes on CPUs unaware of each other
             mixed_precision=config.precision,
             dataloader_config=DataLoaderConfiguration(split_batches=True),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=config.timeout))],
@@ -79,7 +80,7 @@ def shard(model: nn.Module, device: torch.device, *, stages: bool) -> None:
 
 def units(model: nn.Module) -> list[nn.Module]:
     """The stages of a network: dense ones, else the plain sequences that it is made of."""
-    dense: list[nn.Module] = [module for module in model.modules() if isinstance(module, DenseStage)]
+    dense: list[nn.Module] = [m for m in model.modules() if isinstance(m, DenseStage) and m is not model]
     return dense or [child for child in model.children() if type(child) is nn.Sequential]
 
 
@@ -94,27 +95,24 @@ class SyncBatchNormOnCPU(nn.SyncBatchNorm):
         return input * scale[:, :, None, None].to(input.dtype) + shift[:, :, None, None].to(input.dtype)
 
 
-def synchronise_norms(model: nn.Module, device: torch.device) -> nn.Module:
-    """The network with every batch norm, of host and shortcuts, over the batches of all processes.
+def synchronise_on_cpu(model: nn.Module) -> None:
+    """Turn the batch norms of a network, of host and shortcuts, into ones over all processes' images, in place.
+
+    To be called once the network is wrapped, for DDP refuses PyTorch's class on a CPU.
 
     Raises:
-        DenseShortcutError: a norm that can be synchronised on a GPU only.
+        DenseShortcutError: a kind of batch norm that can be synchronised on a GPU only.
     """
-    from timm.layers import convert_sync_batchnorm
-
-    model = convert_sync_batchnorm(model)
-    if device.type != "cpu":
-        return model
-    # A shortcut's norms are never called, so that these may stay what the operator knows.
+    # A shortcut's norms are never called, so that theirs may stay the class that the operator knows.
     own = {norm for module in model.modules() if isinstance(module, DenseShortcut) for norm in module.norms}
     for name, module in model.named_modules():
-        if isinstance(module, nn.SyncBatchNorm) and module not in own:
-            if type(module) is not nn.SyncBatchNorm:
-                raise DenseShortcutError(
-                    f"--sync-bn: {name} is a {type(module).__name__}, which needs a GPU: leave it out."
-                )
-            module.__class__ = SyncBatchNormOnCPU
-    return model
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            continue
+        if type(module) is not nn.BatchNorm2d:
+            kind = type(module).__name__
+            raise DenseShortcutError(f"--sync-bn: {name} is a {kind}, which needs a GPU: leave --sync-bn out.")
+        module.__class__ = nn.SyncBatchNorm if module in own else SyncBatchNormOnCPU  # type: ignore[assignment]
+        module.process_group = None  # type: ignore[assignment]
 
 
 @torch.no_grad()

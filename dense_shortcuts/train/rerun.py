@@ -50,10 +50,10 @@ def rerun(folder: Path, name: str | None = None, line: str = "") -> tuple[Path, 
             )
     torch.set_num_threads(before["threads"])  # sums depend on it
     again = folder.with_name(name or f"{folder.name}-rerun")
-    if (again / CONFIG).is_file():
+    here = dataclasses.replace(config, output=str(folder.parent), name=again.name)
+    if (again / CONFIG).is_file() and read_yaml(again / CONFIG) == here.resolved():
         resume(again, before["command"])
     else:
-        here = dataclasses.replace(config, output=str(folder.parent), name=again.name)
         execute(here, before["command"], resumed=None, line=line)
     networks = {label: compared(folder / label, again / label) for label in labels}
     outcome = {

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -180,8 +181,10 @@ def _read_shards(path: Path, names: Iterable[str], like: Mapping[str, Tensor]) -
     for name in names:
         shape, dtype = entries[name].size, entries[name].properties.dtype
         targets[name] = torch.zeros_like(like[name], dtype=dtype) if name in like else torch.zeros(shape, dtype=dtype)
-    # Without shards to fill there is nothing to agree on, and one process may read alone.
-    dcp.load(targets, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=not like)
+    with warnings.catch_warnings():
+        # Without shards to fill there is nothing to agree on, so one process may read alone.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        dcp.load(targets, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=not like)
     return targets
 
 

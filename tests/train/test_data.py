@@ -103,6 +103,20 @@ def test_the_order_of_an_epoch_is_a_permutation_that_follows_from_seed_and_epoch
     assert len({tuple(order(s, e)) for s in (0, 1) for e in (0, 1)}) == 4
 
 
+def test_repeated_augmentation_takes_the_places_of_timms_sampler_and_augments_each_copy_anew():
+    from timm.data.distributed_sampler import RepeatAugSampler
+
+    ours = list(EpochSampler(10, shuffle=False, seed=0, repeats=3))
+    timms = list(RepeatAugSampler(range(10), num_replicas=1, rank=0, shuffle=False, num_repeats=3, selected_round=0))
+    assert [place for _, place, _ in ours] == timms and len(ours) == 10
+    assert [copy for _, _, copy in ours] == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
+    shuffled = [place for _, place, _ in EpochSampler(30, shuffle=True, seed=0, repeats=3)]
+    assert shuffled == [place for place in shuffled[::3] for _ in range(3)] and len(set(shuffled)) == 10
+    train = load(limit_train=30).train
+    copies = [torch.stack([train[(0, i, copy)][0] for i in range(30)]) for copy in (0, 1)]
+    assert not torch.equal(*copies)
+
+
 def test_real_cifar100_is_read_from_its_parquet_files(cifar100):
     data = load(data="cifar100", data_dir=str(cifar100), limit_train=200, limit_test=50)
     table = pq.read_table(next(cifar100.glob("test-*.parquet")))

@@ -36,7 +36,8 @@ class HubStream:
     def samples(self, place: Place, broken: BrokenImages) -> Iterator[Sample]:
         from datasets.distributed import split_dataset_by_node
 
-        own = self.data.shuffle(seed=place.seed, buffer_size=self.buffer)  # the same order of files in every process
+        # The same order of files in every process. One file at a time, for the library's threads sleep where they end.
+        own = self.data.shuffle(seed=place.seed, buffer_size=self.buffer, max_buffer_input_shards=1)
         for row, found in enumerate(split_dataset_by_node(own, place.process, place.processes)):
             image = found[self.columns.image]
             yield image["bytes"], found[self.columns.label], image["path"] or f"image {row} of a stream"
@@ -69,11 +70,13 @@ def load_stream(config: TrainConfig) -> tuple[HubStream, int, HubImages, tuple[s
         import datasets
     except ImportError as error:
         raise DenseShortcutError("--data streaming needs `pip install 'dense-shortcuts[data]'`.") from error
+    datasets.disable_progress_bars()
     if config.hub is not None:
         train = opened(config.hub, split=split_of(config.hub, "train"), streaming=True)
         test = opened(config.hub, split=split_of(config.hub, "test"))
         columns = find_columns(train.features.arrow_schema, config.hub, config)
-        length = config.train_images or train.info.splits["train"].num_examples
+        known = (train.info.splits or {}).get("train")
+        length = config.train_images or (known.num_examples if known is not None else 0)
     else:
         folder = existing_folder(config.data_dir, "--data streaming")
         files = {part: part_files(folder, config, part, ".parquet") for part in PARTS}

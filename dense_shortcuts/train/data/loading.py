@@ -126,8 +126,8 @@ def device_loader(config: TrainConfig, images: int | None) -> torch.device | Non
     refused = None
     if images is None or config.data not in SMALL:
         refused = f"does not hold --data {config.data}, only {', '.join(SMALL)}"
-    elif config.auto_augment is not None or config.crop_padding is None:
-        refused = "knows crops from the padded image and flips, not --auto-augment"
+    elif config.auto_augment is not None:
+        refused = "knows crops and flips, not --auto-augment"
     elif 2 * images * side * side * 3 > free_memory(device):
         refused = f"needs twice the {images * side * side * 3 / 2**30:.1f} GiB of the images free on {device}"
     if refused is not None and config.loader == "device":

@@ -20,6 +20,7 @@ from .stream import Place, Sample
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 INDEX = "_info.json"
+END = 1024  # bytes of zeros that end a tar file
 
 
 @dataclass(frozen=True)
@@ -35,25 +36,28 @@ class ShardStream:
     def samples(self, place: Place, broken: BrokenImages) -> Iterator[Sample]:
         import webdataset as wds
 
-        def cut_short(error: Exception) -> bool:
-            broken.add(BrokenImage(f"{error.args[-1]} is not a whole tar file: what follows in it is left out."))
-            return True
-
-        paths = [str(path) for path in np.random.default_rng(place.seed).permutation([str(p) for p in self.paths])]
+        paths = np.random.default_rng(place.seed).permutation([str(path) for path in self.paths]).tolist()
         own = paths[place.process :: place.processes][place.worker :: place.workers]
         order = random.Random(f"{place.seed} {place.process} {place.worker}")
-        found = wds.DataPipeline(
-            wds.SimpleShardList(own),
-            wds.tarfile_to_samples(handler=cut_short),
-            wds.shuffle(self.buffer, initial=self.buffer, rng=order),
-        )
-        for each in found:
+        shuffled = wds.shuffle(self.buffer, initial=self.buffer, rng=order)
+        for each in shuffled(entries(own, broken)):
             where = f"{each['__key__']} in {each['__url__']}"
             picture = next((each[kind] for kind in PICTURES if kind in each), None)
             try:
                 yield picture, label_in(each.get("cls"), where), where
             except BrokenImage as error:
                 broken.add(error)
+
+
+def entries(paths: Sequence[str], broken: BrokenImages) -> Iterator[dict[str, Any]]:
+    """The entries of some shards, one after the other; what follows a broken place in a shard is left out."""
+    from webdataset.tariterators import tarfile_samples
+
+    for path in paths:
+        try:
+            yield from tarfile_samples(iter([{"url": path}]))
+        except (tarfile.TarError, OSError, EOFError, ValueError):
+            broken.add(BrokenImage(f"{path} is not a whole tar file: what follows in it is left out."))
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,8 @@ def load_shards(config: TrainConfig) -> tuple[ShardStream, int, ShardImages, tup
         raise DenseShortcutError("--data webdataset needs `pip install 'dense-shortcuts[data]'`.") from error
     folder = existing_folder(config.data_dir, "--data webdataset")
     files = {part: part_files(folder, config, part, ".tar") for part in PARTS}
+    for path in files["train"]:
+        check_end(path)
     length = config.train_images or indexed_length(folder / INDEX)
     if not length:
         raise DenseShortcutError(f"{folder} has no {INDEX} with the number of images: give --train-images.")
@@ -98,6 +104,14 @@ def load_shards(config: TrainConfig) -> tuple[ShardStream, int, ShardImages, tup
         raise DenseShortcutError(f"{folder} has no classes.txt with a name a line: put it there or give --num-classes.")
     check_labels(test.labels, len(classes), str(files["test"][0].parent))
     return ShardStream(files["train"], config.shuffle_buffer), min(length, config.limit_train or length), test, classes
+
+
+def check_end(path: Path) -> None:
+    """Refuse a shard that lacks the two empty blocks at its end: a reader takes one cut short for a smaller one."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - END))
+        if file.read() != bytes(END):
+            raise DenseShortcutError(f"{path} is not a whole tar file: fetch it again.")
 
 
 def indexed_length(path: Path) -> int | None:
