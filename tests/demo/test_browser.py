@@ -41,7 +41,8 @@ def test_a_sample_goes_through_the_shipped_network_and_its_host_form(tab, shoot)
         ("Method", "layercam"),
     ):
         page.get_by_label(label).click()
-        page.get_by_role("option", name=value, exact=True).filter(visible=True).click()
+        page.get_by_role("option", name=value, exact=True).click()
+        page.get_by_role("option").first.wait_for(state="detached")  # a menu fades before the next one opens
     page.get_by_role("button", name="Remove Image").wait_for()
     compare(page)
     told(page, "shipped").nth(0).wait_for()
