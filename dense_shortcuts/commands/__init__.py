@@ -5,7 +5,9 @@ what `--help` says. What it needs is imported when it runs, so that `dsnet --hel
 """
 
 from .bench import Bench, Info
+from .demo import Demo
 from .detect import DetectCompare, DetectEval, DetectPredict, DetectTrain
+from .explain import Cam, Shortcuts
 from .export import Export
 from .networks import Models
 from .prune import Prune, Renorm
@@ -28,6 +30,9 @@ COMMANDS: dict[str, type | dict[str, type]] = {
     "export": Export,
     "bench": Bench,
     "info": Info,
+    "cam": Cam,
+    "shortcuts": Shortcuts,
+    "demo": Demo,
     "support": Support,
     "scaling": Scaling,
     "detect": {"train": DetectTrain, "eval": DetectEval, "predict": DetectPredict, "compare": DetectCompare},

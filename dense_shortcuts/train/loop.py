@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..errors import DenseShortcutError
+from ..weights import SHORTCUTS, record
 from .checkpoint import restore_training, told_when_full, training_state, write_model, write_text
 from .config import TrainConfig
 from .data import Data, EpochSampler, epochs_of, make_loader, mixed_seed, worker_error
@@ -107,6 +108,7 @@ def train_network(
             raise not_finite(training, epoch, len(training.train_loader) // config.accumulate)
         broken = set(gather_object(data.train.broken.take() + data.test.broken.take()))
         row = {"epoch": epoch + 1, **prefixed("train", train), **prefixed("test", test), "broken_images": len(broken)}
+        record(folder / SHORTCUTS, epoch + 1, training.finished_model(), write=accelerator.is_main_process)
         if accelerator.is_main_process:
             for sentence in display.broken(broken):
                 _logger.warning("left out: %s", sentence)

@@ -30,6 +30,7 @@ from dense_shortcuts.train.network import (
 )
 from dense_shortcuts.train.processes import make_accelerator
 from dense_shortcuts.train.states import state_path
+from dense_shortcuts.weights import SHORTCUTS, read_record
 
 
 class Stop(BaseException):
@@ -102,7 +103,9 @@ def test_a_run_that_ended_at_any_moment_goes_on_to_the_same_result(tiny, fit, tm
     for name in (WEIGHTS, *states):
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     names = {path.name for path in (tmp_path / "stopped").iterdir()}
-    assert names == {CARD, METRICS, WEIGHTS, *states}
+    assert names == {CARD, METRICS, WEIGHTS, SHORTCUTS, *states}
+    records = [read_record(tmp_path / folder / SHORTCUTS) for folder in ("stopped", "whole")]
+    assert records[0] == records[1] and [row["epoch"] for row in records[0]] == [1, 2, 3]
 
 
 def test_a_metrics_line_cut_short_is_dropped_and_one_broken_in_the_middle_is_told(tmp_path):

@@ -1,0 +1,1 @@
+"""The page that `dsnet demo` serves on this machine."""
