@@ -81,6 +81,9 @@ class DenseBlock:
         """The convolution whose output, but for its norm, is the branch's in evaluation mode; None if there is more."""
         return None
 
+    def refresh(self) -> None:
+        """Bring what is kept of the forward pass up to date after a change of the block; nothing is kept by default."""
+
     def forward(self, x: Tensor, join: Join | None = None) -> Tensor:
         """X_l from X_{l-1}, where join(branch, norm, identity, activation) is what the stage makes of them."""
         branch, norm = self.branch(x)

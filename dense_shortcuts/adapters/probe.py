@@ -5,14 +5,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .trace import NoResidual
+from .verify import NoResidual, shadow
 
 
 class Layout(NamedTuple):
-    """Channels of a block's output, and whether they are the last axis."""
+    """Channels of a block's output, whether they are the last axis, and an input that it takes."""
 
     channels: int
     tokens: bool
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def example(self) -> Tensor:
+        """An input without data."""
+        return torch.empty(self.shape, device="meta", dtype=self.dtype)
 
 
 def probe(block: nn.Module) -> Layout:
@@ -21,19 +27,19 @@ def probe(block: nn.Module) -> Layout:
     Raises:
         NoResidual: it takes neither maps (N, C, H, W) nor tokens (N, L, C) or (N, H, W, C).
     """
-    shadow = _shadow(block)
+    double = shadow(block).eval()
     for channels in _widths(block):
         for shape, tokens in _shapes(channels):
-            result = _run(shadow, torch.empty(shape, device="meta", dtype=_dtype(block)))
+            result = _run(double, torch.empty(shape, device="meta", dtype=_dtype(block)))
             if result is not None and result.ndim == len(shape):
-                return Layout(result.shape[-1 if tokens else 1], tokens)
+                return Layout(result.shape[-1 if tokens else 1], tokens, shape, _dtype(block))
     raise NoResidual("it takes neither maps (N, C, H, W) nor tokens (N, L, C) or (N, H, W, C)")
 
 
-def _run(shadow: nn.Module, x: Tensor) -> Tensor | None:
+def _run(block: nn.Module, x: Tensor) -> Tensor | None:
     try:
         with torch.no_grad():
-            result = shadow(x)
+            result = block(x)
     except Exception:  # whatever a forward pass raises on a shape that is not its own
         return None
     return result if isinstance(result, Tensor) else None
@@ -63,19 +69,3 @@ def _shapes(channels: int) -> list[tuple[tuple[int, ...], bool]]:
         ((2, side * side, channels), True),
         ((2, side, side, channels), True),
     ]
-
-
-def _shadow(module: nn.Module) -> nn.Module:
-    """The same module in evaluation mode with tensors without data and no hooks."""
-    shadow = module.__class__.__new__(module.__class__)
-    shadow.__dict__.update(module.__dict__, training=False)
-    shadow.__dict__["_parameters"] = {name: _empty(p) for name, p in module._parameters.items()}
-    shadow.__dict__["_buffers"] = {name: _empty(b) for name, b in module._buffers.items()}
-    shadow.__dict__["_modules"] = {n: None if m is None else _shadow(m) for n, m in module._modules.items()}
-    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        shadow.__dict__[name] = type(module.__dict__[name])()
-    return shadow
-
-
-def _empty(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else torch.empty_like(tensor, device="meta")

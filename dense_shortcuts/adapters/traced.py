@@ -4,16 +4,17 @@ The class of a traced block is made when its host's class is first met, so it ha
 instances pickle as their host's class and what was traced.
 """
 
-import copy
 import inspect
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ..errors import DenseShortcutError
 from .block import DenseBlock, Join, joined
 from .probe import Layout, probe
-from .trace import RELU, NoResidual, Parts, Piece, trace
+from .trace import RELU, Call, NoResidual, Parts, Piece, trace
 
 _RELU = nn.ReLU()  # for hosts that call the function
 
@@ -29,16 +30,37 @@ class TracedBlock(DenseBlock):
 
     added = ("pieces", "layout", "tokens")
 
-    pieces: dict[tuple[bool, tuple[str, ...]], Parts]
+    pieces: dict[tuple[bool, Call], Parts]
     layout: Layout
     host: type[nn.Module]
 
-    def parts(self, *given: str) -> Parts:
-        """The pieces for the mode the block is in and these further arguments."""
-        key = (self.training, given)  # type: ignore[attr-defined]
+    def parts(self, call: Call = Call(), *tensors: Tensor) -> Parts:  # noqa: B008 (frozen)
+        """The pieces for the mode the block is in and this way of calling it: with its input and further tensors.
+
+        Raises:
+            DenseShortcutError: the block was changed, or is called, in a way that the trace does not understand.
+        """
+        key = (self.training, call)  # type: ignore[attr-defined]
         if key not in self.pieces:
-            self.pieces[key] = trace(view(self, self.host), given)
+            example = [torch.empty_like(x, device="meta") for x in tensors] or [self.layout.example()]
+            try:
+                self.pieces[key] = trace(view(self, self.host), lambda: tuple(example), call)
+            except NoResidual as reason:
+                raise DenseShortcutError(
+                    f"a {self.host.__name__} that was plugged in is no longer understood as it is now set or called: "
+                    f"{reason}."
+                ) from reason
         return self.pieces[key]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; the forward pass may depend on it, so it is traced anew but for another mode or tensor."""
+        tensors = isinstance(value, Tensor) and isinstance(getattr(self, name, None), Tensor)
+        if name not in ("training", "__class__") and not tensors:
+            self.pieces.clear()
+        super().__setattr__(name, value)
+
+    def refresh(self) -> None:
+        self.parts()
 
     def projects(self) -> bool:
         return not self.parts().identity
@@ -60,12 +82,14 @@ class TracedBlock(DenseBlock):
     def forward(self, x: Tensor, join: Join | None = None, *args: Any, **kwargs: Any) -> Tensor:
         join = joined(join)
         given = named_arguments(self.host, args, kwargs)
-        parts = self.parts(*given)
+        tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        settings = {name: value for name, value in given.items() if name not in tensors}
+        parts = self.parts(Call(tuple(tensors), tuple(settings.items())), x, *tensors.values())
         norm, after = self._module(parts.norm), self._after(parts.after)
         if join.keep_identity:
-            total, identity = parts.whole.call(self, x, *given.values())
+            total, identity = parts.whole.call(self, x, *tensors.values())
             return join(total, None, identity, after, whole=True)
-        branch, identity = parts.split.call(self, x, *given.values())
+        branch, identity = parts.split.call(self, x, *tensors.values())
         return join(branch, norm, identity, after)
 
     def _module(self, name: str | None) -> nn.Module | None:
@@ -107,21 +131,27 @@ def view(block: Any, cls: Any) -> Any:
     return other
 
 
+def _in_mode(module: nn.Module, training: bool) -> nn.Module:
+    """The same module in training or evaluation mode, its tensors shared."""
+    other = view(module, type(module))
+    modules = {name: None if m is None else _in_mode(m, training) for name, m in module._modules.items()}
+    other.__dict__.update(training=training, _modules=modules)
+    return other
+
+
 def understand(block: nn.Module) -> Any:
     """A view of a block as a TracedBlock.
 
     Raises:
         NoResidual: it is not one.
     """
-    pieces = {}
-    seen = copy.copy(block)
+    pieces, layout = {}, cache(lambda: probe(block))  # found only for what else may be residual
     for training in (True, False):
-        seen.training = training
-        pieces[training, ()] = trace(seen)
-    first = pieces[block.training, ()]
+        pieces[training, Call()] = trace(_in_mode(block, training), lambda: (layout().example(),))
+    first = pieces[block.training, Call()]
     if any(parts.identity != first.identity for parts in pieces.values()):
         raise NoResidual("its shortcut is another one in training than in evaluation")
     host: Any = type(block)
-    traced, layout = view(block, traced_class(host)), probe(block)
-    traced.__dict__.update(pieces=pieces, layout=layout, tokens=layout.tokens)
+    traced = view(block, traced_class(host))
+    traced.__dict__.update(pieces=pieces, layout=layout(), tokens=layout().tokens)
     return traced
