@@ -103,6 +103,13 @@ class DenseShortcut(nn.Module):
         self.norms = nn.ModuleList([n for n in norms if n is not None])
         self._norm_of = {i: n for n, i in enumerate(used)} if len(self.norms) else {}
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the weights to their start again, as after `to_empty` of a network made on the meta device."""
+        summing = [maps for maps in self.sources if maps]
+        for weight, maps in zip(self.weights, summing, strict=self.weighted):
+            weight.copy_(start_parameter(self.weighting, self.init, len(maps), self.channels))
+
     @property
     def normalised(self) -> bool:
         """Whether maps are normalised before they are summed."""
@@ -200,7 +207,7 @@ class DenseShortcut(nn.Module):
         weight = self.weight(k, summed) if self.weighted and summed else None
         rates = [t.scale for t in summed if t.scale is not None]
         shifts = [t.shift for t in summed if t.shift is not None]
-        if weight is None or weight.ndim == 2:
+        if weight is None or self.weighting != "attention":
             return weight, rates, shifts
         # a weight for each image goes into the affine form of N, which may have one too
         one = weight.new_ones((len(summed), self.channels))
@@ -259,6 +266,11 @@ class InnerShortcut(nn.Module):
         self.start = start
         self.weight = nn.Parameter(torch.full((weighted,), start))
         self.norm = make_norm(norm, channels, groups)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set v to its start again."""
+        self.weight.fill_(self.start)
 
     def enter(self, hidden: Tensor) -> Term:
         """H_1, (N, channels, H, W), with the statistics of its norm."""

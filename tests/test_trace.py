@@ -257,7 +257,7 @@ def test_what_is_traced_is_copied_and_pickled_with_the_network():
     expected = run(copy.deepcopy(net))
     for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         assert_runs_agree(run(twin), expected, 0.0)
-        assert twin[1][0].pieces is not net[1][0].pieces
+        assert twin[1][0]._dense_trace.parts is not net[1][0]._dense_trace.parts
         assert type(ds.unplug(twin)[1][0]) is KeywordAndFlag
 
 
@@ -496,7 +496,7 @@ def test_a_change_that_leaves_no_residual_block_is_an_error_of_one_sentence():
     for each in net[1]:
         each.flag = each.last = None
     ds.plug_in(net)[1][2].flag = True
-    with pytest.raises(ds.DenseShortcutError, match="no longer understood") as error:
+    with pytest.raises(ds.DenseShortcutError, match="is not understood as it is now set") as error:
         run(net)
     assert "\n" not in str(error.value)
 

@@ -34,12 +34,10 @@ class DenseBlock:
     Attributes:
         tokens: whether the channels are the last axis, as in (N, L, C) and (N, H, W, C); else they are the second.
         inner: the DS2 shortcut, or None.
-        added: names of what a plugged block has in its __dict__ besides what its host has.
     """
 
     tokens: bool = False
     inner: nn.Module | None
-    added: tuple[str, ...] = ()
 
     def branch(self, x: Tensor) -> Branch:
         """F_l(x), everything before the add: a tensor and the norm still to be applied to it, if that comes last.
@@ -80,9 +78,6 @@ class DenseBlock:
     def last_conv(self) -> nn.Conv2d | None:
         """The convolution whose output, but for its norm, is the branch's in evaluation mode; None if there is more."""
         return None
-
-    def refresh(self) -> None:
-        """Bring what is kept of the forward pass up to date after a change of the block; nothing is kept by default."""
 
     def forward(self, x: Tensor, join: Join | None = None) -> Tensor:
         """X_l from X_{l-1}, where join(branch, norm, identity, activation) is what the stage makes of them."""

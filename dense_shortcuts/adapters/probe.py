@@ -1,45 +1,72 @@
 """Which axis of a block's maps holds the channels, and how many: found by running it on tensors without data."""
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .verify import NoResidual, shadow
 
+_SIZES = ("size", "feat_size", "H", "W")
+
 
 class Layout(NamedTuple):
-    """Channels of a block's output, whether they are the last axis, and an input that it takes."""
+    """Channels of a block's output, whether they are the last axis, and what it may be called with.
+
+    That is a shape and dtype of its input, and further arguments that it needs.
+    """
 
     channels: int
     tokens: bool
     shape: tuple[int, ...]
     dtype: torch.dtype
+    others: tuple[Any, ...]
 
-    def example(self) -> Tensor:
-        """An input without data."""
-        return torch.empty(self.shape, device="meta", dtype=self.dtype)
+    def example(self) -> tuple[Any, ...]:
+        """An input without data, and the further arguments."""
+        return torch.empty(self.shape, device="meta", dtype=self.dtype), *self.others
 
 
-def probe(block: nn.Module) -> Layout:
+def probe(block: nn.Module, needed: tuple[str, ...] = ()) -> Layout:
     """The layout of a residual block's output, from a forward pass over shapes alone; the block stays as it is.
+
+    Args:
+        block: the block.
+        needed: names of further arguments that its forward pass needs.
 
     Raises:
         NoResidual: it takes neither maps (N, C, H, W) nor tokens (N, L, C) or (N, H, W, C).
     """
-    double = shadow(block).eval()
-    for channels in _widths(block):
-        for shape, tokens in _shapes(channels):
-            result = _run(double, torch.empty(shape, device="meta", dtype=_dtype(block)))
+    double, widths = shadow(block).eval(), _widths(block)
+    for channels in widths:
+        for shape, tokens in _shapes(channels, widths):
+            side = shape[2] if not tokens or len(shape) == 4 else math.isqrt(shape[1])
+            others = _guesses(needed, side)
+            result = _run(double, torch.empty(shape, device="meta", dtype=_dtype(block)), others)
             if result is not None and result.ndim == len(shape):
-                return Layout(result.shape[-1 if tokens else 1], tokens, shape, _dtype(block))
+                return Layout(result.shape[-1 if tokens else 1], tokens, shape, _dtype(block), tuple(others))
     raise NoResidual("it takes neither maps (N, C, H, W) nor tokens (N, L, C) or (N, H, W, C)")
 
 
-def _run(block: nn.Module, x: Tensor) -> Tensor | None:
+def _guesses(needed: tuple[str, ...], side: int) -> list[Any]:
+    """The height and width of the map that tokens stand for, by which some transformers call their blocks.
+
+    Raises:
+        NoResidual: an argument of another name.
+    """
+    guesses = []
+    for name in needed:
+        if name not in _SIZES:
+            raise NoResidual(f"its forward pass needs a second argument, {name}")
+        guesses.append(side if name in ("H", "W") else (side, side))
+    return guesses
+
+
+def _run(block: nn.Module, x: Tensor, others: list[Any]) -> Tensor | None:
     try:
         with torch.no_grad():
-            result = block(x)
+            result = block(x, *others)
     except Exception:  # whatever a forward pass raises on a shape that is not its own
         return None
     return result if isinstance(result, Tensor) else None
@@ -61,11 +88,12 @@ def _widths(block: nn.Module) -> list[int]:
     return list(found)[:8]
 
 
-def _shapes(channels: int) -> list[tuple[tuple[int, ...], bool]]:
+def _shapes(channels: int, widths: list[int]) -> list[tuple[tuple[int, ...], bool]]:
     """Shapes to try, with whether their channels are last; no side is as long as the channels, so none is mistaken."""
     side = 16 if channels not in (16, 256) else 32
     return [
         ((2, channels, side, side), False),
         ((2, side * side, channels), True),
         ((2, side, side, channels), True),
+        *(((2, tokens, channels), True) for tokens in widths if tokens != channels),  # mixers know their tokens' number
     ]

@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 import torch.fx
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Graph, Node
 
 from .verify import Facts, NoResidual, verify
 
-Example = Callable[[], tuple[Tensor, ...]]
+Example = Callable[[], tuple[Any, ...]]
 
 _ADDS = {operator.add, operator.iadd, torch.add}
 _ADD_METHODS = {"add", "add_"}
@@ -41,11 +41,11 @@ class Call:
     """How a block is called besides its input.
 
     Attributes:
-        tensors: names of further arguments that the pieces take, in the order of its signature.
-        settings: further arguments that are no tensors, with their values, which the pieces are made for.
+        inputs: names of further arguments that the pieces take, in the order of its signature.
+        settings: further arguments with their values, which the pieces are made for.
     """
 
-    tensors: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
     settings: tuple[tuple[str, Any], ...] = ()
 
 
@@ -124,7 +124,7 @@ def trace(block: nn.Module, example: Example, call: Call = Call()) -> Parts:
 
     Args:
         block: the block, of its host's own class.
-        example: gives the tensors without data that the block may be called with: its input, and those of `call`.
+        example: gives what the block may be called with, in tensors without data: its input, and those of `call`.
         call: how it is called besides; all other arguments of its forward pass are at their defaults.
 
     Raises:
@@ -155,7 +155,7 @@ def trace(block: nn.Module, example: Example, call: Call = Call()) -> Parts:
 
 
 def _graph(block: nn.Module, call: Call) -> tuple[Graph, list[Node]]:
-    """The traced forward pass, and the nodes of its input and of the tensors that it is called with besides."""
+    """The traced forward pass, and the nodes of its input and of those that it is called with besides."""
     parameters = list(inspect.signature(type(block).forward).parameters.values())[1:]
     if not parameters:
         raise NoResidual("its forward pass takes no input")
@@ -163,7 +163,7 @@ def _graph(block: nn.Module, call: Call) -> tuple[Graph, list[Node]]:
     for parameter in parameters[1:]:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
-        if parameter.name in call.tensors or parameter.name in concrete:
+        if parameter.name in call.inputs or parameter.name in concrete:
             continue
         if parameter.default is parameter.empty:
             raise NoResidual(f"its forward pass needs a second argument, {parameter.name}")
@@ -181,7 +181,7 @@ def _graph(block: nn.Module, call: Call) -> tuple[Graph, list[Node]]:
             made = "makes a constant tensor" if name.startswith("_tensor_constant") else f"sets its attribute {name}"
             raise NoResidual(f"its forward pass {made}")
     first, *others = [node for node in graph.nodes if node.op == "placeholder"]
-    kept = [node for node in others if node.target in call.tensors]
+    kept = [node for node in others if node.target in call.inputs]
     for node in others:
         if node not in kept:
             _drop_default(graph, node)

@@ -1,10 +1,12 @@
 """Blocks without a written adapter: their classes, and how a block becomes one of them.
 
 The class of a traced block is made when its host's class is first met, so it has no name to be pickled by; its
-instances pickle as their host's class and what was traced.
+instances pickle as their host's class and what was traced. It has no public names beside its host's, for a host may
+have an attribute or child of any name.
 """
 
 import inspect
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -12,96 +14,129 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DenseShortcutError
-from .block import DenseBlock, Join, joined
+from .block import Join, joined
 from .probe import Layout, probe
 from .trace import RELU, Call, NoResidual, Parts, Piece, trace
+
+Settings = tuple[tuple[str, Any], ...]
 
 _RELU = nn.ReLU()  # for hosts that call the function
 
 
-class TracedBlock(DenseBlock):
-    """A block cut by `trace.trace`.
+@dataclass
+class Trace:
+    """What is known of a block from its trace.
 
     Attributes:
-        pieces: what was traced, by training mode and the further arguments that were given.
-        layout: the channels and where they are.
         host: the host's block class.
+        layout: the channels of its output and where they are.
+        parts: the cut, by training mode and by how the block is called.
     """
 
-    added = ("pieces", "layout", "tokens")
-
-    pieces: dict[tuple[bool, Call], Parts]
+    host: Any
     layout: Layout
-    host: type[nn.Module]
+    parts: dict[tuple[bool, Call], Parts]
 
-    def parts(self, call: Call = Call(), *tensors: Tensor) -> Parts:  # noqa: B008 (frozen)
-        """The pieces for the mode the block is in and this way of calling it: with its input and further tensors.
+    def of(self, block: Any, call: Call, *inputs: Any) -> Parts:
+        """The cut for the mode a block is in, called in this way, with these inputs; none stands for an example.
 
         Raises:
             DenseShortcutError: the block was changed, or is called, in a way that the trace does not understand.
         """
-        key = (self.training, call)  # type: ignore[attr-defined]
-        if key not in self.pieces:
-            example = [torch.empty_like(x, device="meta") for x in tensors] or [self.layout.example()]
+        key = (block.training, call)
+        if key not in self.parts:
+            example = tuple(map(_without_data, inputs)) or self.layout.example()
             try:
-                self.pieces[key] = trace(view(self, self.host), lambda: tuple(example), call)
+                self.parts[key] = trace(view(block, self.host), lambda: example, call)
             except NoResidual as reason:
+                name = self.host.__name__
                 raise DenseShortcutError(
-                    f"a {self.host.__name__} that was plugged in is no longer understood as it is now set or called: "
-                    f"{reason}."
+                    f"a plugged {name} is not understood as it is now set or called: {reason}."
                 ) from reason
-        return self.pieces[key]
+        return self.parts[key]
+
+
+def _without_data(value: Any) -> Any:
+    return torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
+
+
+class TracedBlock:
+    """Mixin of a host's block that was traced; see `block.DenseBlock` for one that was written."""
+
+    _dense_trace: Trace
+
+    def forward(self, x: Tensor, *args: Any, join: Join | None = None, **kwargs: Any) -> Tensor:
+        join, traced = joined(join), self._dense_trace
+        inputs, settings = _arguments(traced.host, args, kwargs)
+        parts = traced.of(self, Call(tuple(inputs), settings), x, *inputs.values())
+        after = _after(self, parts.after)
+        if join.keep_identity:
+            total, identity = parts.whole.call(self, x, *inputs.values())
+            return join(total, None, identity, after, whole=True)
+        branch, identity = parts.split.call(self, x, *inputs.values())
+        return join(branch, _submodule(self, parts.norm), identity, after)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; the forward pass may depend on it, so it is traced anew but for another mode or tensor."""
-        tensors = isinstance(value, Tensor) and isinstance(getattr(self, name, None), Tensor)
-        if name not in ("training", "__class__") and not tensors:
-            self.pieces.clear()
+        """Set an attribute; the forward pass may depend on it, so it is traced anew but for a mode or other numbers."""
+        numbers = isinstance(value, Tensor) and isinstance(getattr(self, name, None), Tensor)
+        if name not in ("training", "__class__") and not numbers:
+            self._dense_trace.parts.clear()
         super().__setattr__(name, value)
 
-    def refresh(self) -> None:
-        self.parts()
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _load, (self._dense_trace.host,), dict(self.__dict__)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A traced block to ask what `DenseBlock` has methods for."""
+
+    block: Any
+    traced: Trace
+
+    @property
+    def dense_class(self) -> Any:
+        return traced_class(self.traced.host)
+
+    @property
+    def added(self) -> dict[str, Any]:
+        return {"_dense_trace": self.traced}
+
+    @property
+    def tokens(self) -> bool:
+        return self.traced.layout.tokens
 
     def projects(self) -> bool:
-        return not self.parts().identity
+        return not self._parts.identity
 
     def is_certain(self) -> bool:
-        parts = self.parts()
-        return parts.identity or parts.named
+        return self._parts.identity or self._parts.named
 
     def out_channels(self) -> int:
-        return self.layout.channels
+        return self.traced.layout.channels
+
+    def inner_widths(self) -> tuple[int, int] | None:
+        return None
 
     def conv_norms(self) -> list[tuple[str, str]]:
-        return self.parts().conv_norms
+        return self._parts.conv_norms
 
     def last_conv(self) -> nn.Conv2d | None:
-        name = self.parts().last_conv
-        return None if name is None else self.get_submodule(name)  # type: ignore[attr-defined]
+        return _submodule(self.block, self._parts.last_conv)
 
-    def forward(self, x: Tensor, join: Join | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        join = joined(join)
-        given = named_arguments(self.host, args, kwargs)
-        tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
-        settings = {name: value for name, value in given.items() if name not in tensors}
-        parts = self.parts(Call(tuple(tensors), tuple(settings.items())), x, *tensors.values())
-        norm, after = self._module(parts.norm), self._after(parts.after)
-        if join.keep_identity:
-            total, identity = parts.whole.call(self, x, *tensors.values())
-            return join(total, None, identity, after, whole=True)
-        branch, identity = parts.split.call(self, x, *tensors.values())
-        return join(branch, norm, identity, after)
+    @property
+    def _parts(self) -> Parts:
+        return self.traced.of(self.block, Call(_needed_arguments(self.traced.host)))
 
-    def _module(self, name: str | None) -> nn.Module | None:
-        return None if name is None else self.get_submodule(name)  # type: ignore[attr-defined]
 
-    def _after(self, after: str | Piece | None) -> Any:
-        if isinstance(after, Piece):
-            return lambda y: after.call(self, y)
-        return _RELU if after == RELU else self._module(after)
+def _submodule(block: Any, name: str | None) -> Any:
+    return None if name is None else block.get_submodule(name)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _load, (self.host,), dict(self.__dict__)
+
+def _after(block: Any, after: str | Piece | None) -> Any:
+    if isinstance(after, Piece):
+        return lambda y: after.call(block, y)
+    return _RELU if after == RELU else _submodule(block, after)
 
 
 def _load(host: Any) -> nn.Module:
@@ -112,16 +147,18 @@ def _load(host: Any) -> nn.Module:
 @cache
 def traced_class(host: Any) -> Any:
     """The class of traced blocks whose host's class is `host`."""
-    return type(f"Dense{host.__name__}", (TracedBlock, host), {"host": host, "__module__": host.__module__})
+    return type(f"Dense{host.__name__}", (TracedBlock, host), {"__module__": host.__module__})
 
 
-def named_arguments(host: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A block's further arguments by name, without those at their defaults."""
+def _arguments(host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], Settings]:
+    """A block's further arguments but those at their defaults: the inputs, tensors or needed, and the settings."""
     if not args and not kwargs:
-        return {}
+        return {}, ()
     parameters = list(inspect.signature(host.forward).parameters.values())[2:]
     named = {p.name: value for p, value in zip(parameters, args, strict=False)} | kwargs
-    return {p.name: named[p.name] for p in parameters if p.name in named and named[p.name] is not p.default}
+    given = {p.name: p for p in parameters if p.name in named and named[p.name] is not p.default}
+    inputs = {n: named[n] for n, p in given.items() if p.default is p.empty or isinstance(named[n], Tensor)}
+    return inputs, tuple((name, named[name]) for name in given if name not in inputs)
 
 
 def view(block: Any, cls: Any) -> Any:
@@ -129,6 +166,22 @@ def view(block: Any, cls: Any) -> Any:
     other = cls.__new__(cls)
     other.__dict__.update(block.__dict__)
     return other
+
+
+def understand(block: nn.Module) -> Reading:
+    """What a trace says of a block, which stays as it is.
+
+    Raises:
+        NoResidual: it is no residual block; the text says why.
+    """
+    host: Any = type(block)
+    needed, parts = _needed_arguments(host), {}
+    layout = cache(lambda: probe(block, needed))  # found only for what else may be residual
+    for training in (True, False):
+        parts[training, Call(needed)] = trace(_in_mode(block, training), lambda: layout().example(), Call(needed))
+    if parts[True, Call(needed)].identity != parts[False, Call(needed)].identity:
+        raise NoResidual("its shortcut is another one in training than in evaluation")
+    return Reading(block, Trace(host, layout(), parts))
 
 
 def _in_mode(module: nn.Module, training: bool) -> nn.Module:
@@ -139,19 +192,8 @@ def _in_mode(module: nn.Module, training: bool) -> nn.Module:
     return other
 
 
-def understand(block: nn.Module) -> Any:
-    """A view of a block as a TracedBlock.
-
-    Raises:
-        NoResidual: it is not one.
-    """
-    pieces, layout = {}, cache(lambda: probe(block))  # found only for what else may be residual
-    for training in (True, False):
-        pieces[training, Call()] = trace(_in_mode(block, training), lambda: (layout().example(),))
-    first = pieces[block.training, Call()]
-    if any(parts.identity != first.identity for parts in pieces.values()):
-        raise NoResidual("its shortcut is another one in training than in evaluation")
-    host: Any = type(block)
-    traced = view(block, traced_class(host))
-    traced.__dict__.update(pieces=pieces, layout=layout(), tokens=layout().tokens)
-    return traced
+def _needed_arguments(host: Any) -> tuple[str, ...]:
+    """Names of the arguments besides the input that have no default."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = list(inspect.signature(host.forward).parameters.values())[2:]
+    return tuple(p.name for p in parameters if p.default is p.empty and p.kind in kinds)

@@ -30,23 +30,23 @@ class Facts:
 
 
 def verify(
-    block: nn.Module, graph: Graph, inputs: Sequence[Node], example: Sequence[Tensor], settings: dict[str, Any]
+    block: nn.Module, graph: Graph, inputs: Sequence[Node], example: Sequence[Any], settings: dict[str, Any]
 ) -> Facts:
     """What a traced graph does when it is run, where that is what the block does.
 
     Args:
         block: the block; it stays as it is.
         graph: the trace of its forward pass.
-        inputs: the nodes of its input and of further tensors.
-        example: tensors without data for these.
+        inputs: the nodes of its input and of further ones.
+        example: what these may be, tensors without data.
         settings: the block's other arguments.
 
     Raises:
         NoResidual: the block cannot be run on them, or does something that the graph does not do.
     """
-    x, *others = map(torch.empty_like, example)
+    x, *others = map(_fresh, example)
     by_name = {str(node.target): tensor for node, tensor in zip(inputs[1:], others, strict=True)}
-    given = [torch.empty_like(tensor) for tensor in example]
+    given = [_fresh(value) for value in example]
     try:
         with torch.no_grad():
             with _Record() as host:
@@ -59,6 +59,10 @@ def verify(
     if host.operations != traced.operations or host.describe(result) != traced.describe(again):
         raise NoResidual("a trace of its forward pass misses some of what it does")
     return run.facts
+
+
+def _fresh(value: Any) -> Any:
+    return torch.empty_like(value) if isinstance(value, Tensor) else value
 
 
 class _Record(TorchDispatchMode):

@@ -6,6 +6,7 @@ what `--help` says. What it needs is imported when it runs, so that `dsnet --hel
 
 from .bench import Bench, Info
 from .networks import Models
+from .support import Support
 from .training import Compare, Eval, Train
 
 COMMANDS = {
@@ -15,4 +16,5 @@ COMMANDS = {
     "models": Models,
     "bench": Bench,
     "info": Info,
+    "support": Support,
 }
