@@ -30,7 +30,7 @@ def test_each_parameter_is_in_one_group(inner):
 
 
 def test_a_host_has_no_shortcut_group():
-    assert set(by_name(net := hosts.small_net(), ds.param_groups(net))) == {"decay", "no_decay"}
+    assert [group["name"] for group in ds.param_groups(hosts.small_net())] == ["decay", "no_decay"]
 
 
 def test_shortcut_weights_have_the_learning_rate_and_decay_of_their_own():
@@ -46,7 +46,7 @@ def test_shortcut_weights_have_the_learning_rate_and_decay_of_their_own():
 def timm_sgd(groups):
     from timm.optim import create_optimizer_v2
 
-    return create_optimizer_v2(groups, opt="sgd", lr=1.0, momentum=0.0)
+    return create_optimizer_v2(groups, opt="momentum", lr=1.0, momentum=0.0)
 
 
 @pytest.mark.parametrize("make", [lambda g: torch.optim.SGD(g, lr=1.0), timm_sgd], ids=["torch", "timm"])
