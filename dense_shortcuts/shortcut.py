@@ -94,6 +94,8 @@ class DenseShortcut(nn.Module):
         tiled = self.sources == everything and weighting != "attention"
         self.tiling: Tiling | Sparse = Tiling.best(depth) if tiled else Sparse(self.sources)
         self.weighted, self.weighting, self.backend = weighted, weighting, backend
+        if weighting == "attention" and norm in (None, "batch"):
+            self.backend = "plain"  # a weight for each image on maps whose statistics are not each image's: no kernel
         summing = [k for k in range(depth) if self.sources[k]]
         self._weight_of = {k: n for n, k in enumerate(summing)}
         starts = [start_parameter(weighting, init, len(self.sources[k]), channels) for k in summing] if weighted else []

@@ -145,4 +145,4 @@ def test_the_starts_of_the_weightings_are_what_they_are_called():
     for weighting, init in itertools.product(("softmax", "attention"), ("uniform",)):
         net = ds.plug_in(copy.deepcopy(host), norm=None, weighting=weighting, init=init)
         uniform = ds.plug_in(copy.deepcopy(host), norm=None, init="uniform")
-        assert_close(net(x), uniform(x), 1e-12, weighting)
+        assert_close(net(x), uniform(x), 1e-6, weighting)  # 1/3 in float32
