@@ -94,7 +94,7 @@ class DenseShortcut(nn.Module):
         tiled = self.sources == everything and weighting != "attention"
         self.tiling: Tiling | Sparse = Tiling.best(depth) if tiled else Sparse(self.sources)
         self.weighted, self.weighting, self.backend = weighted, weighting, backend
-        if weighting == "attention" and norm in (None, "batch"):
+        if weighting == "attention" and norm not in ("auto", "group", "layer", "instance"):
             self.backend = "plain"  # a weight for each image on maps whose statistics are not each image's: no kernel
         summing = [k for k in range(depth) if self.sources[k]]
         self._weight_of = {k: n for n, k in enumerate(summing)}
