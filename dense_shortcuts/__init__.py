@@ -11,6 +11,7 @@ from .errors import DenseShortcutError
 from .fuse import fuse
 from .loading import load
 from .models import list_models
+from .param_groups import param_groups
 from .plug import Plan, dense_stages, plan, plug_in, shortcut_parameters, unplug
 from .shortcut import DenseShortcut
 from .stage import DenseStage
@@ -29,6 +30,7 @@ __all__ = [
     "list_models",
     "load",
     "models",
+    "param_groups",
     "plan",
     "plug_in",
     "register_adapter",

@@ -42,6 +42,7 @@ def fuse(model: nn.Module) -> nn.Module:
             for block in stage.blocks[row.first : row.stop]:
                 for conv, norm in read(block).conv_norms():
                     _fold(block, conv, norm)
+                read(block).conv_norms()  # a traced block is traced anew here, for no compiler could do so later
             _fold_shortcut(stage, row)
         stage.fused = True
     _fold_sequences(fused)

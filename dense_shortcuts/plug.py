@@ -165,6 +165,12 @@ def plan_options(model: nn.Module, options: Options) -> Plan:
 def _plan_row(model: nn.Module, stage: Found, row: Row, options: Options) -> StagePlan:
     container = model.get_submodule(stage.name)
     blocks = {stage.names[n]: stage.blocks[n] for n in range(row.first, row.stop)}
+    devices = {str(p.device) for name in blocks for p in container.get_submodule(name).parameters()}
+    if len(devices) > 1:
+        raise DenseShortcutError(
+            f"the blocks of {stage.name or 'the network'} are on {' and '.join(sorted(devices))}: a stage sums the "
+            "feature maps of its blocks, so move it to one device."
+        )
     first = next(iter(blocks.values()))
     shortcut = DenseShortcut(
         len(blocks),
@@ -257,9 +263,10 @@ def _check_model(model: nn.Module) -> None:
         "DataParallel": "wrapped in DataParallel: plug the network in first and wrap it then",
         "FullyShardedDataParallel": "wrapped in FullyShardedDataParallel: plug the network in first and wrap it then",
     }
-    name = type(model).__name__
-    if name in wrappers and type(model).__module__.startswith("torch."):
-        raise DenseShortcutError(f"the network is {wrappers[name]}.")
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if kind in wrappers and type(module).__module__.startswith("torch."):
+            raise DenseShortcutError(f"{name or 'the network'} is {wrappers[kind]}.")
     if isinstance(model, torch.jit.ScriptModule):
         raise DenseShortcutError("the network is scripted, so its code cannot be changed: plug the original in.")
     if isinstance(model, torch.fx.GraphModule):
@@ -331,11 +338,11 @@ def plug_in(
 def _plug_stage(container: nn.Module, stage: Found, planned: Plan) -> None:
     rows = {each.row: each for each in planned.stages if each.name == stage.name}
     for row, row_plan in rows.items():
-        _match(row_plan.shortcut, container)
+        _match(row_plan.shortcut, container.get_submodule(stage.names[row.first]), container.training)
         for n in range(row.first, row.stop):
             block, inner = container.get_submodule(stage.names[n]), row_plan.inner.get(stage.names[n])
             if inner is not None:
-                _match(inner, block)
+                _match(inner, block, block.training)
             adapters.plug(block, stage.blocks[n], inner)
     shortcuts = {row: row_plan.shortcut for row, row_plan in rows.items()}
     aggregate, keep_identity = planned.options.aggregate, planned.options.keep_identity
@@ -406,8 +413,8 @@ def _group_shortcuts_with_blocks(model: nn.Module) -> None:
         vars(model)["group_matcher"] = GroupMatcher(blocks, matcher(coarse=True))
 
 
-def _match(added: nn.Module, host: nn.Module) -> None:
-    """Give what is added the host's device, floating dtype and mode."""
+def _match(added: nn.Module, host: nn.Module, training: bool) -> None:
+    """Give what is added the host's device and floating dtype, and a mode."""
     like = next((p for p in host.parameters() if p.is_floating_point()), torch.empty(0))
     added.to(device=like.device, dtype=like.dtype)
-    added.train(host.training)
+    added.train(training)

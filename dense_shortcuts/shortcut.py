@@ -94,6 +94,8 @@ class DenseShortcut(nn.Module):
         tiled = self.sources == everything and weighting != "attention"
         self.tiling: Tiling | Sparse = Tiling.best(depth) if tiled else Sparse(self.sources)
         self.weighted, self.weighting, self.backend = weighted, weighting, backend
+        if weighting == "attention" and norm not in ("auto", "group", "layer", "instance"):
+            self.backend = "plain"  # a weight for each image on maps whose statistics are not each image's: no kernel
         summing = [k for k in range(depth) if self.sources[k]]
         self._weight_of = {k: n for n, k in enumerate(summing)}
         starts = [start_parameter(weighting, init, len(self.sources[k]), channels) for k in summing] if weighted else []
@@ -102,6 +104,13 @@ class DenseShortcut(nn.Module):
         norms = [make_norm(norm, channels, groups, tokens=tokens) for _ in used]
         self.norms = nn.ModuleList([n for n in norms if n is not None])
         self._norm_of = {i: n for n, i in enumerate(used)} if len(self.norms) else {}
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the weights to their start again, as after `to_empty` of a network made on the meta device."""
+        summing = [maps for maps in self.sources if maps]
+        for weight, maps in zip(self.weights, summing, strict=self.weighted):
+            weight.copy_(start_parameter(self.weighting, self.init, len(maps), self.channels))
 
     @property
     def normalised(self) -> bool:
@@ -259,6 +268,11 @@ class InnerShortcut(nn.Module):
         self.start = start
         self.weight = nn.Parameter(torch.full((weighted,), start))
         self.norm = make_norm(norm, channels, groups)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set v to its start again."""
+        self.weight.fill_(self.start)
 
     def enter(self, hidden: Tensor) -> Term:
         """H_1, (N, channels, H, W), with the statistics of its norm."""

@@ -116,11 +116,10 @@ class DenseStage(nn.Module):
         row = next((row for row in self.rows if row.first <= n < row.stop), None)
         if row is None:
             return block(x, *args, **kwargs), Memory()
-        k, shortcut = n - row.first, self._modules[row.shortcut]
-        assert isinstance(shortcut, DenseShortcut)
+        k, shortcut = n - row.first, self.shortcuts[row]  # or what PEFT puts around it, which passes all on
         join = _Join(self, block, shortcut, k, memory if k else Memory())
         with frozen_statistics(block, shortcut) if _is_recomputing() else contextlib.nullcontext():
-            x = block(x, join, *args, **kwargs)
+            x = block(x, *args, join=join, **kwargs)  # by name: hooks see the host's own arguments
             return x, join.remember(x)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -172,7 +171,7 @@ class _Join:
             branch, identity = as_map(branch, tokens), as_map(identity, tokens)
         shortcut, k, memory = self.shortcut, self.k, self.memory
         backend = ops.choose(branch, shortcut.backend)
-        fused = backend != "plain"
+        fused = backend != "plain" and bool(shortcut.sources[k])  # without maps there is nothing to sum in one pass
         if k == 0:
             memory = memory.add(shortcut.enter(0, identity, backend))
         memory = later = shortcut.sum_ahead(k, memory, backend)
@@ -201,7 +200,7 @@ class _Join:
             relu=relu,
             finish=finish,
             overwrite=overwrite,
-            backend=backend,
+            backend=backend if fused else "plain",
         )
         if ahead is not None:
             later, self.entered = later.add(ahead), True

@@ -6,16 +6,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .trace import NoResidual
+from .verify import NoResidual, shadow
 
 _SIZES = ("size", "feat_size", "H", "W")
 
 
 class Layout(NamedTuple):
-    """Channels of a block's output, and whether they are the last axis."""
+    """Channels of a block's output, whether they are the last axis, and what it may be called with.
+
+    That is a shape and dtype of its input, and further arguments that it needs.
+    """
 
     channels: int
     tokens: bool
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    others: tuple[Any, ...]
+
+    def example(self) -> tuple[Any, ...]:
+        """An input without data, and the further arguments."""
+        return torch.empty(self.shape, device="meta", dtype=self.dtype), *self.others
 
 
 def probe(block: nn.Module, needed: tuple[str, ...] = ()) -> Layout:
@@ -28,28 +38,15 @@ def probe(block: nn.Module, needed: tuple[str, ...] = ()) -> Layout:
     Raises:
         NoResidual: it takes neither maps (N, C, H, W) nor tokens (N, L, C) or (N, H, W, C).
     """
-    shadow, widths = _shadow(block), _widths(block)
-    for channels in widths:
-        for shape, tokens in _shapes(channels, widths):
+    double, lengths = shadow(block).eval(), _lengths(block)
+    for channels in _widths(block):
+        for shape, tokens in _shapes(channels, lengths):
             side = shape[2] if not tokens or len(shape) == 4 else math.isqrt(shape[1])
-            result = _run(shadow, torch.empty(shape, device="meta", dtype=_dtype(block)), _guesses(needed, side))
+            others = _guesses(needed, side)
+            result = _run(double, torch.empty(shape, device="meta", dtype=_dtype(block)), others)
             if result is not None and result.ndim == len(shape):
-                return Layout(result.shape[-1 if tokens else 1], tokens)
-    width = _token_norm(block)
-    if width is not None:
-        return Layout(width, True)
+                return Layout(result.shape[-1 if tokens else 1], tokens, shape, _dtype(block), tuple(others))
     raise NoResidual("it takes neither maps (N, C, H, W) nor tokens (N, L, C) or (N, H, W, C)")
-
-
-def _token_norm(block: nn.Module) -> int | None:
-    """Channels of a transformer's block that takes tokens in a number of its own: it has layer norms and linear layers.
-
-    A layer norm over one axis is over the last one, which a convolution's maps do not have their channels on.
-    """
-    norms = [m for m in block.children() if isinstance(m, nn.LayerNorm) and len(m.normalized_shape) == 1]
-    linear = any(isinstance(m, nn.Linear) for m in block.modules())
-    convolved = any(isinstance(m, nn.Conv2d) for m in block.modules())
-    return norms[0].normalized_shape[0] if norms and linear and not convolved else None
 
 
 def _guesses(needed: tuple[str, ...], side: int) -> list[Any]:
@@ -66,10 +63,10 @@ def _guesses(needed: tuple[str, ...], side: int) -> list[Any]:
     return guesses
 
 
-def _run(shadow: nn.Module, x: Tensor, others: list[Any]) -> Tensor | None:
+def _run(block: nn.Module, x: Tensor, others: list[Any]) -> Tensor | None:
     try:
         with torch.no_grad():
-            result = shadow(x, *others)
+            result = block(x, *others)
     except Exception:  # whatever a forward pass raises on a shape that is not its own
         return None
     return result if isinstance(result, Tensor) else None
@@ -91,28 +88,18 @@ def _widths(block: nn.Module) -> list[int]:
     return list(found)[:8]
 
 
-def _shapes(channels: int, widths: list[int]) -> list[tuple[tuple[int, ...], bool]]:
+def _lengths(block: nn.Module) -> list[int]:
+    """Numbers of tokens that a block may be made for: a layer over tokens has them, or a buffer an entry for each."""
+    sides = {side: None for buffer in block.buffers() for side in buffer.shape if side > 1}
+    return [*_widths(block), *list(sides)[:8]]
+
+
+def _shapes(channels: int, lengths: list[int]) -> list[tuple[tuple[int, ...], bool]]:
     """Shapes to try, with whether their channels are last; no side is as long as the channels, so none is mistaken."""
     side = 16 if channels not in (16, 256) else 32
     return [
         ((2, channels, side, side), False),
         ((2, side * side, channels), True),
         ((2, side, side, channels), True),
-        *(((2, tokens, channels), True) for tokens in widths if tokens != channels),  # mixers know their tokens' number
+        *(((2, tokens, channels), True) for tokens in lengths if tokens != channels),
     ]
-
-
-def _shadow(module: nn.Module) -> nn.Module:
-    """The same module in evaluation mode with tensors without data and no hooks."""
-    shadow = module.__class__.__new__(module.__class__)
-    shadow.__dict__.update(module.__dict__, training=False)
-    shadow.__dict__["_parameters"] = {name: _empty(p) for name, p in module._parameters.items()}
-    shadow.__dict__["_buffers"] = {name: _empty(b) for name, b in module._buffers.items()}
-    shadow.__dict__["_modules"] = {n: None if m is None else _shadow(m) for n, m in module._modules.items()}
-    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        shadow.__dict__[name] = type(module.__dict__[name])()
-    return shadow
-
-
-def _empty(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else torch.empty_like(tensor, device="meta")

@@ -2,15 +2,20 @@
 
 What is looked for is an output that is a sum, perhaps with an activation behind it, one of whose addends is the block's
 input (an identity shortcut) or a few layers of it (a projection shortcut). Nothing is executed: the trace cuts the
-block's own forward pass in pieces, which call the block's own modules.
+block's own forward pass in pieces, which call the block's own modules. A run on tensors without data then shows whether
+the pieces do all that the block does (`verify.py`).
 """
 
+import contextlib
+import copy
 import importlib
 import inspect
 import operator
+import random
 import re
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -20,6 +25,10 @@ import torch.fx
 from torch import nn
 from torch.fx import Graph, Node
 
+from .verify import Facts, NoResidual, verify
+
+Example = Callable[[], tuple[Any, ...]]
+
 _ADDS = {operator.add, operator.iadd, torch.add}
 _ADD_METHODS = {"add", "add_"}
 _RELUS = {torch.relu, torch.relu_, nn.functional.relu, nn.functional.relu_, "relu", "relu_"}
@@ -27,8 +36,17 @@ RELU = "relu"
 _NAMES = re.compile(r"down_?sampl|short_?cut|skip|proj|identity|residual", re.IGNORECASE)
 
 
-class NoResidual(Exception):
-    """Why a block was not understood, for the error that the caller makes of it."""
+@dataclass(frozen=True)
+class Call:
+    """How a block is called besides its input.
+
+    Attributes:
+        inputs: names of further arguments that the pieces take, in the order of its signature.
+        settings: further arguments with their values, which the pieces are made for.
+    """
+
+    inputs: tuple[str, ...] = ()
+    settings: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass
@@ -82,21 +100,38 @@ class Parts:
 class _Tracer(torch.fx.Tracer):
     """Every child is a leaf: only the block's own forward pass is looked into."""
 
+    proxy_buffer_attributes = True  # what is computed from a buffer is no constant
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.switches = _switches()
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> Node:
+        if kind != "output" and _switches() != self.switches:  # a trace would leave the switch out
+            raise NoResidual("its forward pass switches gradients or autocast on or off")
+        return super().create_node(kind, *args, **kwargs)
 
-def trace(block: nn.Module, given: tuple[str, ...] = ()) -> Parts:
+
+def _switches() -> tuple[bool, ...]:
+    return (torch.is_grad_enabled(), *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")))
+
+
+def trace(block: nn.Module, example: Example, call: Call = Call()) -> Parts:
     """The pieces of a residual block as it stands: in training or evaluation mode, with this configuration.
 
     Args:
         block: the block, of its host's own class.
-        given: names of further arguments of its forward pass that pieces take; all others are at their defaults.
+        example: gives what the block may be called with, in tensors without data: its input, and those of `call`.
+        call: how it is called besides; all other arguments of its forward pass are at their defaults.
 
     Raises:
         NoResidual: the forward pass cannot be traced or has no such add; its text says which.
     """
-    graph, inputs = _graph(block, given)
+    block = copy.copy(block)
+    graph, inputs = _graph(block, call)
     output = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
     if not isinstance(output, Node):
         raise NoResidual("it returns something other than one tensor")
@@ -111,27 +146,42 @@ def trace(block: nn.Module, given: tuple[str, ...] = ()) -> Parts:
     rest = [term for term in terms if term is not shortcut]
     if shortcut is None or not rest:
         raise NoResidual("none of the addends at its end is its input or a projection of it")
+    if len(rest) < len(terms) - 1:
+        raise NoResidual("it adds its shortcut twice")
+    seen = verify(block, graph, inputs, example(), dict(call.settings))
+    _check_shapes(seen, add, rest, shortcut)
+    _check_writes(seen, add, after, inputs[0])
     return _cut(block, graph, inputs, add, rest, shortcut, after)
 
 
-def _graph(block: nn.Module, given: tuple[str, ...]) -> tuple[Graph, list[Node]]:
-    """The traced forward pass, and the nodes of its input and of the further arguments asked for."""
+def _graph(block: nn.Module, call: Call) -> tuple[Graph, list[Node]]:
+    """The traced forward pass, and the nodes of its input and of those that it is called with besides."""
     parameters = list(inspect.signature(type(block).forward).parameters.values())[1:]
     if not parameters:
         raise NoResidual("its forward pass takes no input")
-    defaults: dict[str, Any] = {}
+    concrete = dict(call.settings)
     for parameter in parameters[1:]:
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or parameter.name in given:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if parameter.name in call.inputs or parameter.name in concrete:
             continue
         if parameter.default is parameter.empty:
             raise NoResidual(f"its forward pass needs a second argument, {parameter.name}")
-        defaults[parameter.name] = parameter.default
+        concrete[parameter.name] = parameter.default
+    attributes = dict(vars(block))
     try:
-        graph = _Tracer().trace(block, concrete_args=defaults)
+        with _no_randomness():
+            graph = _Tracer().trace(block, concrete_args=concrete)
+    except NoResidual:
+        raise
     except Exception as error:  # a forward pass is anybody's code: whatever it raises on a proxy says the same
         raise NoResidual(f"its forward pass cannot be traced ({' '.join(str(error).split())[:120]})") from error
+    for name, value in vars(block).items():
+        if name not in attributes or attributes[name] is not value:
+            made = "makes a constant tensor" if name.startswith("_tensor_constant") else f"sets its attribute {name}"
+            raise NoResidual(f"its forward pass {made}")
     first, *others = [node for node in graph.nodes if node.op == "placeholder"]
-    kept = [node for node in others if node.name.rstrip("_1") in given or node.target in given]
+    kept = [node for node in others if node.target in call.inputs]
     for node in others:
         if node not in kept:
             _drop_default(graph, node)
@@ -140,6 +190,24 @@ def _graph(block: nn.Module, given: tuple[str, ...]) -> tuple[Graph, list[Node]]
             node.replace_all_uses_with(node.all_input_nodes[0])
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     return graph, [first, *kept]
+
+
+@contextlib.contextmanager
+def _no_randomness() -> Iterator[None]:
+    """Refuses a forward pass that draws random numbers outside its modules: a trace would draw them once for all."""
+    numpy: Any = sys.modules.get("numpy")
+    python, own, of_numpy = random.getstate(), torch.get_rng_state(), numpy and numpy.random.get_state(legacy=False)
+    try:
+        yield
+        drawn = [random.getstate() != python, not torch.equal(torch.get_rng_state(), own)]
+        drawn += [numpy and repr(numpy.random.get_state(legacy=False)) != repr(of_numpy)]
+    finally:
+        random.setstate(python)
+        torch.set_rng_state(own)
+        if numpy:
+            numpy.random.set_state(of_numpy)
+    if any(drawn):
+        raise NoResidual("its forward pass draws random numbers outside its modules")
 
 
 def _drop_default(graph: Graph, node: Node) -> None:
@@ -173,7 +241,7 @@ def _is_add(node: Node) -> bool:
 
 
 def _terms(node: Node) -> list[Node]:
-    """The addends of a sum, sums among them that are used nowhere else taken apart too."""
+    """The addends of a sum, sums among them taken apart too."""
     terms: list[Node] = []
     for arg in node.args:
         assert isinstance(arg, Node)
@@ -193,6 +261,34 @@ def _shortcut(terms: list[Node], x: Node) -> Node | None:
     counted = sorted(terms, key=lambda term: len(_ancestors(term)))
     short, long = (len(_ancestors(term)) for term in counted)
     return counted[0] if short < long and x in _ancestors(counted[0]) and x in _ancestors(counted[1]) else None
+
+
+def _check_shapes(seen: Facts, add: Node, rest: list[Node], shortcut: Node) -> None:
+    shapes = [torch.broadcast_shapes(*(seen.shapes[term] for term in rest)), seen.shapes[shortcut]]
+    if any(shape != seen.shapes[add] for shape in shapes):
+        raise NoResidual("its branch and its shortcut differ in shape")
+
+
+def _check_writes(seen: Facts, add: Node, after: list[Node], x: Node) -> None:
+    """Refuse writes in place that mean something else once the addends at the end are taken apart and added later."""
+    sums, order = _sums(add), {node: n for n, node in enumerate(seen.shapes)}
+    for writer, written in seen.writes.items():
+        if writer in after:
+            continue
+        if writer not in sums and x in written:
+            raise NoResidual("its forward pass writes into its input")
+        for node in written:
+            users = [order[user] for user in node.users if user is not writer and user in order]
+            added = [order[user] for user in node.users if user in sums]
+            if writer in sums and max(users, default=-1) > order[writer]:
+                raise NoResidual("it uses an addend again after adding to it in place")
+            if writer not in sums and (node in sums or min(added, default=len(order)) < order[writer]):
+                raise NoResidual("it writes into an addend after adding it")
+
+
+def _sums(add: Node) -> set[Node]:
+    """A sum, and the sums among its addends."""
+    return {add}.union(*(_sums(arg) for arg in add.all_input_nodes if _is_add(arg)))
 
 
 def _is_named(term: Node) -> bool:
@@ -227,8 +323,8 @@ def _cut(
         rest = [branch.all_input_nodes[0]]
     conv = _module(block, rest[0]) if len(rest) == 1 else None
     return Parts(
-        split=_piece(graph, inputs, [rest, [shortcut]]),
-        whole=_piece(graph, inputs, [[add], [shortcut]]),
+        split=_piece(graph, inputs, [rest, [shortcut]], _sums(add)),
+        whole=_piece(graph, inputs, [[add], [shortcut]], _sums(add)),
         identity=shortcut is inputs[0],
         named=_is_named(shortcut),
         norm=norm,
@@ -273,8 +369,11 @@ def _after(block: nn.Module, add: Node, after: list[Node]) -> str | Piece | None
     return _compile(graph)
 
 
-def _piece(graph: Graph, inputs: list[Node], outputs: list[list[Node]]) -> Piece:
-    """The part of a graph that makes these sums of nodes, as a function of the block and its inputs."""
+def _piece(graph: Graph, inputs: list[Node], outputs: list[list[Node]], sums: set[Node]) -> Piece:
+    """The part of a graph that makes these sums of nodes, as a function of the block and its inputs.
+
+    `sums` are those at the end of the block, made in place in none of the pieces.
+    """
     wanted = {node for terms in outputs for node in terms}
     needed = wanted | {node for output in wanted for node in _ancestors(output)} | set(inputs)
     part = Graph()
@@ -282,6 +381,8 @@ def _piece(graph: Graph, inputs: list[Node], outputs: list[list[Node]]) -> Piece
     for node in graph.nodes:
         if node in needed:
             copies[node] = part.node_copy(node, lambda old: copies[old])
+            if node in sums:  # in place it would write into the input or an addend, which are needed as they are
+                copies[node].op, copies[node].target = "call_function", operator.add
     results = []
     for terms in outputs:
         result, *others = (copies[node] for node in terms)

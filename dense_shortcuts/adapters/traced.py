@@ -5,17 +5,20 @@ instances pickle as their host's class and what was traced. It has no public nam
 have an attribute or child of any name.
 """
 
-import copy
 import inspect
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ..errors import DenseShortcutError
 from .block import Join, joined
 from .probe import Layout, probe
-from .trace import RELU, NoResidual, Parts, Piece, trace
+from .trace import RELU, Call, NoResidual, Parts, Piece, trace
+
+Settings = tuple[tuple[str, Any], ...]
 
 _RELU = nn.ReLU()  # for hosts that call the function
 
@@ -27,19 +30,34 @@ class Trace:
     Attributes:
         host: the host's block class.
         layout: the channels of its output and where they are.
-        parts: the cut, by training mode and the names of further arguments that were given.
+        parts: the cut, by training mode and by how the block is called.
     """
 
     host: Any
     layout: Layout
-    parts: dict[tuple[bool, tuple[str, ...]], Parts]
+    parts: dict[tuple[bool, Call], Parts]
 
-    def of(self, block: Any, *given: str) -> Parts:
-        """The cut for the mode a block is in and these further arguments."""
-        key = (block.training, given)
+    def of(self, block: Any, call: Call, *inputs: Any) -> Parts:
+        """The cut for the mode a block is in, called in this way, with these inputs; none stands for an example.
+
+        Raises:
+            DenseShortcutError: the block was changed, or is called, in a way that the trace does not understand.
+        """
+        key = (block.training, call)
         if key not in self.parts:
-            self.parts[key] = trace(view(block, self.host), given)
+            example = tuple(map(_without_data, inputs)) or self.layout.example()
+            try:
+                self.parts[key] = trace(view(block, self.host), lambda: example, call)
+            except NoResidual as reason:
+                name = self.host.__name__
+                raise DenseShortcutError(
+                    f"a plugged {name} is not understood as it is now set or called: {reason}."
+                ) from reason
         return self.parts[key]
+
+
+def _without_data(value: Any) -> Any:
+    return torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
 
 
 class TracedBlock:
@@ -47,16 +65,23 @@ class TracedBlock:
 
     _dense_trace: Trace
 
-    def forward(self, x: Tensor, join: Join | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, join: Join | None = None, **kwargs: Any) -> Tensor:
         join, traced = joined(join), self._dense_trace
-        given = _named_arguments(traced.host, args, kwargs)
-        parts = traced.of(self, *given)
+        inputs, settings = _arguments(traced.host, args, kwargs)
+        parts = traced.of(self, Call(tuple(inputs), settings), x, *inputs.values())
         after = _after(self, parts.after)
         if join.keep_identity:
-            total, identity = parts.whole.call(self, x, *given.values())
+            total, identity = parts.whole.call(self, x, *inputs.values())
             return join(total, None, identity, after, whole=True)
-        branch, identity = parts.split.call(self, x, *given.values())
+        branch, identity = parts.split.call(self, x, *inputs.values())
         return join(branch, _submodule(self, parts.norm), identity, after)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; the forward pass may depend on it, so it is traced anew but for a mode or other numbers."""
+        numbers = isinstance(value, Tensor) and isinstance(getattr(self, name, None), Tensor)
+        if name not in ("training", "__class__") and not numbers:
+            self._dense_trace.parts.clear()
+        super().__setattr__(name, value)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _load, (self._dense_trace.host,), dict(self.__dict__)
@@ -101,8 +126,7 @@ class Reading:
 
     @property
     def _parts(self) -> Parts:
-        key = next(key for key in self.traced.parts if key[0] == self.block.training)
-        return self.traced.parts[key]
+        return self.traced.of(self.block, Call(_needed_arguments(self.traced.host)))
 
 
 def _submodule(block: Any, name: str | None) -> Any:
@@ -126,13 +150,15 @@ def traced_class(host: Any) -> Any:
     return type(f"Dense{host.__name__}", (TracedBlock, host), {"__module__": host.__module__})
 
 
-def _named_arguments(host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A block's further arguments by name, without those at their defaults."""
+def _arguments(host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], Settings]:
+    """A block's further arguments but those at their defaults: the inputs, tensors or needed, and the settings."""
     if not args and not kwargs:
-        return {}
+        return {}, ()
     parameters = list(inspect.signature(host.forward).parameters.values())[2:]
     named = {p.name: value for p, value in zip(parameters, args, strict=False)} | kwargs
-    return {p.name: named[p.name] for p in parameters if p.name in named and named[p.name] is not p.default}
+    given = {p.name: p for p in parameters if p.name in named and named[p.name] is not p.default}
+    inputs = {n: named[n] for n, p in given.items() if p.default is p.empty or isinstance(named[n], Tensor)}
+    return inputs, tuple((name, named[name]) for name in given if name not in inputs)
 
 
 def view(block: Any, cls: Any) -> Any:
@@ -149,14 +175,21 @@ def understand(block: nn.Module) -> Reading:
         NoResidual: it is no residual block; the text says why.
     """
     host: Any = type(block)
-    needed = _needed_arguments(host)
-    seen, parts = copy.copy(block), {}
+    needed, parts = _needed_arguments(host), {}
+    layout = cache(lambda: probe(block, needed))  # found only for what else may be residual
     for training in (True, False):
-        seen.training = training
-        parts[training, needed] = trace(seen, needed)
-    if parts[True, needed].identity != parts[False, needed].identity:
+        parts[training, Call(needed)] = trace(_in_mode(block, training), lambda: layout().example(), Call(needed))
+    if parts[True, Call(needed)].identity != parts[False, Call(needed)].identity:
         raise NoResidual("its shortcut is another one in training than in evaluation")
-    return Reading(block, Trace(host, probe(block, needed), parts))
+    return Reading(block, Trace(host, layout(), parts))
+
+
+def _in_mode(module: nn.Module, training: bool) -> nn.Module:
+    """The same module in training or evaluation mode, its tensors shared."""
+    other = view(module, type(module))
+    modules = {name: None if m is None else _in_mode(m, training) for name, m in module._modules.items()}
+    other.__dict__.update(training=training, _modules=modules)
+    return other
 
 
 def _needed_arguments(host: Any) -> tuple[str, ...]:

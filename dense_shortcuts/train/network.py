@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DenseShortcutError
+from ..param_groups import decayed_parameters
 from .config import TrainConfig
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -104,8 +105,7 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: weights of convolutions and linear layers, which decay, and all else (norms, biases, shortcuts)."""
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]
-    decayed = {id(m.weight) for m in layers}
+    decayed = {id(p) for p in decayed_parameters(model)}
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in parameters if id(p) in decayed], "weight_decay": weight_decay},

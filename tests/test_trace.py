@@ -1,0 +1,537 @@
+"""Blocks that users write: what the trace understands equals the host, and what it cannot get right it refuses."""
+
+import copy
+import pickle
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hosts import assert_close
+from torch import Tensor, nn
+
+import dense_shortcuts as ds
+
+C = 8
+
+
+class Block(nn.Module):
+    """Two convolutions with a norm each and numbers of their own; subclasses say how they are joined."""
+
+    def __init__(self, drop: float = 0.3) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(C, C, 3, padding=1), nn.BatchNorm2d(C)
+        self.conv2, self.norm2 = nn.Conv2d(C, C, 3, padding=1), nn.BatchNorm2d(C)
+        self.scale = 0.5
+        self.drop = drop
+        self.flag = False
+        self.bias = nn.Parameter(torch.randn(C, 1, 1))
+        self.register_buffer("offset", torch.randn(C, 1, 1))
+
+    def f(self, x: Tensor) -> Tensor:
+        return self.norm2(self.conv2(F.gelu(self.norm1(self.conv1(x)))))
+
+    def g(self, x: Tensor) -> Tensor:
+        return self.conv1(x).tanh()
+
+
+def block(forward: Callable[..., Tensor]) -> type[Block]:
+    """A class written out by its forward pass, under its own name here so that it can be pickled."""
+    cls = type(forward.__name__, (Block,), {"forward": forward, "__module__": __name__})
+    globals()[f"_{forward.__name__}"] = cls
+    cls.__qualname__ = f"_{forward.__name__}"
+    return cls
+
+
+@block
+def Plain(self, x):
+    return x + self.f(x)
+
+
+@block
+def BranchFirst(self, x):
+    return self.f(x) + x
+
+
+@block
+def InPlaceOnTheBranch(self, x):
+    out = self.f(x)
+    out += x
+    return F.relu(out, inplace=True)
+
+
+@block
+def InPlaceOnTheInput(self, x):
+    x += self.f(x)
+    return x
+
+
+@block
+def MethodInPlaceOnTheInput(self, x):
+    return x.add_(self.f(x))
+
+
+@block
+def ScaledBranch(self, x):
+    return x + self.scale * self.f(x)
+
+
+@block
+def TwoBranches(self, x):
+    return self.f(x) + x + self.g(x)
+
+
+@block
+def TwoAdds(self, x):
+    x = x + self.f(x)
+    return x + self.g(x)
+
+
+@block
+def BranchUsesTheInputTwice(self, x):
+    return x + self.f(x) * torch.sigmoid(x)
+
+
+@block
+def FunctionalDropout(self, x):
+    return x + F.dropout(self.f(x), self.drop, self.training)
+
+
+@block
+def DropoutInTrainingOnly(self, x):
+    out = self.f(x)
+    if self.training:
+        out = F.dropout(out, self.drop)
+    return out + x
+
+
+@block
+def AddOfAConstantBehind(self, x):
+    return x + self.f(x) + 1.5
+
+
+@block
+def AddOfAParameter(self, x):
+    return x + self.f(x) + self.bias
+
+
+@block
+def AddOfABuffer(self, x):
+    return x + self.f(x) * self.offset.abs()
+
+
+@block
+def BroadcastInTheBranch(self, x):
+    return x + self.f(x) * self.g(x).mean((2, 3), keepdim=True)
+
+
+@block
+def SubtractionInTheBranch(self, x):
+    return x + (self.f(x) - self.g(x))
+
+
+@block
+def AlphaInTheBranch(self, x):
+    return x + torch.add(self.f(x), self.g(x), alpha=2)
+
+
+@block
+def KeywordAndFlag(self, x, scale: float = 0.7, twice: bool = False):
+    out = self.f(x)
+    if twice:
+        out = 2 * out
+    return x + out * scale
+
+
+@block
+def BranchInPlaceOnACopy(self, x):
+    out = F.relu_(x.clone())
+    return x + self.f(out)
+
+
+@block
+def ActivationBehind(self, x):
+    return F.leaky_relu(x + self.f(x), self.scale)
+
+
+@block
+def AsksForDimensions(self, x):
+    n, c, h, w = x.shape
+    return x + self.f(x).reshape(n, c, h * w).softmax(-1).reshape(n, c, h, w)
+
+
+UNDERSTOOD = [
+    Plain,
+    BranchFirst,
+    InPlaceOnTheBranch,
+    ScaledBranch,
+    TwoBranches,
+    TwoAdds,
+    BranchUsesTheInputTwice,
+    FunctionalDropout,
+    DropoutInTrainingOnly,
+    AddOfAConstantBehind,
+    AddOfAParameter,
+    AddOfABuffer,
+    BroadcastInTheBranch,
+    SubtractionInTheBranch,
+    AlphaInTheBranch,
+    KeywordAndFlag,
+    BranchInPlaceOnACopy,
+    ActivationBehind,
+    AsksForDimensions,
+]
+
+
+def network(cls: type[Block], depth: int = 3) -> nn.Sequential:
+    torch.manual_seed(5)
+    net = nn.Sequential(nn.Conv2d(3, C, 3, padding=1), nn.Sequential(*[cls() for _ in range(depth)])).double()
+    for norm in net.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias)
+            nn.init.normal_(norm.running_mean)
+    return net
+
+
+def run(net: nn.Module) -> dict[str, Tensor]:
+    """Output, gradients of the input and of the parameters, and buffers after it, of one pass with a seed."""
+    x = torch.randn(2, 3, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    torch.manual_seed(2)
+    y = net(x)
+    y.square().mean().backward()
+    gradients = {name: p.grad for name, p in net.named_parameters() if "shortcut" not in name and p.grad is not None}
+    buffers = {name: b.clone() for name, b in net.named_buffers() if "shortcut" not in name}
+    net.zero_grad()
+    return {"output": y.detach(), "input": x.grad} | gradients | buffers
+
+
+def assert_runs_agree(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-12) -> None:
+    assert set(actual) == set(expected)
+    for name, value in expected.items():
+        assert_close(actual[name], value.double(), tolerance, name)
+
+
+def assert_equal_to_host(cls: type[Block], backend: str) -> None:
+    for options in ({"norm": None, "init": "nearest"}, {"keep_identity": True}):
+        host, plugged = network(cls), ds.plug_in(network(cls), **options, backend=backend)
+        assert plugged[1].rows == ((0, 3, "shortcut"),)
+        for train in (True, False):
+            expected = run(host.train(train))
+            assert_runs_agree(run(plugged.train(train)), expected)
+            if "keep_identity" in options and not train:
+                assert torch.equal(run(plugged)["output"], expected["output"])
+
+
+@pytest.mark.parametrize("cls", UNDERSTOOD)
+def test_a_block_that_is_understood_gives_its_hosts_numbers_and_gradients(cls):
+    assert_equal_to_host(cls, "plain")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "native"])
+@pytest.mark.parametrize("cls", [InPlaceOnTheBranch, TwoAdds])
+def test_the_cpu_back_ends_give_a_hosts_numbers_and_gradients_too(cls, backend):
+    assert_equal_to_host(cls, backend)
+
+
+@pytest.mark.parametrize("cls", [InPlaceOnTheInput, MethodInPlaceOnTheInput])
+def test_a_block_that_adds_to_its_input_in_place_gives_its_hosts_output_and_then_trains_too(cls):
+    """Its host does not: autograd refuses it."""
+    same = network(Plain)
+    for options in ({"norm": None}, {"keep_identity": True}):
+        plugged = ds.plug_in(network(cls), **options)
+        with torch.no_grad():
+            x = torch.randn(2, 3, 6, 5, dtype=torch.float64)
+            assert_close(plugged.eval()(x), network(cls).eval()(x), 1e-12, "output")
+        assert_runs_agree(run(plugged), run(same.eval()))
+
+
+def test_what_is_traced_is_copied_and_pickled_with_the_network():
+    net = ds.plug_in(network(KeywordAndFlag), norm="batch")
+    with torch.no_grad():
+        for _, weight in ds.shortcut_parameters(net):
+            weight.normal_()
+    expected = run(copy.deepcopy(net))
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert_runs_agree(run(twin), expected, 0.0)
+        assert twin[1][0]._dense_trace.parts is not net[1][0]._dense_trace.parts
+        assert type(ds.unplug(twin)[1][0]) is KeywordAndFlag
+
+
+# What cannot be right is refused --------------------------------------------------------------------------------------
+
+
+@block
+def ShortcutTwice(self, x):
+    return x + x + self.f(x)
+
+
+@block
+def BranchSubtracted(self, x):
+    return x - self.f(x)
+
+
+@block
+def AlphaOnTheSum(self, x):
+    return torch.add(x, self.f(x), alpha=2)
+
+
+@block
+def ReluInPlaceOnTheInput(self, x):
+    x = F.relu(x, inplace=True)
+    return x + self.f(x)
+
+
+@block
+def ForgottenInPlace(self, x):
+    out = self.f(x)
+    out.mul_(2)
+    return x + out
+
+
+@block
+def InPlaceBehindAnAlias(self, x):
+    out = self.f(x)
+    alias = out
+    out *= 2
+    return x + self.g(alias) + out
+
+
+@block
+def WritesIntoAnAddend(self, x):
+    out = self.f(x)
+    total = x + out
+    return total + out.mul_(2)
+
+
+@block
+def WritesIntoASum(self, x):
+    total = x + self.f(x)
+    return total + torch.relu_(total)
+
+
+@block
+def WritesIntoAViewOfAnAddend(self, x):
+    out = self.f(x)
+    total = x + out
+    return total + out.flatten(1).tanh_().view_as(out)
+
+
+@block
+def SumUsedTwice(self, x):
+    total = x + self.f(x)
+    return total * torch.sigmoid(total)
+
+
+@block
+def ActivationOfTwo(self, x):
+    return F.relu(x + self.f(x)) * x
+
+
+@block
+def BroadcastBranch(self, x):
+    return x + self.f(x).mean((2, 3), keepdim=True)
+
+
+@block
+def BroadcastShortcut(self, x):
+    return x.mean((2, 3), keepdim=True) + self.f(x)
+
+
+@block
+def RandomDepth(self, x):
+    if self.training and random.random() < 1e-9:
+        return x
+    return x + self.f(x)
+
+
+@block
+def RandomDepthOfTorch(self, x):
+    if self.training and torch.rand(1).item() < 1e-9:
+        return x
+    return x + self.f(x)
+
+
+@block
+def RandomDepthOfNumpy(self, x):
+    if self.training and np.random.rand() < 1e-9:
+        return x
+    return x + self.f(x)
+
+
+@block
+def ControlFlowOnValues(self, x):
+    if x.sum() > 0:
+        return x
+    return x + self.f(x)
+
+
+@block
+def AsksForTheType(self, x):
+    out = self.f(x)
+    if isinstance(x, Tensor):
+        out = out * 3
+    return x + out
+
+
+@block
+def WithoutGradient(self, x):
+    with torch.no_grad():
+        gate = torch.sigmoid(self.g(x))
+    return x + self.f(x) * gate
+
+
+@block
+def WithoutAutocast(self, x):
+    with torch.autocast("cpu", enabled=not torch.is_autocast_enabled("cpu"), dtype=torch.bfloat16):
+        out = self.f(x)
+    return x + out
+
+
+@block
+def KeepsWhatItSaw(self, x):
+    out = self.f(x)
+    self.last = out
+    return x + out
+
+
+@block
+def MakesAConstant(self, x):
+    return x + self.f(x) * torch.tensor([0.5])
+
+
+@block
+def TwoResults(self, x):
+    return x + self.f(x), x
+
+
+@block
+def NoShortcut(self, x):
+    return self.f(x) + self.g(x)
+
+
+@block
+def NeedsAnotherArgument(self, x, other):
+    return x + self.f(other)
+
+
+REFUSED = {
+    ShortcutTwice: "adds its shortcut twice",
+    BranchSubtracted: "not a sum",
+    AlphaOnTheSum: "not a sum",
+    ReluInPlaceOnTheInput: "writes into its input",
+    ForgottenInPlace: "misses some of what it does",
+    InPlaceBehindAnAlias: "misses some of what it does",
+    WritesIntoAnAddend: "writes into an addend",
+    WritesIntoASum: "writes into an addend",
+    WritesIntoAViewOfAnAddend: "writes into an addend",
+    SumUsedTwice: "not a sum",
+    ActivationOfTwo: "not a sum",
+    BroadcastBranch: "differ in shape",
+    BroadcastShortcut: "differ in shape",
+    RandomDepth: "random numbers",
+    RandomDepthOfTorch: "random numbers",
+    RandomDepthOfNumpy: "random numbers",
+    ControlFlowOnValues: "cannot be traced",
+    AsksForTheType: "misses some of what it does",
+    WithoutGradient: "gradients or autocast",
+    WithoutAutocast: "gradients or autocast",
+    KeepsWhatItSaw: "sets its attribute last",
+    MakesAConstant: "makes a constant tensor",
+    TwoResults: "other than one tensor",
+    NoShortcut: "no sequence of residual blocks",
+    NeedsAnotherArgument: "needs a second argument, other",
+}
+
+
+@pytest.mark.parametrize("cls", REFUSED)
+def test_a_block_that_the_trace_would_get_wrong_is_refused_with_the_reason(cls):
+    net = nn.Sequential(nn.Sequential(cls(), cls()))
+    attributes, before = set(vars(net[0][0])), (random.getstate(), torch.get_rng_state())
+    with pytest.raises(ds.DenseShortcutError) as error:
+        ds.plug_in(net)
+    assert REFUSED[cls] in str(error.value) and cls.__name__ in str(error.value)
+    assert type(net[0]) is nn.Sequential and type(net[0][0]) is cls and set(vars(net[0][0])) == attributes
+    assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
+
+
+# Blocks that change, or are called otherwise, after plugging ----------------------------------------------------------
+
+
+@block
+def Configurable(self, x):
+    out = self.f(x)
+    if self.last is not None:
+        out = self.last(out)
+    return x + self.scale * out if self.flag is None else x
+
+
+CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "a number": lambda block: setattr(block, "scale", 3.0),
+    "a layer for one of the same name": lambda block: setattr(block, "norm2", nn.Identity()),
+    "a layer where there was none": lambda block: setattr(block, "last", nn.Tanh()),
+}
+
+
+@pytest.mark.parametrize("options", [{"norm": None}, {"keep_identity": True}], ids=str)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_a_blocks_attributes_after_plugging_acts_as_in_the_host(change, options):
+    net = network(Configurable)
+    for each in net[1]:
+        each.flag = each.last = None
+    host, plugged = copy.deepcopy(net).eval(), ds.plug_in(net, **options).eval()
+    before = run(plugged)["output"]
+    for each in (host[1][1], plugged[1][1]):
+        CHANGES[change](each)
+    expected = run(host)
+    assert not torch.allclose(expected["output"], before)
+    assert_runs_agree(run(plugged), expected)
+
+
+def test_a_change_that_leaves_no_residual_block_is_an_error_of_one_sentence():
+    net = network(Configurable)
+    for each in net[1]:
+        each.flag = each.last = None
+    ds.plug_in(net)[1][2].flag = True
+    with pytest.raises(ds.DenseShortcutError, match="is not understood as it is now set") as error:
+        run(net)
+    assert "\n" not in str(error.value)
+
+
+class Caller(nn.Module):
+    """Gives its blocks more than their input."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.blocks, self.given = nn.ModuleList([TakesMore() for _ in range(3)]), given
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.repeat(1, 4, 1, 1)[:, :C]
+        for each in self.blocks:
+            x = each(x, **self.given)
+        return x
+
+
+@block
+def TakesMore(self, x, gate=None, twice: bool = False, *, power: float = 1.0):
+    out = self.f(x) * power
+    if twice:
+        out = out * 2
+    if gate is not None:
+        out = out * gate
+    return x + out
+
+
+@pytest.mark.parametrize("given", [{}, {"gate": 0}, {"twice": True}, {"gate": 0, "twice": True, "power": 0.3}], ids=str)
+@pytest.mark.parametrize("options", [{"norm": None}, {"keep_identity": True}], ids=str)
+def test_further_arguments_of_a_block_act_as_in_the_host(options, given):
+    if "gate" in given:
+        given = given | {"gate": torch.rand(2, 1, 6, 5, dtype=torch.float64)}
+    host = Caller(**given).double()
+    plugged = ds.plug_in(copy.deepcopy(host), **options)
+    for train in (True, False):
+        assert_runs_agree(run(plugged.train(train)), run(host.train(train)))
