@@ -88,7 +88,7 @@ def _fold_shortcut(stage: DenseStage) -> None:
     ends = [block.last_conv() for block in blocks]
     if any(end is None or end.bias is None for end in ends):
         return
-    forms = [running_form(norm, shortcut.weights[0]) for norm in shortcut.norms]
+    forms = [running_form(norm, shortcut.weights[0], "plain") for norm in shortcut.norms]
     for k, (weight, end) in enumerate(zip(shortcut.weights, ends, strict=True)):
         rates, shifts = (torch.cat([form[part] for form in forms[: k + 1]]) for part in (0, 1))
         end.bias.add_((weight * shifts).sum(0))

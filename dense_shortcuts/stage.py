@@ -90,7 +90,7 @@ class DenseStage(nn.Module):
 
             before_norm, addends = None, [identity] if self.keep_identity else []
             if norm is not None and fused and self._joins_norm(norm, last):
-                before_norm = as_branch(norm, branch)
+                before_norm = as_branch(norm, branch, backend)
             else:
                 branch = branch if norm is None else norm(branch)
                 addends = [branch, *addends]

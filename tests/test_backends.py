@@ -245,9 +245,9 @@ def test_changing_the_activation_after_plugging_is_seen():
 
 def test_the_back_end_runs_that_is_named_and_another_name_is_refused(monkeypatch):
     calls = []
-    for kernels in (cpu, native):
-        real = kernels.join
-        monkeypatch.setattr(kernels, "join", lambda *a, k=kernels, real=real: calls.append(k) or real(*a))
+    for kernels, name in ((cpu, "join"), (native, "block")):
+        real = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *a, k=kernels, real=real: calls.append(k) or real(*a))
     net, x = ds.plug_in(hosts.small_net()), torch.randn(2, 3, 9, 7)
     for backend, launched in (("plain", []), ("cpu", [cpu] * 5), ("native", [native] * 5)):
         calls.clear()

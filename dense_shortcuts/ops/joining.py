@@ -104,6 +104,25 @@ def join(
     return Joined(y, own, theirs, tuple(new))
 
 
+def running_form(
+    mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    """rate and shift, (1, C), of a batch norm by its running statistics, (C,), with its affine parameters, if any.
+
+    They are worked out at each use, for the buffers may change in between.
+    """
+    from . import fused, native
+
+    asked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias))
+    if backend == "native" and not asked and fused.is_eager(mean):
+        return native.running_form(mean, var, eps, weight, bias)
+    dtype = accumulation_dtype(mean.dtype)
+    rate = torch.rsqrt(var.to(dtype) + eps)
+    rate = rate if weight is None else rate * weight.to(dtype)
+    shift = -mean.to(dtype) * rate if bias is None else torch.addcmul(bias.to(dtype), mean.to(dtype), rate, value=-1)
+    return rate[None], shift[None]
+
+
 def _plain_sum(
     addends: Sequence[Tensor],
     maps: Sequence[Tensor],
