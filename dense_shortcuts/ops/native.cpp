@@ -129,21 +129,6 @@ void put(void* out, int32_t kind, const Chunk& chunk, int64_t row, const A* from
 }
 
 
-// A vector of 64 bytes, which the compiler maps to the registers of the machine.
-template <class A>
-struct Wide {
-  typedef A type __attribute__((vector_size(64)));
-};
-
-template <class V, class A>
-inline V load(const A* from) {  // from any address
-  V value;
-  std::memcpy(&value, from, sizeof(V));
-  return value;
-}
-template <class V, class A>
-inline void store(A* to, V value) { std::memcpy(to, &value, sizeof(V)); }
-
 // Up to GROUP rows of a map in the accumulation type: the first one, and the distance from one to the next.
 template <class A>
 struct Rows {
@@ -164,138 +149,134 @@ Rows<A> rows_of(const Map& map, const Chunk& chunk, int64_t row, int64_t rows, A
 enum End { NONE, RELU, MASK };
 enum More { NOTHING, MOMENTS, PRODUCTS };
 
-// Some rows of a weighted sum, start + sum over terms of a * x, and what else is made of them while in registers.
-// Coefficients vary along a row with channels_last and from row to row else.
-template <class A>
-struct Strip {
-  const A* start;
-  int64_t count;
-  const Rows<A>* x;
-  const A* const* a;
-  Rows<A> mask;
-  A* out;          // null where the sums alone are wanted
-  int64_t stride;  // from a row of out to the next
-  // channels_last only. MOMENTS: sums[0] is the shift, sums[1] and sums[2] are sums of x - shift and its square.
-  // PRODUCTS: sums[i] of the result with other[i], and sums[others] of the result.
-  bool fresh;  // whether these sums begin here
-  A* sums;
-  int64_t between;  // from one of the sums to the next
-  int64_t others;
-  const Rows<A>* other;
-};
+constexpr int64_t TERMS = 8;  // terms taken in one pass over registers
 
-template <class V, class A, int R, bool LAST, End END, More MORE>
-inline void columns(const Strip<A>& s, int64_t j) {
-  V acc[R];
-  const V zero{};
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) acc[r] = LAST ? load<V>(s.start + j) : zero + s.start[r];
-  for (int64_t m = 0; m < s.count; ++m) {
-    const A *x = s.x[m].first + j, *a = s.a[m];
-    const int64_t stride = s.x[m].stride;
-    if (LAST) {
-      const V scale = load<V>(a + j);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) acc[r] += scale * load<V>(x + r * stride);
+// acc = start + sum over M terms of a[m] * x[m], then ReLU or a mask. Coefficients vary along a row with channels_last
+// and are one number else; so is `start` in the first pass over a row (FIRST), where later ones go on from acc. One row
+// at a time: the machine foresees what a stream needs next, but not what jumps from row to row do.
+template <class A, int M, bool LAST, bool FIRST, End END>
+void pass(int64_t n, const A* start, const A* const* x, const A* const* a, const A* mask, A* acc) {
+  std::array<const A*, M == 0 ? 1 : M> xs{}, as{};
+  for (int m = 0; m < M; ++m) xs[m] = x[m], as[m] = a[m];
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    A v = start[LAST || !FIRST ? j : 0];
+    for (int m = 0; m < M; ++m) v += as[m][LAST ? j : 0] * xs[m][j];
+    if (END == RELU) v = v < A(0) ? A(0) : v;  // keeps NaN, as torch.relu does
+    if (END == MASK) v = mask[j] <= A(0) ? A(0) : v;
+    acc[j] = v;
+  }
+}
+
+template <class A, bool LAST, bool FIRST, End END>
+void pass_of(int64_t m, int64_t n, const A* start, const A* const* x, const A* const* a, const A* mask, A* acc) {
+  switch (m) {
+    case 0: return pass<A, 0, LAST, FIRST, END>(n, start, x, a, mask, acc);
+    case 1: return pass<A, 1, LAST, FIRST, END>(n, start, x, a, mask, acc);
+    case 2: return pass<A, 2, LAST, FIRST, END>(n, start, x, a, mask, acc);
+    case 3: return pass<A, 3, LAST, FIRST, END>(n, start, x, a, mask, acc);
+    case 4: return pass<A, 4, LAST, FIRST, END>(n, start, x, a, mask, acc);
+    case 5: return pass<A, 5, LAST, FIRST, END>(n, start, x, a, mask, acc);
+    case 6: return pass<A, 6, LAST, FIRST, END>(n, start, x, a, mask, acc);
+    case 7: return pass<A, 7, LAST, FIRST, END>(n, start, x, a, mask, acc);
+    default: return pass<A, TERMS, LAST, FIRST, END>(n, start, x, a, mask, acc);
+  }
+}
+
+// A row of a sum with its coefficients, in as many passes as its terms take.
+template <class A, End END>
+void sum_row(bool last, int64_t count, int64_t n, const A* start, const A* const* x, const A* const* a, const A* mask,
+             A* acc) {
+  for (int64_t done = 0;; done += TERMS) {
+    const int64_t m = std::min(TERMS, count - done);
+    const A* from = done == 0 ? start : acc;
+    const bool ends = done + m == count;
+    if (last) {
+      if (ends) return pass_of<A, true, false, END>(m, n, from, x + done, a + done, mask, acc);
+      pass_of<A, true, false, End::NONE>(m, n, from, x + done, a + done, mask, acc);
+    } else if (done == 0) {
+      if (ends) return pass_of<A, false, true, END>(m, n, from, x, a, mask, acc);
+      pass_of<A, false, true, End::NONE>(m, n, from, x, a, mask, acc);
     } else {
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) acc[r] += a[r] * load<V>(x + r * stride);
+      if (ends) return pass_of<A, false, false, END>(m, n, from, x + done, a + done, mask, acc);
+      pass_of<A, false, false, End::NONE>(m, n, from, x + done, a + done, mask, acc);
     }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-    if (END == RELU) acc[r] = acc[r] < zero ? zero : acc[r];  // keeps NaN, as torch.relu does
-    if (END == MASK) acc[r] = load<V>(s.mask[r] + j) <= zero ? zero : acc[r];
-    if (s.out != nullptr) store(s.out + r * s.stride + j, acc[r]);
-  }
-  if (MORE == MOMENTS) {
-    A *shift = s.sums + j, *sum = shift + s.between, *square = sum + s.between;
-    const V k = s.fresh ? acc[0] : load<V>(shift);
-    V total = s.fresh ? zero : load<V>(sum), squares = s.fresh ? zero : load<V>(square);
-    if (s.fresh) store(shift, k);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const V d = acc[r] - k;
-      total += d;
-      squares += d * d;
-    }
-    store(sum, total);
-    store(square, squares);
-  }
-  if (MORE == PRODUCTS) {
-    for (int64_t i = 0; i < s.others; ++i) {
-      A* to = s.sums + i * s.between + j;
-      const Rows<A>& other = s.other[i];
-      V sum = s.fresh ? zero : load<V>(to);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) sum += acc[r] * load<V>(other[r] + j);
-      store(to, sum);
-    }
-    A* to = s.sums + s.others * s.between + j;
-    V sum = s.fresh ? zero : load<V>(to);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) sum += acc[r];
-    store(to, sum);
   }
 }
 
-template <class A, int R, bool LAST, End END, More MORE>
-void strip(const Strip<A>& s, int64_t n) {
-  using V = typename Wide<A>::type;
-  constexpr int64_t width = sizeof(V) / sizeof(A);
-  int64_t j = 0;
-  for (; j + width <= n; j += width) columns<V, A, R, LAST, END, MORE>(s, j);
-  for (; j < n; ++j) columns<A, A, R, LAST, END, MORE>(s, j);
-}
-
-template <class A, End END, More MORE>
-void strip_of(const Strip<A>& s, int64_t rows, bool last, int64_t n) {
-  if (last && rows == 4) strip<A, 4, true, END, MORE>(s, n);
-  else if (last) strip<A, 1, true, END, MORE>(s, n);
-  else if (rows == 4) strip<A, 4, false, END, NOTHING>(s, n);
-  else strip<A, 1, false, END, NOTHING>(s, n);
-}
-
-// Sums along the rows of a chunk that is not channels_last, where a row is a channel.
+// sums[c] += sum over rows of x * y, of x alone where y is null; a fresh sum begins here.
 template <class A>
-void add_along_rows(const Strip<A>& s, More more, int64_t row, int64_t rows, int64_t n) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const A* x = s.out + r * s.stride;
-    A* to = s.sums + row + r;
-    if (more == MOMENTS) {
-      const A k = x[0];
+void add_products(A* sums, bool fresh, const Chunk& chunk, int64_t row, int64_t rows, const Rows<A>& x,
+                  const Rows<A>* y) {
+  const int64_t n = chunk.columns();
+  if (!chunk.shape.last) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const A *from = x[r], *with = y == nullptr ? nullptr : (*y)[r];
+      A sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t j = 0; j < n; ++j) sum += with == nullptr ? from[j] : from[j] * with[j];
+      sums[row + r] = sum;
+    }
+    return;
+  }
+  if (fresh) std::fill(sums, sums + n, A(0));
+  if (rows < GROUP) {
+    const A *from = x[0], *with = y == nullptr ? nullptr : (*y)[0];
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) sums[j] += with == nullptr ? from[j] : from[j] * with[j];
+    return;
+  }
+  const A *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3];
+  if (y == nullptr) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) sums[j] += (x0[j] + x1[j]) + (x2[j] + x3[j]);
+    return;
+  }
+  const A *y0 = (*y)[0], *y1 = (*y)[1], *y2 = (*y)[2], *y3 = (*y)[3];
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) sums[j] += (x0[j] * y0[j] + x1[j] * y1[j]) + (x2[j] * y2[j] + x3[j] * y3[j]);
+}
+
+// Adds some rows of a map to the sums of a chunk, (3, C), that its moments come from: a shift, and the sums of x - shift
+// and of its square. The shift, the chunk's first pixel, keeps the variance of maps with a large mean from cancelling.
+template <class A>
+void add_moments(A* sums, const Chunk& chunk, int64_t row, int64_t rows, const Rows<A>& x) {
+  const int64_t n = chunk.columns(), c = chunk.shape.channels;
+  A *k = sums, *s = sums + c, *q = sums + 2 * c;
+  if (!chunk.shape.last) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const A *from = x[r], shift = from[0];
       A sum = 0, square = 0;
 #pragma omp simd reduction(+ : sum, square)
       for (int64_t j = 0; j < n; ++j) {
-        const A d = x[j] - k;
+        const A d = from[j] - shift;
         sum += d;
         square += d * d;
       }
-      to[0] = k, to[s.between] = sum, to[2 * s.between] = square;
-      continue;
+      k[row + r] = shift, s[row + r] = sum, q[row + r] = square;
     }
-    for (int64_t i = 0; i <= s.others; ++i) {
-      const A* other = i < s.others ? s.other[i][r] : nullptr;
-      A sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t j = 0; j < n; ++j) sum += other == nullptr ? x[j] : x[j] * other[j];
-      to[i * s.between] = sum;
-    }
+    return;
   }
-}
-
-// Adds some rows of a map to the moments of a chunk; `zeros` and `ones` have a number for each column.
-template <class A>
-void add_moments(const Chunk& chunk, int64_t row, int64_t rows, const Rows<A>& x, A* sums, const A* zeros,
-                 const A* ones) {
-  Strip<A> s{};
-  s.fresh = row == 0, s.sums = sums, s.between = chunk.shape.channels;
-  if (chunk.shape.last) {
-    s.start = zeros, s.count = 1, s.x = &x, s.a = &ones;
-    strip_of<A, End::NONE, MOMENTS>(s, rows, true, chunk.columns());
-  } else {
-    s.out = const_cast<A*>(x.first), s.stride = x.stride;
-    add_along_rows(s, MOMENTS, row, rows, chunk.columns());
+  const A* x0 = x[0];
+  if (row == 0) {
+    std::copy(x0, x0 + n, k);
+    std::fill(s, s + 2 * c, A(0));
+  }
+  if (rows < GROUP) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) {
+      const A d = x0[j] - k[j];
+      s[j] += d;
+      q[j] += d * d;
+    }
+    return;
+  }
+  const A *x1 = x[1], *x2 = x[2], *x3 = x[3];
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    const A d0 = x0[j] - k[j], d1 = x1[j] - k[j], d2 = x2[j] - k[j], d3 = x3[j] - k[j];
+    s[j] += (d0 + d1) + (d2 + d3);
+    q[j] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
   }
 }
 
@@ -308,7 +289,7 @@ void by_groups(const Chunk& chunk, F f) {
   }
 }
 
-// Mean and sum of squares about it of each channel of a chunk, as doubles (2, C), from the sums (3, C) of MOMENTS.
+// Mean and sum of squares about it of each channel of a chunk, as doubles (2, C), from the sums of `add_moments`.
 template <class A>
 void write_moments(const A* sums, int64_t c, int64_t pixels, double* to) {
   const A *shift = sums, *sum = sums + c, *square = sums + 2 * c;
@@ -338,21 +319,18 @@ struct Sum {
 
   // What a thread needs for it.
   struct Scratch {
-    std::vector<Rows<A>> x, other;
-    std::vector<const A*> a;
-    std::vector<A> converted, out, zeros, ones;  // GROUP rows of each map of another type, and of the result
+    std::vector<const A*> x, a;
+    std::vector<A> converted, out;  // rows of maps of another type: one of each term and GROUP of the others
   };
 
   Scratch scratch(int32_t kind) const {
     Scratch made;
-    made.x.resize(terms.size()), made.a.resize(terms.size()), made.other.resize(others.size());
-    int64_t foreign = mask.data != nullptr && mask.kind != kind_of<A>();
-    for (const Term& term : terms) foreign += term.map.kind != kind_of<A>();
-    for (const Map& map : others) foreign += map.kind != kind_of<A>();
-    made.converted.resize(foreign * GROUP * room_of(shape));
-    if (kind == kind_of<A>()) return made;
-    made.out.resize(GROUP * room_of(shape));
-    made.zeros.resize(shape.channels), made.ones.assign(shape.channels, A(1));
+    made.x.resize(terms.size()), made.a.resize(terms.size());
+    bool foreign = mask.data != nullptr && mask.kind != kind_of<A>();
+    for (const Term& term : terms) foreign |= term.map.kind != kind_of<A>();
+    for (const Map& map : others) foreign |= map.kind != kind_of<A>();
+    if (foreign) made.converted.resize((terms.size() + 1 + GROUP) * room_of(shape));
+    if (kind != kind_of<A>()) made.out.resize(GROUP * room_of(shape));
     return made;
   }
 
@@ -366,44 +344,34 @@ struct Sum {
   template <More MORE>
   void run_rows(const Chunk& chunk, int64_t row, int64_t rows, void* out, int32_t kind, A* sums,
                 Scratch& scratch) const {
-    const int64_t n = chunk.columns(), room = GROUP * room_of(shape);
-    const bool last = shape.last, stored = kind == kind_of<A>();
-    A* slot = scratch.converted.data();
-    const auto taken = [&](const Map& map) {
-      const Rows<A> found = rows_of(map, chunk, row, rows, slot);
-      if (map.kind != kind_of<A>()) slot += room;
-      return found;
-    };
-    for (size_t i = 0; i < terms.size(); ++i) {
-      scratch.x[i] = taken(terms[i].map);
-      scratch.a[i] = coefficient(terms[i].scale, terms[i].rows, chunk, row);
+    const int64_t n = chunk.columns(), room = room_of(shape);
+    const bool stored = kind == kind_of<A>();
+    const Rows<A> done = stored ? rows_of<A>(Map{out, kind}, chunk, row, rows, nullptr) : Rows<A>{scratch.out.data(), n};
+    for (int64_t r = 0; r < rows; ++r) {
+      A* slot = scratch.converted.data();
+      for (size_t i = 0; i < terms.size(); ++i, slot += room) {
+        scratch.x[i] = row_of(terms[i].map, chunk, row + r, slot);
+        scratch.a[i] = coefficient(terms[i].scale, terms[i].rows, chunk, row + r);
+      }
+      const A* from = coefficient(start, start_rows, chunk, row + r);
+      const A* masks = mask.data == nullptr ? nullptr : row_of(mask, chunk, row + r, slot);
+      const A *const *x = scratch.x.data(), *const *a = scratch.a.data();
+      A* acc = const_cast<A*>(done[r]);
+      if (masks != nullptr) sum_row<A, MASK>(shape.last, terms.size(), n, from, x, a, masks, acc);
+      else if (relu) sum_row<A, RELU>(shape.last, terms.size(), n, from, x, a, nullptr, acc);
+      else sum_row<A, End::NONE>(shape.last, terms.size(), n, from, x, a, nullptr, acc);
+      put(out, kind, chunk, row + r, acc);
     }
-    for (size_t i = 0; i < others.size(); ++i) scratch.other[i] = taken(others[i]);
-    Strip<A> s{};
-    s.start = coefficient(start, start_rows, chunk, row);
-    s.count = terms.size(), s.x = scratch.x.data(), s.a = scratch.a.data();
-    if (mask.data != nullptr) s.mask = taken(mask);
-    s.out = stored ? static_cast<A*>(out) + chunk.at(row) : scratch.out.data();
-    s.stride = !stored ? n : last ? shape.channels : shape.pixels;
-    s.fresh = row == 0, s.sums = sums, s.between = shape.channels;
-    s.others = others.size(), s.other = scratch.other.data();
-    if (MORE == MOMENTS && !stored) {  // the moments are those of what is stored, which is rounded
-      finish<NOTHING>(s, rows, n);
-      for (int64_t r = 0; r < rows; ++r) put(out, kind, chunk, row + r, s.out + r * s.stride);
-      const Rows<A> rounded = rows_of(Map{out, kind}, chunk, row, rows, scratch.out.data());
-      return add_moments(chunk, row, rows, rounded, sums, scratch.zeros.data(), scratch.ones.data());
+    // the moments are those of what is stored, which may have been rounded
+    if (MORE == MOMENTS)
+      add_moments(sums, chunk, row, rows, rows_of(Map{out, kind}, chunk, row, rows, scratch.out.data()));
+    if (MORE != PRODUCTS) return;
+    A* slot = scratch.converted.data() + (scratch.converted.empty() ? 0 : (terms.size() + 1) * room);
+    for (size_t i = 0; i < others.size(); ++i) {
+      const Rows<A> other = rows_of(others[i], chunk, row, rows, slot);
+      add_products(sums + i * shape.channels, row == 0, chunk, row, rows, done, &other);
     }
-    finish<MORE>(s, rows, n);
-    if (MORE != NOTHING && !last) add_along_rows(s, MORE, row, rows, n);
-    for (int64_t r = 0; r < rows && !stored; ++r) put(out, kind, chunk, row + r, s.out + r * s.stride);
-  }
-
- private:
-  template <More MORE>
-  void finish(const Strip<A>& s, int64_t rows, int64_t n) const {
-    if (mask.data != nullptr) strip_of<A, MASK, MORE>(s, rows, shape.last, n);
-    else if (relu) strip_of<A, RELU, MORE>(s, rows, shape.last, n);
-    else strip_of<A, End::NONE, MORE>(s, rows, shape.last, n);
+    add_products<A>(sums + others.size() * shape.channels, row == 0, chunk, row, rows, done, nullptr);
   }
 };
 
@@ -649,14 +617,12 @@ void team_merge(const Shape& shape, const A* parts, int64_t terms, int64_t rows,
 template <class A>
 void team_moments(const Shape& shape, const Map& x, double* parts) {
   const int64_t c = shape.channels;
-  const std::vector<A> zeros(c), ones(c, A(1));
   std::vector<A> sums(3 * c), converted(x.kind == kind_of<A>() ? 0 : GROUP * room_of(shape));
 #pragma omp for
   for (int64_t index = 0; index < shape.chunks(); ++index) {
     const Chunk chunk(shape, index);
     by_groups(chunk, [&](int64_t row, int64_t rows) {
-      const Rows<A> taken = rows_of(x, chunk, row, rows, converted.data());
-      add_moments(chunk, row, rows, taken, sums.data(), zeros.data(), ones.data());
+      add_moments(sums.data(), chunk, row, rows, rows_of(x, chunk, row, rows, converted.data()));
     });
     write_moments(sums.data(), c, chunk.pixels, parts + index * 2 * c);
   }
@@ -817,30 +783,6 @@ void running(int64_t c, const A* mean, const A* var, double eps, const A* weight
   for (int64_t j = 0; j < c; ++j) write_form(form, j, j, mean[j], var[j]);
 }
 
-// sums[c] += sum over rows of x * y.
-template <class A>
-void add_products(A* sums, const Chunk& chunk, int64_t row, int64_t rows, const Rows<A>& x, const Rows<A>& y) {
-  const int64_t n = chunk.columns();
-  if (chunk.shape.last && rows == GROUP) {
-    const A *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3], *y0 = y[0], *y1 = y[1], *y2 = y[2], *y3 = y[3];
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) sums[j] += (x0[j] * y0[j] + x1[j] * y1[j]) + (x2[j] * y2[j] + x3[j] * y3[j]);
-    return;
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    const A *from = x[r], *with = y[r];
-    if (chunk.shape.last) {
-#pragma omp simd
-      for (int64_t j = 0; j < n; ++j) sums[j] += from[j] * with[j];
-    } else {
-      A sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t j = 0; j < n; ++j) sum += from[j] * with[j];
-      sums[row + r] += sum;
-    }
-  }
-}
-
 template <class A>
 void dots(const Shape& shape, const Map* grads, int64_t grad_count, const Map* maps, int64_t count, int64_t rows,
           A* out, int threads) {
@@ -860,7 +802,7 @@ void dots(const Shape& shape, const Map* grads, int64_t grad_count, const Map* m
         for (int64_t i = 0; i < count; ++i) {
           const Rows<A> x = rows_of(maps[i], chunk, row, group, buffer.data() + grad_count * room);
           for (int64_t g = 0; g < grad_count; ++g)
-            add_products(sums + (g * count + i) * c, chunk, row, group, taken[g], x);
+            add_products(sums + (g * count + i) * c, row == 0, chunk, row, group, taken[g], &x);
         }
       });
     }
