@@ -5,6 +5,7 @@ net = ds.plug_in(timm.create_model("resnet50"))
 """
 
 from . import models  # registers the families with timm
+from .adapters import DenseBlock, register_adapter
 from .check import check
 from .errors import DenseShortcutError
 from .fuse import fuse
@@ -17,6 +18,7 @@ from .stage import DenseStage
 __version__ = "0.1.0"
 
 __all__ = [
+    "DenseBlock",
     "DenseShortcut",
     "DenseShortcutError",
     "DenseStage",
@@ -29,6 +31,7 @@ __all__ = [
     "models",
     "plan",
     "plug_in",
+    "register_adapter",
     "shortcut_parameters",
     "unplug",
 ]

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from .plug import dense_stages, shortcut_parameters
-from .shortcut import InnerShortcut, start_weight
+from .shortcut import DenseShortcut, InnerShortcut
 from .stage import DenseStage
+from .weighting import start_parameter
 
 
 def check(model: nn.Module, input_size: tuple[int, int, int] = (3, 64, 64), at_start: bool = False) -> list[str]:
@@ -39,25 +40,35 @@ def _static_faults(name: str, stage: DenseStage, at_start: bool) -> list[str]:
     for block_name, block in stage.named_children():
         inner = getattr(block, "inner", None)
         if isinstance(inner, InnerShortcut):
-            faults += _weight_faults(f"{name}.{block_name}.inner.weight", inner.weight, "zeros", at_start)
-    shortcut, where = stage.shortcut, f"{name}.shortcut.weights"
-    if not shortcut.weighted:
-        return faults
-    if not isinstance(shortcut.weights, nn.ParameterList):
-        kind = type(shortcut.weights).__name__
-        return [*faults, f"{where} is a {kind}, not registered, so it never trains: use nn.ParameterList"]
-    if len(shortcut.weights) != len(stage):
-        faults.append(f"{where} has {len(shortcut.weights)} weights for {len(stage)} blocks: plug the network in anew")
-    for k, weight in enumerate(shortcut.weights):
-        faults += _weight_faults(f"{where}.{k}", weight, shortcut.init, at_start)
+            start = torch.full_like(inner.weight, inner.start)
+            faults += _weight_faults(f"{name}.{block_name}.inner.weight", inner.weight, start if at_start else None)
+    for row, shortcut in stage.shortcuts.items():
+        faults += _shortcut_faults(f"{name}.{row.shortcut}.weights", shortcut, at_start)
     return faults
 
 
-def _weight_faults(name: str, weight: Tensor, init: str, at_start: bool) -> list[str]:
+def _shortcut_faults(where: str, shortcut: DenseShortcut, at_start: bool) -> list[str]:
+    if not shortcut.weighted:
+        return []
+    if not isinstance(shortcut.weights, nn.ParameterList):
+        kind = type(shortcut.weights).__name__
+        return [f"{where} is a {kind}, not registered, so it never trains: use nn.ParameterList"]
+    faults = []
+    summing = [maps for maps in shortcut.sources if maps]
+    if len(shortcut.weights) != len(summing):
+        faults.append(
+            f"{where} has {len(shortcut.weights)} weights for {len(summing)} blocks: plug the network in anew"
+        )
+    for k, (weight, maps) in enumerate(zip(shortcut.weights, summing, strict=False)):
+        start = start_parameter(shortcut.weighting, shortcut.init, len(maps), shortcut.channels)
+        faults += _weight_faults(f"{where}.{k}", weight, start if at_start else None)
+    return faults
+
+
+def _weight_faults(name: str, weight: Tensor, start: Tensor | None) -> list[str]:
     faults = [] if weight.requires_grad else [f"{name} is frozen: call requires_grad_() on it"]
-    rows = weight.detach().cpu().reshape(-1, weight.shape[-1])
-    if at_start and not torch.equal(rows, start_weight(init, *rows.shape).to(rows.dtype)):
-        faults.append(f"{name} does not start as init={init!r} asks: plug the network in anew")
+    if start is not None and not torch.equal(weight.detach().cpu(), start.to(weight.dtype).cpu()):
+        faults.append(f"{name} does not start as its init asks: plug the network in anew")
     return faults
 
 

@@ -11,7 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from .errors import DenseShortcutError
 from .norms import is_batch_norm, running_form
 from .plug import dense_stages
-from .stage import DenseStage
+from .stage import DenseStage, Row
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -37,12 +37,13 @@ def fuse(model: nn.Module) -> nn.Module:
         raise DenseShortcutError("the network is fused already: fuse the one it was made from.")
     fused = copy.deepcopy(model).eval().requires_grad_(False)
     stages = dense_stages(fused).values()
-    blocks: list[Any] = [block for stage in stages for block in stage.blocks]
-    for block in blocks:
-        for conv, norm in block.conv_norms():
-            _fold(block, conv, norm)
     for stage in stages:
-        _fold_shortcut(stage)
+        for row in stage.rows:
+            blocks: list[Any] = stage.blocks[row.first : row.stop]
+            for block in blocks:
+                for conv, norm in block.conv_norms():
+                    _fold(block, conv, norm)
+            _fold_shortcut(stage, row)
         stage.fused = True
     _fold_sequences(fused)
     if _is_stem(fused):
@@ -80,17 +81,25 @@ def _is_stem(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _fold_shortcut(stage: DenseStage) -> None:
-    shortcut = stage.shortcut
+def _fold_shortcut(stage: DenseStage, row: Row) -> None:
+    """Scales of batch norms into the shortcut's weights, shifts into the bias of the branch's last convolution."""
+    shortcut = stage.shortcuts[row]
     if not len(shortcut.norms) or not is_batch_norm(shortcut.norms[0]) or stage.aggregate == "block":
         return
-    blocks: list[Any] = stage.blocks
-    ends = [block.last_conv() for block in blocks]
+    if shortcut.weighting == "attention":  # its weights are no constants
+        return
+    blocks: list[Any] = stage.blocks[row.first : row.stop]
+    summing = [k for k, maps in enumerate(shortcut.sources) if maps]
+    ends = [blocks[k].last_conv() for k in summing]
     if any(end is None or end.bias is None for end in ends):
         return
-    forms = [running_form(norm, shortcut.weights[0], "plain") for norm in shortcut.norms]
-    for k, (weight, end) in enumerate(zip(shortcut.weights, ends, strict=True)):
-        rates, shifts = (torch.cat([form[part] for form in forms[: k + 1]]) for part in (0, 1))
+    norms = {i: norm for maps in shortcut.sources for i in maps if (norm := shortcut.norm(i)) is not None}
+    forms = {i: running_form(norm, shortcut.weights[0], "plain") for i, norm in norms.items()}
+    folded = []
+    for k, end in zip(summing, ends, strict=True):
+        rates, shifts = (torch.cat([forms[i][part] for i in shortcut.sources[k]]) for part in (0, 1))
+        weight = shortcut.weight(k)
         end.bias.add_((weight * shifts).sum(0))
-        weight.mul_(rates)
+        folded.append(nn.Parameter(weight * rates, requires_grad=False))
+    shortcut.weights, shortcut.weighting = nn.ParameterList(folded), "channel"
     shortcut.norms = nn.ModuleList()

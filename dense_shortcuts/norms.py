@@ -21,7 +21,7 @@ from .ops import BATCH, NONE, RAW, form, pool
 NormFactory = Callable[[int], nn.Module]
 Norm = str | NormFactory | None
 
-NORMS = ("group", "batch", "layer", "instance")
+NORMS = ("auto", "group", "batch", "layer", "instance")
 
 
 def default_groups(channels: int) -> int:
@@ -30,16 +30,30 @@ def default_groups(channels: int) -> int:
     return next(g for g in range(limit, 0, -1) if channels % g == 0)
 
 
-def make_norm(norm: Norm, channels: int, groups: int | None = None) -> nn.Module | None:
+class TokenNorm(nn.LayerNorm):
+    """Layer norm of each token over its channels, for tokens that come as maps, (N, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def make_norm(norm: Norm, channels: int, groups: int | None = None, *, tokens: bool = False) -> nn.Module | None:
     """A fresh norm for maps of `channels` channels, or None where maps are used as they are.
+
+    "layer" is over all of an image, group norm with one group, as is usual for feature maps; for tokens it is over the
+    channels of each token, as is usual there. "auto" is "layer" for tokens and "group" for feature maps.
 
     Raises:
         DenseShortcutError: unknown name, or a group count that does not divide the channels.
     """
-    if groups is not None and norm != "group":
+    if groups is not None and norm not in ("auto", "group"):
         raise DenseShortcutError(f"groups={groups} goes with norm='group', not with norm={norm!r}: leave groups out.")
+    if norm == "auto":
+        norm = "layer" if tokens else "group"
     if norm is None:
         return None
+    if norm == "layer" and tokens:
+        return TokenNorm(channels, elementwise_affine=False)
     if norm == "group":
         groups = default_groups(channels) if groups is None else groups
         if groups < 1 or channels % groups:

@@ -1,35 +1,70 @@
 """plan -> plug_in -> unplug: the surgery. A plan raises on any doubt before anything is changed."""
 
+import difflib
 import re
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import nn
 
-from .adapters import DENSE_CLASSES, HOST_CLASSES
+from .adapters import host_class
 from .errors import DenseShortcutError
+from .find import Found, Refused, find_stages
 from .norms import Norm
 from .ops import BACKENDS
+from .pattern import PATTERNS, sources
 from .shortcut import DenseShortcut, InnerShortcut
-from .stage import DenseStage
+from .stage import DenseStage, Row
 
 AGGREGATES = ("stage", "block", "dense_identity")
+
+Blocks = Collection[str] | str | Callable[[str, nn.Module], bool] | None
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `plug_in` takes besides the network; it says what each one means."""
+
+    aggregate: str = "stage"
+    norm: Norm = "auto"
+    groups: int | None = None
+    init: str | None = None
+    weighting: str = "channel"
+    pattern: str = "all"
+    window: int | None = None
+    every: int = 1
+    stages: Sequence[int | str] | None = None
+    blocks: Blocks = None
+    inner: bool = False
+    inner_start: float = 0.0
+    keep_identity: bool = False
+    backend: str = "auto"
+
+    def start(self) -> str:
+        """The start of the weights, with what None stands for."""
+        if self.init is not None:
+            return self.init
+        if self.keep_identity:
+            return "zeros"
+        return "uniform" if self.weighting == "attention" else "nearest"
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What plugging does to one stage.
+    """What plugging does to one row of blocks, in most networks a stage.
 
     Attributes:
-        name: the stage's module name in the host, such as "layer1".
+        name: the module name of the container in the host, such as "layer1".
+        row: the blocks' places in it.
         blocks: the class of its blocks.
         shortcut: the module that will be added to it.
         inner: the DS2 modules that will be added to its blocks, by the block's name in the stage.
     """
 
     name: str
+    row: Row
     blocks: type[nn.Module]
     shortcut: DenseShortcut
     inner: dict[str, InnerShortcut]
@@ -55,11 +90,19 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plug_in` would do; printing it gives a table."""
+    """What `plug_in` would do; printing it gives a table.
+
+    Attributes:
+        stages: a plan for each row of blocks.
+        found: the containers they are in.
+        refused: blocks in these containers that stay as they are, each with the reason.
+        options: what was asked for.
+    """
 
     stages: tuple[StagePlan, ...]
-    aggregate: str
-    keep_identity: bool
+    found: tuple[Found, ...]
+    refused: tuple[Refused, ...]
+    options: Options
 
     @property
     def parameters(self) -> int:
@@ -74,78 +117,200 @@ class Plan:
         ]
         rows.append(("total", "", "", "", str(sum(s.pairs for s in self.stages)), f"{self.parameters:,}"))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines += [f"{r.where} ({r.cls.__name__}) stays as it is: {r.reason}" for r in self.refused]
+        return "\n".join(lines)
 
 
-def plan(
-    model: nn.Module,
-    *,
-    aggregate: str = "stage",
-    norm: Norm = "group",
-    groups: int | None = None,
-    init: str | None = None,
-    inner: bool = False,
-    keep_identity: bool = False,
-    backend: str = "auto",
-) -> Plan:
-    """What `plug_in` with the same arguments would do. Changes nothing.
+def plan(model: nn.Module, **options: Any) -> Plan:
+    """What `plug_in` with the same keywords would do. Changes nothing.
 
     Raises:
-        DenseShortcutError: an unknown name, a network with nothing to plug into or already plugged, a block class that
-            has no adapter, a group count that does not divide a width.
+        DenseShortcutError: an unknown name or number, a network with nothing to plug into or already plugged, a block
+            class that is not understood, a group count that does not divide a width.
     """
-    if aggregate not in AGGREGATES:
-        raise DenseShortcutError(f"unknown aggregate {aggregate!r}: choose one of {', '.join(AGGREGATES)}.")
-    if backend not in BACKENDS:
-        raise DenseShortcutError(f"unknown back end {backend!r}: choose one of {', '.join(BACKENDS)}.")
+    return plan_options(model, _options(options))
+
+
+def _options(given: dict[str, Any]) -> Options:
+    known = [field.name for field in fields(Options)]
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise TypeError(f"plan got an unexpected keyword {name!r}{f': did you mean {near[0]!r}?' if near else ''}")
+    return Options(**given)
+
+
+def plan_options(model: nn.Module, options: Options) -> Plan:
+    """`plan` with the options in one piece."""
+    _check_options(options)
+    _check_model(model)
+    found, refused = find_stages(model)
+    chosen = _chosen_stages(found, options)
+    rows = [(stage, row) for stage in chosen for row in stage.rows]
+    stages = [_plan_row(model, *place, options) for place in rows if any(_sources(model, *place, options))]
+    if not stages:
+        raise DenseShortcutError(
+            f"no block is chosen by stages={options.stages!r}, blocks={options.blocks!r} and every={options.every}: "
+            f"the network's stages are {', '.join(stage.name or 'itself' for stage in found)}."
+        )
+    if options.inner and not any(s.inner for s in stages):
+        raise DenseShortcutError("inner=True (DS2) needs bottleneck blocks and this network has none: leave inner out.")
+    names = {stage.name for stage in stages}
+    kept = tuple(refusal for refusal in refused if refusal.container in names)
+    return Plan(tuple(stages), tuple(stage for stage in chosen if stage.name in names), kept, options)
+
+
+def _plan_row(model: nn.Module, stage: Found, row: Row, options: Options) -> StagePlan:
+    container = model.get_submodule(stage.name)
+    blocks = {stage.names[n]: stage.blocks[n] for n in range(row.first, row.stop)}
+    first = next(iter(blocks.values()))
+    shortcut = DenseShortcut(
+        len(blocks),
+        first.out_channels(),
+        norm=options.norm,
+        groups=options.groups,
+        init=options.start(),
+        weighted=options.aggregate != "dense_identity",
+        weighting=options.weighting,
+        backend=options.backend,
+        sources=_sources(model, stage, row, options),
+        tokens=first.tokens,
+    )
+    if hasattr(container, row.shortcut):
+        raise DenseShortcutError(f"{stage.name} already has a child named {row.shortcut}: rename it.")
+    inner = _inner_shortcuts(blocks, options) if options.inner else {}
+    if any(hasattr(block, "inner") for block in blocks.values()):
+        raise DenseShortcutError(f"a block of {stage.name} already has an attribute named inner: rename it.")
+    return StagePlan(stage.name, row, _host(first), shortcut, inner)
+
+
+def _host(block: Any) -> type[nn.Module]:
+    return host_class(type(block))
+
+
+def _inner_shortcuts(blocks: dict[str, Any], options: Options) -> dict[str, InnerShortcut]:
+    inner = {}
+    for name, block in blocks.items():
+        widths = block.inner_widths()
+        if widths is not None:
+            inner[name] = InnerShortcut(*widths, norm=options.norm, groups=options.groups, start=options.inner_start)
+    return inner
+
+
+def _chosen_stages(found: list[Found], options: Options) -> list[Found]:
+    """The stages by number from 1, or by name."""
+    if options.stages is None:
+        return found
+    names = [stage.name for stage in found]
+    for wanted in options.stages:
+        if wanted not in names and wanted not in range(1, len(found) + 1):
+            raise DenseShortcutError(
+                f"there is no stage {wanted!r}: the network has stages 1 to {len(found)}, named {', '.join(names)}."
+            )
+    return [stage for n, stage in enumerate(found, 1) if n in options.stages or stage.name in options.stages]
+
+
+def _sources(model: nn.Module, stage: Found, row: Row, options: Options) -> tuple[tuple[int, ...], ...]:
+    """The maps that each block of a row sums; none where it is not chosen."""
+    chosen = []
+    for k, n in enumerate(range(row.first, row.stop)):
+        name = f"{stage.name}.{stage.names[n]}".lstrip(".")
+        chosen.append((k + 1) % options.every == 0 and _is_chosen(name, model.get_submodule(name), options.blocks))
+    return sources(chosen, pattern=options.pattern, window=options.window)
+
+
+def _is_chosen(name: str, block: nn.Module, blocks: Blocks) -> bool:
+    if blocks is None:
+        return True
+    if isinstance(blocks, str):
+        return re.search(blocks, name) is not None
+    return bool(blocks(name, block)) if callable(blocks) else name in blocks
+
+
+def _check_options(options: Options) -> None:
+    for what, value, known in (
+        ("aggregate", options.aggregate, AGGREGATES),
+        ("back end", options.backend, BACKENDS),
+        ("pattern", options.pattern, tuple(PATTERNS)),
+    ):
+        if value not in known:
+            raise DenseShortcutError(f"unknown {what} {value!r}: choose one of {', '.join(known)}.")
+    for name in ("window", "every"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise DenseShortcutError(f"{name}={value} leaves no map to sum: it must be 1 or above.")
+    if options.keep_identity and options.weighting != "channel":
+        raise DenseShortcutError(
+            f"weights by {options.weighting} cannot start at zero, so keep_identity would not start as the host: "
+            "leave one of the two out."
+        )
+    if isinstance(options.blocks, str):
+        try:
+            re.compile(options.blocks)
+        except re.error as error:
+            raise DenseShortcutError(f"blocks={options.blocks!r} is no regular expression ({error}).") from error
+
+
+def _check_model(model: nn.Module) -> None:
+    """Refuse what wraps a network rather than being one."""
+    wrappers = {
+        "OptimizedModule": "compiled: plug the network in first and compile it then",
+        "DistributedDataParallel": "wrapped in DistributedDataParallel: plug the network in first and wrap it then",
+        "DataParallel": "wrapped in DataParallel: plug the network in first and wrap it then",
+        "FullyShardedDataParallel": "wrapped in FullyShardedDataParallel: plug the network in first and wrap it then",
+    }
+    name = type(model).__name__
+    if name in wrappers and type(model).__module__.startswith("torch."):
+        raise DenseShortcutError(f"the network is {wrappers[name]}.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise DenseShortcutError("the network is scripted, so its code cannot be changed: plug the original in.")
+    if isinstance(model, torch.fx.GraphModule):
+        raise DenseShortcutError("the network is a traced graph, which has no blocks: plug the original in.")
     if dense_stages(model):
         raise DenseShortcutError("the network is plugged in already: call dense_shortcuts.unplug(model) first.")
-    init = init if init is not None else "zeros" if keep_identity else "nearest"
-    stages = []
-    for name, stage in _find_stages(model).items():
-        blocks = dict(stage.named_children())
-        shortcut = DenseShortcut(
-            len(blocks),
-            _width(name, blocks),
-            norm=norm,
-            groups=groups,
-            init=init,
-            weighted=aggregate != "dense_identity",
-            backend=backend,
-        )
-        inners = _inner_shortcuts(name, blocks, norm, groups) if inner else {}
-        _check_names(name, stage, blocks)
-        stages.append(StagePlan(name, type(next(iter(blocks.values()))), shortcut, inners))
-    if inner and not any(s.inner for s in stages):
-        raise DenseShortcutError("inner=True (DS2) needs bottleneck blocks and this network has none: leave inner out.")
-    return Plan(tuple(stages), aggregate, keep_identity)
 
 
 def plug_in(
     model: nn.Module,
     *,
     aggregate: str = "stage",
-    norm: Norm = "group",
+    norm: Norm = "auto",
     groups: int | None = None,
     init: str | None = None,
+    weighting: str = "channel",
+    pattern: str = "all",
+    window: int | None = None,
+    every: int = 1,
+    stages: Sequence[int | str] | None = None,
+    blocks: Blocks = None,
     inner: bool = False,
+    inner_start: float = 0.0,
     keep_identity: bool = False,
     backend: str = "auto",
 ) -> nn.Module:
     """The same network with dense shortcuts (DSNet), changed in place: weights, module names and hooks are kept.
 
     Args:
-        model: a residual network of timm or torchvision.
+        model: a network with residual blocks in a sequence, of timm, torchvision, transformers or your own.
         aggregate: "stage" sums the earlier feature maps X_i, "block" the earlier branch outputs F_i, "dense_identity"
             the X_i as they are, without norm and weight (the control).
-        norm: "group", "batch", "layer" (over C, H and W of an image), "instance", None, or a callable that takes a
-            channel count and returns a module.
+        norm: "group", "batch", "layer" (over C, H and W of an image; of tokens over C), "instance", None, or a callable
+            that takes a channel count and returns a module. "auto" is "group", and "layer" for tokens.
         groups: groups of the group norm; None takes 32, fewer where a group would have under four channels.
         init: start of the weights: "nearest" (1 for the nearest map, 0 for the rest), "uniform" (1/l each), "ones",
             "zeros". None takes "nearest", or "zeros" with keep_identity.
+        weighting: "channel", the paper's; "softmax", "gate" or "attention" for its relatives (`weighting.py`).
+        pattern: "all" earlier maps, or those a power of two back ("powers", log2 L maps a block).
+        window: sum only so many of the nearest maps; None is all.
+        every: give only every so-manieth block of a stage a dense shortcut; the others keep their host's.
+        stages: which stages, by number from 1 in the network's order or by module name; None is all.
+        blocks: which blocks: a list of module names, a regular expression to search in them, or a callable that takes
+            name and module; the others keep their host's shortcut. None is all.
         inner: DS2, a weighted shortcut around the 3x3 of each bottleneck as well.
+        inner_start: the start of its weight v.
         keep_identity: keep the host's own shortcut beside the dense one. The network then starts as its host.
-        backend: form of the operator: "auto", "plain" (PyTorch alone, any device) or "cpu".
+        backend: form of the operator: "auto", "plain" (PyTorch alone, any device), "cpu", "native" or "triton".
 
     Returns:
         `model`.
@@ -155,29 +320,32 @@ def plug_in(
 
     Source: Sec. 3 of "ResNet or DenseNet? Introducing Dense Shortcuts to ResNet", WACV 2021.
     """
-    options = plan(
-        model,
-        aggregate=aggregate,
-        norm=norm,
-        groups=groups,
-        init=init,
-        inner=inner,
-        keep_identity=keep_identity,
-        backend=backend,
-    )
-    for stage_plan in options.stages:
-        stage = model.get_submodule(stage_plan.name)
-        assert isinstance(stage, nn.Sequential)
-        _match(stage_plan.shortcut, stage)
-        for name, block in stage.named_children():
-            block.__class__ = DENSE_CLASSES[type(block)]
-            inner_shortcut = stage_plan.inner.get(name)
-            if inner_shortcut is not None:
-                _match(inner_shortcut, block)
-            block.register_module("inner", inner_shortcut)
-        DenseStage.adopt(stage, stage_plan.shortcut, aggregate=options.aggregate, keep_identity=options.keep_identity)
+    options = Options(
+        aggregate, norm, groups, init, weighting, pattern, window, every, stages, blocks, inner, inner_start,
+        keep_identity, backend,
+    )  # fmt: skip
+    planned = plan_options(model, options)
+    for stage in planned.found:
+        _plug_stage(model.get_submodule(stage.name), stage, planned)
     _group_shortcuts_with_blocks(model)
     return model
+
+
+def _plug_stage(container: nn.Module, stage: Found, planned: Plan) -> None:
+    rows = {each.row: each for each in planned.stages if each.name == stage.name}
+    for row, row_plan in rows.items():
+        _match(row_plan.shortcut, container)
+        for n in range(row.first, row.stop):
+            block, view = container.get_submodule(stage.names[n]), stage.blocks[n]
+            block.__dict__.update({name: vars(view)[name] for name in view.added})
+            block.__class__ = type(view)
+            inner = row_plan.inner.get(stage.names[n])
+            if inner is not None:
+                _match(inner, block)
+            block.register_module("inner", inner)
+    shortcuts = {row: row_plan.shortcut for row, row_plan in rows.items()}
+    aggregate, keep_identity = planned.options.aggregate, planned.options.keep_identity
+    DenseStage.adopt(container, shortcuts, aggregate=aggregate, keep_identity=keep_identity)
 
 
 def unplug(model: nn.Module) -> nn.Module:
@@ -192,13 +360,21 @@ def unplug(model: nn.Module) -> nn.Module:
     if any(stage.fused for stage in stages.values()):
         raise DenseShortcutError("the network is fused for inference: unplug the one it was made from.")
     for stage in stages.values():
-        for block in stage.blocks:
-            del block.inner
-            block.__class__ = HOST_CLASSES[type(block)]
+        blocks = stage.blocks
+        for row in stage.rows:
+            for block in blocks[row.first : row.stop]:
+                _unplug_block(block)
         stage.release()
     if isinstance(vars(model).get("group_matcher"), GroupMatcher):
         del model.group_matcher
     return model
+
+
+def _unplug_block(block: Any) -> None:
+    del block.inner
+    for name in block.added:
+        del block.__dict__[name]
+    block.__class__ = host_class(type(block))
 
 
 @dataclass(frozen=True)
@@ -241,83 +417,6 @@ def _group_shortcuts_with_blocks(model: nn.Module) -> None:
         shortcuts = pattern.removesuffix(number) + r"\.shortcut\.weights" + number
         blocks = blocks | {"blocks": [(pattern, None), (shortcuts, None)]}
         vars(model)["group_matcher"] = GroupMatcher(blocks, matcher(coarse=True))
-
-
-def _find_stages(model: nn.Module) -> dict[str, nn.Sequential]:
-    """Every nn.Sequential that holds blocks with an adapter, in the host's order."""
-    found: dict[str, nn.Sequential] = {}
-    seen: set[int] = set()
-    for name, module in model.named_modules():
-        classes = [type(child) for child in module.children()]
-        adapted = [cls for cls in classes if cls in DENSE_CLASSES]
-        if not adapted:
-            continue
-        if type(module) is not nn.Sequential:
-            raise DenseShortcutError(
-                f"{name or 'the network'} is a {type(module).__name__} that holds {adapted[0].__name__} blocks: "
-                "only blocks in an nn.Sequential, where each feeds the next, can be plugged into."
-            )
-        other = next((cls for cls in classes if cls not in DENSE_CLASSES), None)
-        if other is not None:
-            raise DenseShortcutError(_no_adapter(other, name))
-        found[name] = module
-        seen.update(id(child) for child in module.children())
-    if not found:
-        raise DenseShortcutError(_nothing_found(model))
-    if len(seen) != sum(len(stage) for stage in found.values()):
-        raise DenseShortcutError("a block stands in more than one place of the network: share no block between places.")
-    return found
-
-
-def _no_adapter(cls: type[nn.Module], where: str) -> str:
-    known = ", ".join(f"{c.__module__.split('.')[0]}'s {c.__name__}" for c in DENSE_CLASSES)
-    return (
-        f"there is no adapter for the block class {cls.__module__}.{cls.__qualname__} (in {where}), "
-        f"so there is nothing to plug into: choose a network of {known}."
-    )
-
-
-def _nothing_found(model: nn.Module) -> str:
-    """Names the class that looks most like the network's residual block: by its name, the most frequent one."""
-    named = Counter(
-        type(module)
-        for module in model.modules()
-        if re.search("block|bottle|basic|residual|layer", type(module).__name__, re.IGNORECASE)
-        and next(module.children(), None) is not None
-        and module is not model
-    )
-    if named:
-        return _no_adapter(named.most_common(1)[0][0], type(model).__name__)
-    return f"{type(model).__name__} holds no residual blocks: there is nothing to plug into."
-
-
-def _width(stage: str, blocks: dict[str, nn.Module]) -> int:
-    """The stage's width C, once it is known that its blocks share one resolution."""
-    for name, block in list(blocks.items())[1:]:
-        if block.downsample is not None:
-            raise DenseShortcutError(
-                f"{stage}.{name} changes the shape in the middle of a stage: put it at the head of its own stage."
-            )
-    block = next(iter(blocks.values()))
-    return DENSE_CLASSES[type(block)].out_channels(block)
-
-
-def _inner_shortcuts(
-    stage: str, blocks: dict[str, nn.Module], norm: Norm, groups: int | None
-) -> dict[str, InnerShortcut]:
-    inner = {}
-    for name, block in blocks.items():
-        widths = DENSE_CLASSES[type(block)].inner_widths(block)
-        if widths is not None:
-            inner[name] = InnerShortcut(*widths, norm=norm, groups=groups)
-    return inner
-
-
-def _check_names(name: str, stage: nn.Sequential, blocks: dict[str, nn.Module]) -> None:
-    if "shortcut" in blocks:
-        raise DenseShortcutError(f"{name} already has a child named shortcut: rename it.")
-    if any(hasattr(block, "inner") for block in blocks.values()):
-        raise DenseShortcutError(f"a block of {name} already has an attribute named inner: rename it.")
 
 
 def _match(added: nn.Module, host: nn.Module) -> None:

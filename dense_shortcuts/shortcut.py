@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .errors import DenseShortcutError
 from .norms import (
     Norm,
     affine_form,
@@ -19,9 +18,10 @@ from .norms import (
     statistics,
     uses_running_statistics,
 )
+from .pattern import Sources, Sparse
+from .pattern import sources as all_sources
 from .tiling import Tiling
-
-INITS = ("nearest", "uniform", "ones", "zeros")
+from .weighting import start_parameter, weigh
 
 
 class Term(NamedTuple):
@@ -52,24 +52,6 @@ class Memory(NamedTuple):
         return self._replace(terms=(*self.terms, term))
 
 
-def start_weight(init: str, maps: int, channels: int) -> Tensor:
-    """w_{l,0} .. w_{l,l-1} at the start, (maps, channels).
-
-    Raises:
-        DenseShortcutError: unknown name.
-    """
-    weight = torch.zeros(maps, channels)
-    if init == "nearest":
-        weight[-1] = 1.0
-    elif init == "uniform":
-        weight.fill_(1.0 / maps)
-    elif init == "ones":
-        weight.fill_(1.0)
-    elif init != "zeros":
-        raise DenseShortcutError(f"unknown init {init!r}: choose one of {', '.join(INITS)}.")
-    return weight
-
-
 class DenseShortcut(nn.Module):
     """sum_{i<l} w_{l,i} * N(X_i) for every block l of a stage (Sec. 3 of the paper; `docs/paper-map.md`).
 
@@ -79,11 +61,15 @@ class DenseShortcut(nn.Module):
         norm, groups: N, see `make_norm`.
         init: start of the weights, see `start_weight`.
         weighted: False leaves norm and weight out: the plain sum of the dense identity control.
+        weighting: how weights come from parameters, see `weighting.py`.
         backend: form of the operator, see `ops.choose`.
+        sources: the maps that each block sums (`pattern.py`); None for all earlier ones.
+        tokens: whether maps are tokens, (N, L, C) or (N, H, W, C) in the host; "layer" is then over C alone.
 
     Attributes:
-        weights: L parameters; the one at k belongs to block l = k + 1 and has shape (l, C), row i for X_i.
-        norms: one norm for each of X_0 .. X_{L-1}.
+        weights: the parameters, one for each block that sums any map. With the paper's channel weighting the one of
+            block l = k + 1 has a row for each map that it sums: (l, C), row i for X_i, where it sums all.
+        norms: one norm for each map that any block sums.
     """
 
     def __init__(
@@ -95,16 +81,27 @@ class DenseShortcut(nn.Module):
         groups: int | None = None,
         init: str = "nearest",
         weighted: bool = True,
+        weighting: str = "channel",
         backend: str = "auto",
+        sources: Sources | None = None,
+        tokens: bool = False,
     ) -> None:
         super().__init__()
+        everything = all_sources([True] * depth)
+        self.sources = everything if sources is None else sources
         self.depth, self.channels, self.init = depth, channels, init
-        self.tiling = Tiling.best(depth)
-        self.weighted, self.backend = weighted, backend
-        starts = [start_weight(init, k + 1, channels) for k in range(depth)] if weighted else []
+        # attention looks at all maps that a block sums, so none can be summed ahead
+        tiled = self.sources == everything and weighting != "attention"
+        self.tiling: Tiling | Sparse = Tiling.best(depth) if tiled else Sparse(self.sources)
+        self.weighted, self.weighting, self.backend = weighted, weighting, backend
+        summing = [k for k in range(depth) if self.sources[k]]
+        self._weight_of = {k: n for n, k in enumerate(summing)}
+        starts = [start_parameter(weighting, init, len(self.sources[k]), channels) for k in summing] if weighted else []
         self.weights = nn.ParameterList([nn.Parameter(w) for w in starts])
-        norms = [make_norm(norm, channels, groups) for _ in range(depth)] if weighted else []
+        used = sorted({i for maps in self.sources for i in maps}) if weighted else []
+        norms = [make_norm(norm, channels, groups, tokens=tokens) for _ in used]
         self.norms = nn.ModuleList([n for n in norms if n is not None])
+        self._norm_of = {i: n for n, i in enumerate(used)} if len(self.norms) else {}
 
     @property
     def normalised(self) -> bool:
@@ -113,16 +110,20 @@ class DenseShortcut(nn.Module):
 
     @property
     def pairs(self) -> int:
-        """Number of pairs (l, i), L(L+1)/2."""
-        return self.depth * (self.depth + 1) // 2
+        """Number of pairs (l, i): L(L+1)/2 where every block sums all earlier maps."""
+        return sum(map(len, self.sources))
+
+    def weight(self, k: int, terms: Sequence[Term] = ()) -> Tensor:
+        """w of block l = k + 1 for the maps that it sums: (maps, C), or (maps, N, C) where it depends on them."""
+        return weigh(self.weighting, self.weights[self._weight_of[k]], self.channels, [t.map for t in terms])
 
     def enter(self, i: int, x: Tensor, backend: str) -> Term:
         """X_i, (N, C, H, W), as a map that no sum of this shortcut made."""
-        return enter(self._norm(i), x, later=self._later(i), backend=backend)
+        return enter(self.norm(i), x, later=self._later(i), backend=backend)
 
     def sum_ahead(self, k: int, memory: Memory, backend: str) -> Memory:
         """Where block k begins a group of a deep stage: the sums of all maps finished so far, one for each block."""
-        if backend == "plain" or not self.tiling.begins(k):
+        if backend == "plain" or not isinstance(self.tiling, Tiling) or not self.tiling.begins(k):
             return memory
         terms, blocks, groups = memory.terms, self.tiling.blocks(k), self.tiling.later_groups(k)
         scales = self._scales_ahead(blocks, terms)
@@ -165,20 +166,22 @@ class DenseShortcut(nn.Module):
         Returns:
             the sum, (N, C, H, W), and its Term where `finish` was made use of; else it takes `enter`.
         """
-        own = self._norm(k + 1) if finish else None
+        own = self.norm(k + 1) if finish else None
         one_pass = finish and (own is None or has_affine_form(own))
-        direct = range(k + 1) if backend == "plain" else self.tiling.direct(k)
+        summed = [memory.terms[i] for i in self.sources[k]]
+        direct = self.sources[k] if backend == "plain" else self.tiling.direct(k)
         terms = [memory.terms[i] for i in direct]
         partial = [memory.partial[k % self.tiling.size]] if memory.partial else []
         groups, eps = statistics(own) if one_pass else (ops.NONE, 0.0)
+        weight, rates, shifts = self._forms(k, summed)
         joined = ops.join(
             [*addends, *partial],
             branch,
             [t.map for t in terms],
-            [t.links[2 * (k - i) :][:2] for i, t in zip(direct, terms, strict=True)],
-            self.weights[k] if self.weighted else None,
-            [t.scale for t in memory.terms if t.scale is not None],
-            [t.shift for t in memory.terms if t.shift is not None],
+            [self._link(t, i, k) for i, t in zip(direct, terms, strict=True)],
+            weight,
+            rates,
+            shifts,
             relu=relu,
             groups=groups,
             eps=eps,
@@ -191,6 +194,23 @@ class DenseShortcut(nn.Module):
             rate, _, mean, var = joined.branch_gathered
             move_statistics(norm, rate, mean, var, branch.map.numel() // branch.map.shape[1])
         return joined.map, as_term(own, joined, backend) if one_pass else None
+
+    def _forms(self, k: int, summed: Sequence[Term]) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+        """The weight of block k, (maps, C), and rate and shift of N for each map that it sums, where it has them."""
+        weight = self.weight(k, summed) if self.weighted and summed else None
+        rates = [t.scale for t in summed if t.scale is not None]
+        shifts = [t.shift for t in summed if t.shift is not None]
+        if weight is None or weight.ndim == 2:
+            return weight, rates, shifts
+        # a weight for each image goes into the affine form of N, which may have one too
+        one = weight.new_ones((len(summed), self.channels))
+        scaled = [w * rate for w, rate in zip(weight, rates, strict=True)] if rates else list(weight)
+        moved = [w * shift for w, shift in zip(weight, shifts, strict=True)] if shifts else list(0 * weight)
+        return one, scaled, moved
+
+    def _link(self, term: Term, i: int, k: int) -> tuple[Tensor, ...]:
+        """The link of map X_i to the sum of block k; none on the plain path."""
+        return term.links and term.links[2 * self.tiling.users(i).index(k) :][:2]
 
     @staticmethod
     def rows(memory: Memory) -> int:
@@ -206,13 +226,14 @@ class DenseShortcut(nn.Module):
         """a_{l,i} of some blocks for all of these maps, (len(blocks), len(terms), 1 or N, C); None for ones."""
         if not self.weighted:
             return None
-        weight = torch.stack([self.weights[k][: len(terms)] for k in blocks])[:, :, None]
+        weight = torch.stack([self.weight(k)[: len(terms)] for k in blocks])[:, :, None]
         weight = weight.to(ops.accumulation_dtype(weight.dtype))
         scales = [t.scale for t in terms if t.scale is not None]
         return weight * torch.stack(scales) if scales else weight
 
-    def _norm(self, i: int) -> nn.Module | None:
-        return self.norms[i] if len(self.norms) else None
+    def norm(self, i: int) -> nn.Module | None:
+        """The norm of map X_i; None where no block sums it, or maps are summed as they are."""
+        return self.norms[self._norm_of[i]] if i in self._norm_of and len(self.norms) else None
 
     def extra_repr(self) -> str:
         return f"depth={self.depth}, channels={self.channels}, pairs={self.pairs}, init={self.init!r}"
@@ -225,14 +246,18 @@ class InnerShortcut(nn.Module):
         channels: width of H_1.
         weighted: how many of its first channels pass a 3x3 and get a weight (all but Res2Net's last piece).
         norm, groups: N, see `make_norm`.
+        start: v at the start; at 0 DS2 equals DS.
 
     Attributes:
-        weight: v, (weighted,). It starts at 0, where DS2 equals DS.
+        weight: v, (weighted,).
     """
 
-    def __init__(self, channels: int, weighted: int, *, norm: Norm = "group", groups: int | None = None) -> None:
+    def __init__(
+        self, channels: int, weighted: int, *, norm: Norm = "group", groups: int | None = None, start: float = 0.0
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(weighted))
+        self.start = start
+        self.weight = nn.Parameter(torch.full((weighted,), start))
         self.norm = make_norm(norm, channels, groups)
 
     def enter(self, hidden: Tensor) -> Term:

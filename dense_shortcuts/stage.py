@@ -2,10 +2,10 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, overload
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
@@ -21,139 +21,243 @@ _GLOBAL_HOOKS = (
 )
 
 
+class Row(NamedTuple):
+    """Blocks first .. stop - 1 of a container, residual ones whose maps share a shape, and the name of their shortcut.
+
+    A stage of a ResNet is one row. Where other layers stand between the blocks, or the shape changes in the middle,
+    there are more.
+    """
+
+    first: int
+    stop: int
+    shortcut: str
+
+
 class DenseStage(nn.Module):
     """A stage whose blocks see all earlier feature maps of the stage.
 
-    It is the host's own nn.Sequential under another class (`DenseStage.adopt`): the blocks keep their names and hooks,
-    and the child `shortcut` is all that is added. `stage[i]` is block i and `len(stage)` the number of blocks.
+    It is the host's own container under another class (`DenseStage.adopt`): the blocks keep their names and hooks, and
+    what is added are the shortcuts, `shortcut` for the first row of blocks. `stage[i]` is block i and `len(stage)` the
+    number of blocks.
     """
 
     shortcut: DenseShortcut
+    rows: tuple[Row, ...]
     aggregate: str
     keep_identity: bool
     fused: bool
+    host_class: type[nn.Module]
 
     @classmethod
-    def adopt(cls, stage: nn.Sequential, shortcut: DenseShortcut, *, aggregate: str, keep_identity: bool) -> None:
-        """Turn `stage`, whose children are `adapters.block.DenseBlock`s, into a DenseStage in place."""
-        stage.add_module("shortcut", shortcut)
-        stage.__class__ = cls  # type: ignore[assignment]
-        stage.aggregate = aggregate  # type: ignore[assignment]
-        stage.keep_identity = keep_identity  # type: ignore[assignment]
-        stage.fused = False  # type: ignore[assignment]
+    def adopt(
+        cls, stage: nn.Module, shortcuts: dict[Row, DenseShortcut], *, aggregate: str, keep_identity: bool
+    ) -> None:
+        """Turn `stage`, whose rows are made of `adapters.block.DenseBlock`s, into a DenseStage in place."""
+        host_class = type(stage)
+        stage.__class__ = cls
+        assert isinstance(stage, cls)
+        stage.host_class, stage.rows = host_class, tuple(shortcuts)
+        stage.aggregate, stage.keep_identity, stage.fused = aggregate, keep_identity, False
+        for row, shortcut in shortcuts.items():
+            stage.add_module(row.shortcut, shortcut)
 
     def release(self) -> None:
         """Undo `adopt` in place."""
-        del self.shortcut, self.aggregate, self.keep_identity, self.fused
-        self.__class__ = nn.Sequential  # type: ignore[assignment]
+        for row in self.rows:
+            delattr(self, row.shortcut)
+        host_class = self.host_class
+        del self.rows, self.aggregate, self.keep_identity, self.fused, self.host_class
+        self.__class__ = host_class  # type: ignore[assignment]
+
+    @property
+    def shortcuts(self) -> dict[Row, DenseShortcut]:
+        """The dense shortcut of each row of blocks."""
+        return {row: self._modules[row.shortcut] for row in self.rows}  # type: ignore[misc]
 
     @property
     def blocks(self) -> list[nn.Module]:
         """The host's blocks in order."""
-        return [module for name, module in self._modules.items() if name != "shortcut" and module is not None]
+        added = {row.shortcut for row in self.rows}
+        return [module for name, module in self._modules.items() if name not in added and module is not None]
 
     def __len__(self) -> int:
-        return len(self._modules) - 1
+        return len(self._modules) - len(self.rows)
 
-    def __getitem__(self, index: int) -> nn.Module:
-        return self.blocks[index]
+    @overload
+    def __getitem__(self, index: int) -> nn.Module: ...
+    @overload
+    def __getitem__(self, index: slice) -> "list[Step]": ...
+    def __getitem__(self, index: int | slice) -> "nn.Module | list[Step]":
+        """Block `index`; for a slice the steps of one pass, which host code runs one after the other."""
+        return list(self)[index] if isinstance(index, slice) else self.blocks[index]
 
-    def __iter__(self) -> Iterator[Callable[[Any], Any]]:
-        """The stage as callables to run one after the other, each of which may be checkpointed.
+    def __iter__(self) -> "Iterator[Step]":
+        """One pass over the stage as callables to run one after the other, each of which may be checkpointed.
 
         A block alone cannot stand here, for it needs the earlier maps; timm's checkpoint_seq iterates over stages.
         """
-        return (partial(self.step, k) for k in range(len(self)))
+        memories = [Memory()] * (len(self) + 1)
+        return (Step(self, n, memories) for n in range(len(self)))
 
-    def step(self, k: int, state: Any) -> Any:
-        """Run block l = k + 1.
+    def step(self, n: int, x: Tensor, memory: Memory, *args: Any, **kwargs: Any) -> tuple[Tensor, Memory]:
+        """Run block n.
 
         Args:
-            k: position of the block, from 0.
-            state: the stage's input X_in (N, C_in, H, W) for the first block, else what the step before gave.
+            n: position in the container, from 0.
+            x: the stage's input X_in for the first block, else the output of the one before.
+            memory: what the step before gave; an empty one for the first.
+            args, kwargs: what the host gives its blocks besides.
 
         Returns:
-            (X_l, what the stage keeps for the blocks to come), or after the last block X_L alone, (N, C, H, W).
+            the block's output, and what the stage keeps for the blocks to come.
         """
-        x, memory = (state, Memory()) if k == 0 else state
-        block, last = self[k], k == len(self) - 1
-        shortcut, entered = self.shortcut, False  # whether the memory has X_l already, from the pass that made it
+        block = self[n]
+        row = next((row for row in self.rows if row.first <= n < row.stop), None)
+        if row is None:
+            return block(x, *args, **kwargs), Memory()
+        k, shortcut = n - row.first, self._modules[row.shortcut]
+        assert isinstance(shortcut, DenseShortcut)
+        join = _Join(self, block, shortcut, k, memory if k else Memory())
+        with frozen_statistics(block, shortcut) if _is_recomputing() else contextlib.nullcontext():
+            x = block(x, join, *args, **kwargs)
+            return x, join.remember(x)
 
-        def join(branch: Tensor, norm: nn.Module | None, identity: Tensor, activation: nn.Module) -> Tensor:
-            nonlocal memory, entered
-            backend = ops.choose(branch, shortcut.backend)
-            fused = backend != "plain"
-            if k == 0:
-                memory = memory.add(shortcut.enter(0, identity, backend))
-            memory = shortcut.sum_ahead(k, memory, backend)
-            later = memory
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """X_L, (N, C, H', W'), from the stage's input (N, C_in, H, W)."""
+        memory = Memory()
+        for n in range(len(self)):
+            x, memory = self.step(n, x, memory, *args, **kwargs)
+        return x
 
-            before_norm, addends = None, [identity] if self.keep_identity else []
-            if norm is not None and fused and self._joins_norm(norm, last):
-                before_norm = as_branch(norm, branch, backend)
-            else:
-                branch = branch if norm is None else norm(branch)
-                addends = [branch, *addends]
-            if self.aggregate == "block" and not last:
-                later, entered = memory.add(shortcut.enter(k + 1, branch, backend)), True
+    def extra_repr(self) -> str:
+        return f"aggregate={self.aggregate!r}, keep_identity={self.keep_identity}"
 
-            relu = fused and type(activation) is nn.ReLU and not _observed(activation)
-            finish = relu and not entered and not last and not self._map_is_observed(k)
-            records = torch.is_grad_enabled() or torch.compiler.is_compiling()
-            overwrite = fused and not records and not entered and self._is_own(branch, block, identity, memory)
-            x, ahead = shortcut(
-                k,
-                addends,
-                memory,
-                branch=before_norm,
-                norm=norm,
-                relu=relu,
-                finish=finish,
-                overwrite=overwrite,
-                backend=backend,
-            )
-            memory = later
-            if ahead is not None:
-                memory, entered = memory.add(ahead), True
-            return x if relu else activation(x)
 
-        with frozen_statistics(block, self.shortcut) if _is_recomputing() else contextlib.nullcontext():
-            x = block(x, join)
-            if last:
-                return x
-            if not entered:
-                memory = memory.add(shortcut.enter(k + 1, x, ops.choose(x, shortcut.backend)))
-        return x, memory
+class Step:
+    """Block n in one pass over a stage: x -> its output, where `memories[n]` is what the stage keeps before it.
 
-    def _joins_norm(self, norm: nn.Module, last: bool) -> bool:
+    Run again, as a checkpoint does, it starts from the same memory.
+    """
+
+    def __init__(self, stage: DenseStage, n: int, memories: list[Memory]) -> None:
+        self.stage, self.n, self.memories = stage, n, memories
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        x, self.memories[self.n + 1] = self.stage.step(self.n, x, self.memories[self.n], *args, **kwargs)
+        return x
+
+
+class _Join:
+    """What a stage does at the end of block l = k + 1: makes X_l from the block's parts and the earlier maps."""
+
+    def __init__(self, stage: DenseStage, block: nn.Module, shortcut: DenseShortcut, k: int, memory: Memory) -> None:
+        self.stage, self.block, self.shortcut, self.k, self.memory = stage, block, shortcut, k, memory
+        self.last = k == shortcut.depth - 1
+        # a block that is not chosen keeps what its host does
+        self.keep_identity = stage.keep_identity or not shortcut.sources[k]
+        self.entered = False  # whether the memory has X_l already, from the pass that made it
+
+    def __call__(
+        self,
+        branch: Tensor,
+        norm: nn.Module | None,
+        identity: Tensor,
+        activation: Callable[[Tensor], Tensor] | None,
+        *,
+        whole: bool = False,
+    ) -> Tensor:
+        tokens, flat = getattr(self.block, "tokens", False), is_flat(branch)
+        if tokens or flat:
+            branch, identity = as_map(branch, tokens), as_map(identity, tokens)
+        shortcut, k, memory = self.shortcut, self.k, self.memory
+        backend = ops.choose(branch, shortcut.backend)
+        fused = backend != "plain"
+        if k == 0:
+            memory = memory.add(shortcut.enter(0, identity, backend))
+        memory = later = shortcut.sum_ahead(k, memory, backend)
+
+        before_norm, addends = None, [identity] if self.keep_identity and not whole else []
+        if norm is not None and fused and self._joins_norm(norm):
+            before_norm = as_branch(norm, branch, backend)
+        else:
+            branch = branch if norm is None else norm(branch)
+            addends = [branch, *addends]
+        if self.stage.aggregate == "block" and not self.last:
+            later, self.entered = memory.add(shortcut.enter(k + 1, branch, backend)), True
+
+        relu = fused and type(activation) is nn.ReLU and not _observed(activation)
+        finish = (
+            fused and (relu or activation is None) and not self.entered and not self.last and not self._is_observed()
+        )
+        records = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        overwrite = fused and not records and not self.entered and self._is_own(branch, identity)
+        x, ahead = shortcut(
+            k,
+            addends,
+            memory,
+            branch=before_norm,
+            norm=norm,
+            relu=relu,
+            finish=finish,
+            overwrite=overwrite,
+            backend=backend,
+        )
+        if ahead is not None:
+            later, self.entered = later.add(ahead), True
+        self.memory = later
+        if tokens or flat:
+            x = from_map(x, tokens, flat)
+        return x if relu or activation is None else activation(x)
+
+    def remember(self, x: Tensor) -> Memory:
+        """What the stage keeps after the block, whose output is x."""
+        if self.last:
+            return Memory()
+        if self.entered:
+            return self.memory
+        x = as_map(x, getattr(self.block, "tokens", False))
+        backend = ops.choose(x, self.shortcut.backend)
+        return self.memory.add(self.shortcut.enter(self.k + 1, x, backend))
+
+    def _joins_norm(self, norm: nn.Module) -> bool:
         """Whether the last norm of the branch may be computed in the pass that adds the shortcuts.
 
         Not where the branch's output is itself a map to remember, nor where the host's own numbers are promised bit
         for bit, which the other order of additions would break.
         """
         exact = self.keep_identity or not self.shortcut.normalised
-        return not exact and (self.aggregate != "block" or last) and joins(norm) and not _observed(norm)
+        return not exact and (self.stage.aggregate != "block" or self.last) and joins(norm) and not _observed(norm)
 
-    @staticmethod
-    def _is_own(branch: Tensor, block: nn.Module, identity: Tensor, memory: Memory) -> bool:
+    def _is_own(self, branch: Tensor, identity: Tensor) -> bool:
         """Whether nobody but this block has the branch's memory: no hook may have seen it, and it is no other map's."""
-        if _has_hooks(block):
+        if _has_hooks(self.block):
             return False
-        others = {term.map.untyped_storage().data_ptr() for term in memory.terms}
+        others = {term.map.untyped_storage().data_ptr() for term in self.memory.terms}
         return branch.untyped_storage().data_ptr() not in {*others, identity.untyped_storage().data_ptr()}
 
-    def _map_is_observed(self, k: int) -> bool:
-        """Whether a hook may take X_l, l = k + 1: on its block, or on the next one or a layer in it, as their input."""
-        return torch.is_grad_enabled() and (_observed(self[k]) or _has_hooks(self[k + 1]))
+    def _is_observed(self) -> bool:
+        """Whether a hook may take X_l: on its block, or on the next one or a layer in it, as their input."""
+        if not torch.is_grad_enabled():
+            return False
+        row = next(row for row, shortcut in self.stage.shortcuts.items() if shortcut is self.shortcut)
+        return _observed(self.block) or _has_hooks(self.stage[row.first + self.k + 1])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """X_L, (N, C, H', W'), from the stage's input (N, C_in, H, W)."""
-        for step in self:
-            x = step(x)
-        return x
 
-    def extra_repr(self) -> str:
-        return f"aggregate={self.aggregate!r}, keep_identity={self.keep_identity}"
+def as_map(x: Tensor, tokens: bool) -> Tensor:
+    """A view as a map (N, C, H, W): tokens have their channels last, (N, L, C) or (N, H, W, C), sequences (N, C, L)."""
+    x = x.movedim(-1, 1) if tokens else x
+    return x.unsqueeze(2) if is_flat(x) else x
+
+
+def is_flat(x: Tensor) -> bool:
+    """Whether x is (N, L, C) or (N, C, L); what torch.fx records is taken for maps, whose shape it does not know."""
+    return not isinstance(x, torch.fx.Proxy) and x.ndim == 3
+
+
+def from_map(x: Tensor, tokens: bool, flat: bool) -> Tensor:
+    """The view of a map that `as_map` was given."""
+    x = x.squeeze(2) if flat else x
+    return x.movedim(1, -1) if tokens else x
 
 
 def _observed(module: nn.Module) -> bool:
@@ -162,13 +266,26 @@ def _observed(module: nn.Module) -> bool:
     Such an output must be a tensor to which all later gradients come; where X_l and its statistics are made in one pass
     they do not all come to X_l (`ops/fused.py`).
     """
+    return any(_GLOBAL_HOOKS) or _has_own_hooks(module)
+
+
+def _has_own_hooks(module: nn.Module) -> bool:
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own) or any(_GLOBAL_HOOKS)
+    return bool(own)
 
 
 def _has_hooks(module: nn.Module) -> bool:
     """Whether a hook may look at the output of the module or of one in it."""
-    return _observed(module) or any(_has_hooks(child) for child in module._modules.values() if child is not None)
+    return any(_GLOBAL_HOOKS) or _any_has_own_hooks(module)
+
+
+def _any_has_own_hooks(module: nn.Module) -> bool:
+    if _has_own_hooks(module):
+        return True
+    for child in module._modules.values():  # a loop, for a generator costs more than what it looks at
+        if child is not None and _any_has_own_hooks(child):
+            return True
+    return False
 
 
 def _is_recomputing() -> bool:

@@ -1,20 +1,45 @@
 """What every adapter is made of."""
 
 from collections.abc import Callable
+from typing import Protocol
 
 from torch import Tensor, nn
 
-Join = Callable[[Tensor, nn.Module | None, Tensor, nn.Module], Tensor]
+from ..errors import DenseShortcutError
+
 Branch = tuple[Tensor, nn.Module | None]
+Activation = Callable[[Tensor], Tensor] | None
+
+
+class Join(Protocol):
+    """What a stage makes of a block's parts (`stage.py`)."""
+
+    keep_identity: bool
+
+    def __call__(
+        self, branch: Tensor, norm: nn.Module | None, identity: Tensor, activation: Activation, *, whole: bool = False
+    ) -> Tensor:
+        """X_l from the branch, the norm still to be applied to it, the host's shortcut and what follows the add.
+
+        With `whole` the branch is the host's own sum, branch and shortcut together.
+        """
+        ...
 
 
 class DenseBlock:
     """Mixin for a host's block that leaves its add to the stage. An adapter is the host's class with these methods.
 
     The block stays a module that is called, so that hooks on it fire and see the stage's feature maps X_l.
+
+    Attributes:
+        tokens: whether the channels are the last axis, as in (N, L, C) and (N, H, W, C); else they are the second.
+        inner: the DS2 shortcut, or None.
+        added: names of what a plugged block has in its __dict__ besides what its host has.
     """
 
-    downsample: nn.Module | None
+    tokens: bool = False
+    inner: nn.Module | None
+    added: tuple[str, ...] = ()
 
     def branch(self, x: Tensor) -> Branch:
         """F_l(x), everything before the add: a tensor and the norm still to be applied to it, if that comes last.
@@ -23,13 +48,22 @@ class DenseBlock:
         """
         raise NotImplementedError
 
+    def projects(self) -> bool:
+        """Whether the host adds a projection of the block's input, so that a row of maps of one shape begins here."""
+        return getattr(self, "downsample", None) is not None
+
+    def is_certain(self) -> bool:
+        """Whether the block is residual beyond doubt; an add of two branches is not so by that alone."""
+        return True
+
     def project(self, x: Tensor) -> Tensor:
         """What the host would add: the projection shortcut where there is one, else x."""
-        return x if self.downsample is None else self.downsample(x)
+        downsample = getattr(self, "downsample", None)
+        return x if downsample is None else downsample(x)
 
-    def activation(self) -> nn.Module:
-        """What follows the add: s."""
-        raise NotImplementedError
+    def activation(self) -> nn.Module | None:
+        """What follows the add: s; None for nothing."""
+        return None
 
     def out_channels(self) -> int:
         """Channels C of F_l and X_l."""
@@ -41,16 +75,30 @@ class DenseBlock:
 
     def conv_norms(self) -> list[tuple[str, str]]:
         """Names in the block of each convolution in the branch and of the norm that follows it directly."""
-        raise NotImplementedError
+        return []
 
     def last_conv(self) -> nn.Conv2d | None:
         """The convolution whose output, but for its norm, is the branch's in evaluation mode; None if there is more."""
-        raise NotImplementedError
+        return None
 
-    def forward(self, x: Tensor, join: Join) -> Tensor:
+    def forward(self, x: Tensor, join: Join | None = None) -> Tensor:
         """X_l from X_{l-1}, where join(branch, norm, identity, activation) is what the stage makes of them."""
         branch, norm = self.branch(x)
-        return join(branch, norm, self.project(x), self.activation())
+        return joined(join)(branch, norm, self.project(x), self.activation())
+
+
+def joined(join: Join | None) -> Join:
+    """The stage's part in a block's forward pass.
+
+    Raises:
+        DenseShortcutError: there is none, for the block was called by itself.
+    """
+    if join is None:
+        raise DenseShortcutError(
+            "a block of a dense stage was called by itself, without the stage's earlier maps: call the stage, or the "
+            "callables that iterating over it gives."
+        )
+    return join
 
 
 def widths_of_3x3(conv: nn.Conv2d) -> tuple[int, int] | None:

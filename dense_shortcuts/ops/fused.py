@@ -600,8 +600,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, operator: "_Operator", lengths: list[int | None], *flat: Any) -> Any:
         inputs = _unflatten(flat, lengths)
-        like = next(x for x in flat if isinstance(x, Tensor))
-        output = (operator.run if is_eager(like) else operator.registered)(*inputs)
+        output = operator.runner(flat)(*inputs)
         ctx.operator, ctx.input_lengths = operator, lengths
         operator.setup(ctx, inputs, output)
         flat_output, ctx.lengths = _flatten([output] if isinstance(output, list) else output)
@@ -637,10 +636,17 @@ class _Operator:
         self.registered.register_fake(shapes)
         self.registered.register_autograd(backward, setup_context=setup)
 
+    def runner(self, flat: Sequence[Any]) -> Callable[..., Any]:
+        """Who computes without a gradient: the kernel as it stands, where nothing watches operators."""
+        like = next(x for x in flat if isinstance(x, Tensor))
+        return self.run if is_eager(like) else self.registered
+
     def __call__(self, *inputs: Any) -> Any:
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return self.registered(*inputs)
         flat, lengths = _flatten(inputs)
+        if not torch.is_grad_enabled():
+            return self.runner(flat)(*inputs)
         *outputs, output_lengths, single = _Eager.apply(self, lengths, *flat)
         grouped = _unflatten(outputs, output_lengths)
         return grouped[0] if single else grouped

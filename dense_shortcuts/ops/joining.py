@@ -90,6 +90,9 @@ def join(
             "(for activation checkpointing, with use_reentrant=False)."
         )
     branch = branch or Branch(None, (), (), 0.0)
+    if branch.map is not None and weight is not None and not rates:  # maps as they are, beside a branch with a form
+        one = branch.map.new_ones((1, branch.map.shape[1]), dtype=accumulation_dtype(branch.map.dtype))
+        rates, shifts = [one] * weight.shape[0], [torch.zeros_like(one)] * weight.shape[0]
     if overwrite and not torch.is_grad_enabled() and fused.is_eager((*addends, *maps)[0]):
         out = addends[0] if branch.map is None else branch.map
         y, own, theirs, new = fused.run_block(

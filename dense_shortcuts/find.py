@@ -1,0 +1,247 @@
+"""Where a network has rows of residual blocks: its containers, what feeds what in them, and which are residual."""
+
+import ast
+import inspect
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from .adapters import NoResidual, has_adapter, understand
+from .errors import DenseShortcutError
+from .stage import Row
+
+
+@dataclass(frozen=True)
+class Found:
+    """A container whose blocks feed one another.
+
+    Attributes:
+        name: its module name in the network.
+        rows: rows of residual blocks.
+        blocks: by position, a view of each block of the rows through its adapter.
+        names: the blocks' names in the container, all of them in order.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    blocks: dict[int, Any]
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A block that was not understood: its class, its container and name there, and why."""
+
+    cls: type[nn.Module]
+    container: str
+    name: str
+    reason: str
+
+    @property
+    def where(self) -> str:
+        return f"{self.container}.{self.name}".strip(".")
+
+
+def find_stages(model: nn.Module) -> tuple[list[Found], list[Refused]]:
+    """Every container with rows of residual blocks, in the network's order, and the blocks that stay as they are.
+
+    Raises:
+        DenseShortcutError: there is none, or one with a written adapter stands where it cannot be plugged into.
+    """
+    found: list[Found] = []
+    refused: list[Refused] = []
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(prefix) for prefix in inside):
+            continue
+        stage = _stage(model, name, module, refused)
+        if stage is not None:
+            found.append(stage)
+            # a residual block of a row is one block, whatever it has inside
+            inside += [f"{name}.{stage.names[n]}." if name else f"{stage.names[n]}." for n in stage.blocks]
+    if not found:
+        raise DenseShortcutError(_nothing_found(model, refused))
+    _check_unshared(model, found)
+    return found, [refusal for refusal in refused if refusal.container in {stage.name for stage in found}]
+
+
+def _stage(model: nn.Module, name: str, module: nn.Module, refused: list[Refused]) -> Found | None:
+    children = list(module.named_children())
+    written = [child for _, child in children if has_adapter(type(child))]
+    if not written and not isinstance(module, nn.Sequential | nn.ModuleList) and not _runs_children(module):
+        return None
+    views: dict[int, Any] = {}
+    for n, (child_name, child) in enumerate(children):
+        try:
+            if _may_be_block(child):
+                views[n] = understand(child)
+        except NoResidual as reason:
+            refused.append(Refused(type(child), name, child_name, str(reason)))
+    rows = tuple(_rows(views))
+    if not rows:
+        return None
+    if not _is_sequence(model, name, module):
+        if written:
+            raise DenseShortcutError(
+                f"{name or 'the network'} is a {type(module).__name__} that holds {type(written[0]).__name__} blocks: "
+                "only blocks in an nn.Sequential, where each feeds the next, can be plugged into."
+            )
+        block_name, block = children[next(iter(views))]
+        refused.append(Refused(type(block), name, block_name, "its container does not feed each block to the next"))
+        return None
+    kept = {n: view for n, view in views.items() if any(row.first <= n < row.stop for row in rows)}
+    return Found(name, rows, kept, tuple(child_name for child_name, _ in children))
+
+
+def _may_be_block(module: nn.Module) -> bool:
+    """Whether a child may be a residual block: PyTorch's own layers and containers are none."""
+    own = type(module).__module__.startswith(("torch.nn.", "torch.ao."))
+    return not own and next(module.children(), None) is not None
+
+
+def _rows(views: dict[int, Any]) -> Iterator[Row]:
+    """Cut the residual blocks of a container into rows that share a shape.
+
+    A row begins with a block that projects its input, or with the first block behind any other layer.
+    """
+    first: int | None = None
+    count = 0
+
+    def row(stop: int) -> Iterator[Row]:
+        nonlocal count
+        assert first is not None
+        if any(views[n].is_certain() for n in range(first, stop)):
+            count += 1
+            yield Row(first, stop, "shortcut" if count == 1 else f"shortcut{count}")
+
+    last = max(views, default=-1)
+    for n in range(last + 2):
+        ends = n not in views or views[n].projects() or (first is not None and _changes_width(views, n))
+        if first is not None and ends:
+            yield from row(n)
+            first = None
+        if n in views and first is None:
+            first = n
+
+
+def _changes_width(views: dict[int, Any], n: int) -> bool:
+    return views[n].out_channels() != views[n - 1].out_channels() or views[n].tokens != views[n - 1].tokens
+
+
+def _is_sequence(model: nn.Module, name: str, module: nn.Module) -> bool:
+    """Whether a container runs its children one after the other."""
+    if isinstance(module, nn.Sequential):
+        return type(module).forward is nn.Sequential.forward
+    if isinstance(module, nn.ModuleList):
+        parent, _, attribute = name.rpartition(".")
+        return _loops_over(type(model.get_submodule(parent)), attribute)
+    return _runs_children(module)
+
+
+def _runs_children(module: nn.Module) -> bool:
+    """Whether a module's own forward pass is a loop over its children."""
+    cls: Any = type(module)
+    return _own_code(cls) and _feeds(cls, r"self\.children\(\)")
+
+
+def _loops_over(parent: Any, attribute: str) -> bool:
+    """Whether a class runs the modules of its list `attribute` one after the other, as far as its source shows."""
+    return _own_code(parent) and _feeds(parent, rf"self\.{re.escape(attribute)}\b")
+
+
+def _own_code(cls: type[nn.Module]) -> bool:
+    return not cls.__module__.startswith("torch.nn.")
+
+
+@cache
+def _feeds(cls: Any, iterated: str) -> bool:
+    """Whether each loop over what `iterated` matches gives a variable to the block and takes its result into it."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    functions = [f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) and f.name.startswith("forward")]
+    loops = [
+        loop
+        for function in functions
+        for loop in ast.walk(function)
+        if isinstance(loop, ast.For) and re.search(iterated, ast.unparse(loop.iter))
+    ]
+    return bool(loops) and all(_chains(loop) for loop in loops)
+
+
+def _chains(loop: ast.For) -> bool:
+    """Whether a loop's body has `x = block(x, ..)`, or the same through a checkpoint function."""
+    names = {node.id for node in ast.walk(loop.target) if isinstance(node, ast.Name)}
+    for node in ast.walk(loop):
+        if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Call):
+            continue
+        call = node.value
+        if isinstance(call.func, ast.Name) and call.func.id in names and call.args:
+            return ast.unparse(node.targets[0]) == ast.unparse(call.args[0])
+    return False
+
+
+def _check_unshared(model: nn.Module, found: list[Found]) -> None:
+    """A block that stands in two places has no single row of earlier maps."""
+    places = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    for stage in found:
+        container = model.get_submodule(stage.name)
+        if any(places[id(container.get_submodule(stage.names[n]))] > 1 for n in stage.blocks):
+            raise DenseShortcutError(
+                "a block stands in more than one place of the network: share no block between places."
+            )
+
+
+def _nothing_found(model: nn.Module, refused: list[Refused]) -> str:
+    """Names the block class that came nearest to one, what was looked for, and the adapter that would teach it."""
+    name = type(model).__name__
+    often = Counter(refusal.cls for refusal in refused or _scattered(model)).most_common(1)
+    if not often:
+        return f"{name} holds no residual blocks: there is nothing to plug into."
+    cls = often[0][0]
+    one = next(refusal for refusal in refused or _scattered(model) if refusal.cls is cls)
+    return (
+        f"{name} holds no sequence of residual blocks that is understood, so there is nothing to plug into. "
+        f"{cls.__module__}.{cls.__qualname__} at {one.where} has no adapter; a trace of its forward pass was searched "
+        f"for the add that joins a branch and its input: {one.reason}. If it is a residual block, teach it:"
+        f"\n\n{_example(cls)}"
+    )
+
+
+def _scattered(model: nn.Module) -> Iterator[Refused]:
+    """Modules outside any sequence that are residual blocks by their name or by a trace."""
+    for name, module in model.named_modules():
+        if module is model or next(module.children(), None) is None:
+            continue
+        parent, _, own = name.rpartition(".")
+        try:
+            understand(module)
+            yield Refused(type(module), parent, own, "it has one, but stands in no sequence where each feeds the next")
+        except NoResidual as reason:
+            if re.search("block|bottle|basic|residual|layer", type(module).__name__, re.IGNORECASE):
+                yield Refused(type(module), parent, own, str(reason))
+
+
+def _example(cls: type[nn.Module]) -> str:
+    return f"""    import dense_shortcuts as ds
+    from {cls.__module__} import {cls.__name__}
+
+    @ds.register_adapter
+    class Dense{cls.__name__}(ds.DenseBlock, {cls.__name__}):
+        def branch(self, x):  # all before the add; and the norm still to be applied to it, or None
+            return ..., None
+        def project(self, x):  # what the block adds to its branch: x, or its projection of x
+            return x
+        def projects(self):  # whether it adds a projection
+            return False
+        def activation(self):  # what follows the add, or None
+            return None
+        def out_channels(self):  # channels of its output; `tokens = True` on the class if they are the last axis
+            return ..."""
