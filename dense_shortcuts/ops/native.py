@@ -218,7 +218,8 @@ class _Given:
     def numbers(self, x: Tensor | None) -> int | None:
         if x is None:
             return None
-        x = x.to(self.dtype).contiguous()
+        if x.dtype != self.dtype or not x.is_contiguous():
+            x = x.to(self.dtype).contiguous()
         self.kept.append(x)
         return x.data_ptr()
 
