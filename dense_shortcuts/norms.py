@@ -14,8 +14,8 @@ import torch.distributed as dist
 import torch.fx
 from torch import Tensor, nn
 
-from .errors import DenseShortcutError
 from . import ops
+from .errors import DenseShortcutError
 from .ops import BATCH, NONE, RAW, form, pool
 
 NormFactory = Callable[[int], nn.Module]

@@ -280,12 +280,8 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _any_has_own_hooks(module: nn.Module) -> bool:
-    if _has_own_hooks(module):
-        return True
-    for child in module._modules.values():  # a loop, for a generator costs more than what it looks at
-        if child is not None and _any_has_own_hooks(child):
-            return True
-    return False
+    children = [child for child in module._modules.values() if child is not None]
+    return _has_own_hooks(module) or any(map(_any_has_own_hooks, children))
 
 
 def _is_recomputing() -> bool:
