@@ -200,7 +200,7 @@ def _processor() -> str:
 
 
 class _Given:
-    """What a compiled function is given, in the layout and accumulation type of one map; kept until the call is over."""
+    """What a compiled function is given, in the layout and accumulation type of one map; kept until it returns."""
 
     def __init__(self, first: Tensor) -> None:
         self.layout = torch.channels_last if _is_last(first) else torch.contiguous_format
