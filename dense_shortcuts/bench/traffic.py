@@ -100,7 +100,9 @@ def shortcut_bytes(network: nn.Module, host: nn.Module, step: Callable[[nn.Modul
         depth, size = len(stage), sizes[place]
         untiled += size * sum(least_traffic(depth)[1:])
         least += size * sum(least_traffic(depth, best_tile(depth))[1:])
-        moved += size * host_traffic(depth, stage.blocks[0].projects())
+        first = stage.blocks[0]  # a plugged block, or a public form's own host block
+        projects = first.projects() if isinstance(stage, DenseStage) else first.downsample is not None
+        moved += size * host_traffic(depth, projects)
     return ShortcutBytes(moved, least, untiled)
 
 

@@ -187,7 +187,8 @@ def _block_by_parts(
     """`run_block` without links, from the kernels that every back end has."""
     branch_norm: tuple[Tensor, ...] = ()
     if branch is not None and not fixed:
-        branch_norm = _statistics(*k.moments(branch), BATCH, branch_eps, affine)
+        mean, var = k.moments(branch)
+        branch_norm = _statistics(mean, var, BATCH, branch_eps, affine)
     form = (fixed or branch_norm[:2]) if branch is not None else ()
     scales, bias = _scales(weight, rates, shifts, maps, form, (*addends, *maps)[0])
     summed = maps if branch is None else [branch, *maps]
@@ -211,7 +212,8 @@ def _scales(
     if not rates:
         return unnormalised_scales(weight, maps, like), None
     assert weight is not None
-    return forms.coefficients(weight, rates, shifts, weight.shape[0] - len(maps), tuple(branch) or None)
+    form = (branch[0], branch[1]) if branch else None
+    return forms.coefficients(weight, rates, shifts, weight.shape[0] - len(maps), form)
 
 
 def _block_like(
