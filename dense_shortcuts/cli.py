@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         parse(arguments).run(shlex.join(["dsnet", *arguments]))
+        leave_processes()
     except DenseShortcutError as error:
         print(f"dsnet: error: {error}", file=sys.stderr)
         return 2
@@ -43,6 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     return 0
+
+
+def leave_processes() -> None:
+    """Take leave of the other processes of a run, where `torchrun` or the like started several."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def advice(interruption: KeyboardInterrupt, arguments: list[str]) -> str:

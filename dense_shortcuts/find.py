@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from .adapters import NoResidual, has_adapter, understand
+from .adapters import NoResidual, has_adapter, read
 from .errors import DenseShortcutError
 from .stage import Row
 
@@ -24,7 +24,7 @@ class Found:
     Attributes:
         name: its module name in the network.
         rows: rows of residual blocks.
-        blocks: by position, a view of each block of the rows through its adapter.
+        blocks: by position, a reading of each block of the rows (`adapters.read`).
         names: the blocks' names in the container, all of them in order.
     """
 
@@ -80,7 +80,7 @@ def _stage(model: nn.Module, name: str, module: nn.Module, refused: list[Refused
     for n, (child_name, child) in enumerate(children):
         try:
             if _may_be_block(child):
-                views[n] = understand(child)
+                views[n] = read(child)
         except NoResidual as reason:
             refused.append(Refused(type(child), name, child_name, str(reason)))
     rows = tuple(_rows(views))
@@ -222,7 +222,7 @@ def _scattered(model: nn.Module) -> Iterator[Refused]:
             continue
         parent, _, own = name.rpartition(".")
         try:
-            understand(module)
+            read(module)
             yield Refused(type(module), parent, own, "it has one, but stands in no sequence where each feeds the next")
         except NoResidual as reason:
             if re.search("block|bottle|basic|residual|layer", type(module).__name__, re.IGNORECASE):

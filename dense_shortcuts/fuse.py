@@ -2,12 +2,12 @@
 
 import copy
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from .adapters import read
 from .errors import DenseShortcutError
 from .norms import is_batch_norm, running_form
 from .plug import dense_stages
@@ -39,9 +39,8 @@ def fuse(model: nn.Module) -> nn.Module:
     stages = dense_stages(fused).values()
     for stage in stages:
         for row in stage.rows:
-            blocks: list[Any] = stage.blocks[row.first : row.stop]
-            for block in blocks:
-                for conv, norm in block.conv_norms():
+            for block in stage.blocks[row.first : row.stop]:
+                for conv, norm in read(block).conv_norms():
                     _fold(block, conv, norm)
             _fold_shortcut(stage, row)
         stage.fused = True
@@ -88,7 +87,7 @@ def _fold_shortcut(stage: DenseStage, row: Row) -> None:
         return
     if shortcut.weighting == "attention":  # its weights are no constants
         return
-    blocks: list[Any] = stage.blocks[row.first : row.stop]
+    blocks = [read(block) for block in stage.blocks[row.first : row.stop]]
     summing = [k for k, maps in enumerate(shortcut.sources) if maps]
     ends = [blocks[k].last_conv() for k in summing]
     if any(end is None or end.bias is None for end in ends):

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapters import host_class
+from . import adapters
+from .adapters import DenseBlock
 from .errors import DenseShortcutError
 from .find import Found, Refused, find_stages
 from .norms import Norm
@@ -180,13 +181,9 @@ def _plan_row(model: nn.Module, stage: Found, row: Row, options: Options) -> Sta
     if hasattr(container, row.shortcut):
         raise DenseShortcutError(f"{stage.name} already has a child named {row.shortcut}: rename it.")
     inner = _inner_shortcuts(blocks, options) if options.inner else {}
-    if any(hasattr(block, "inner") for block in blocks.values()):
+    if any(isinstance(block, DenseBlock) and hasattr(block, "inner") for block in blocks.values()):
         raise DenseShortcutError(f"a block of {stage.name} already has an attribute named inner: rename it.")
-    return StagePlan(stage.name, row, _host(first), shortcut, inner)
-
-
-def _host(block: Any) -> type[nn.Module]:
-    return host_class(type(block))
+    return StagePlan(stage.name, row, adapters.host_of(first), shortcut, inner)
 
 
 def _inner_shortcuts(blocks: dict[str, Any], options: Options) -> dict[str, InnerShortcut]:
@@ -336,13 +333,10 @@ def _plug_stage(container: nn.Module, stage: Found, planned: Plan) -> None:
     for row, row_plan in rows.items():
         _match(row_plan.shortcut, container)
         for n in range(row.first, row.stop):
-            block, view = container.get_submodule(stage.names[n]), stage.blocks[n]
-            block.__dict__.update({name: vars(view)[name] for name in view.added})
-            block.__class__ = type(view)
-            inner = row_plan.inner.get(stage.names[n])
+            block, inner = container.get_submodule(stage.names[n]), row_plan.inner.get(stage.names[n])
             if inner is not None:
                 _match(inner, block)
-            block.register_module("inner", inner)
+            adapters.plug(block, stage.blocks[n], inner)
     shortcuts = {row: row_plan.shortcut for row, row_plan in rows.items()}
     aggregate, keep_identity = planned.options.aggregate, planned.options.keep_identity
     DenseStage.adopt(container, shortcuts, aggregate=aggregate, keep_identity=keep_identity)
@@ -363,18 +357,11 @@ def unplug(model: nn.Module) -> nn.Module:
         blocks = stage.blocks
         for row in stage.rows:
             for block in blocks[row.first : row.stop]:
-                _unplug_block(block)
+                adapters.unplug(block)
         stage.release()
     if isinstance(vars(model).get("group_matcher"), GroupMatcher):
         del model.group_matcher
     return model
-
-
-def _unplug_block(block: Any) -> None:
-    del block.inner
-    for name in block.added:
-        del block.__dict__[name]
-    block.__class__ = host_class(type(block))
 
 
 @dataclass(frozen=True)

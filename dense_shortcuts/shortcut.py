@@ -200,7 +200,7 @@ class DenseShortcut(nn.Module):
         weight = self.weight(k, summed) if self.weighted and summed else None
         rates = [t.scale for t in summed if t.scale is not None]
         shifts = [t.shift for t in summed if t.shift is not None]
-        if weight is None or weight.ndim == 2:
+        if weight is None or self.weighting != "attention":
             return weight, rates, shifts
         # a weight for each image goes into the affine form of N, which may have one too
         one = weight.new_ones((len(summed), self.channels))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from . import ops
+from .adapters import has_tokens
 from .norms import frozen_statistics, joins
 from .shortcut import DenseShortcut, Memory, as_branch
 
@@ -166,7 +167,7 @@ class _Join:
         *,
         whole: bool = False,
     ) -> Tensor:
-        tokens, flat = getattr(self.block, "tokens", False), is_flat(branch)
+        tokens, flat = has_tokens(self.block), is_flat(branch)
         if tokens or flat:
             branch, identity = as_map(branch, tokens), as_map(identity, tokens)
         shortcut, k, memory = self.shortcut, self.k, self.memory
@@ -215,7 +216,7 @@ class _Join:
             return Memory()
         if self.entered:
             return self.memory
-        x = as_map(x, getattr(self.block, "tokens", False))
+        x = as_map(x, has_tokens(self.block))
         backend = ops.choose(x, self.shortcut.backend)
         return self.memory.add(self.shortcut.enter(self.k + 1, x, backend))
 

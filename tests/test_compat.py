@@ -276,7 +276,9 @@ def test_two_processes_take_the_step_of_one_process_on_the_joined_batch(tmp_path
         ranks = [torch.load(tmp_path / f"{norm}{rank}.pt", weights_only=True) for rank in range(2)]
         assert list(ranks[0]) == list(expected)
         for name, value in expected.items():
-            assert not torch.equal(value, start[name]), f"{name} did not move"
+            # X_0 is seen through N alone, and batch norm takes what its own norm adds to a channel out again
+            still = norm == "batch" and name.endswith("downsample.1.bias")
+            assert still or not torch.equal(value, start[name]), f"{name} did not move"
             assert_close(ranks[0][name], value.double(), 1e-8, f"{norm}: {name}")
             assert_close(ranks[1][name], value.double(), 1e-8, f"{norm}: {name} of the second process")
 

@@ -1,14 +1,17 @@
 """One file a block family: where the residual branch ends, what the projection shortcut is, what follows the add.
 
-A block that is plugged takes the class of its adapter, `dense_class`; a class without an adapter is traced. Only the
-exact class counts: a subclass may have another forward pass.
+A block that is plugged takes the class of its adapter; a class without an adapter is traced. Only the exact class
+counts: a subclass may have another forward pass.
 """
+
+from typing import Any
 
 from torch import nn
 
-from . import timm_res2net, timm_resnet, torchvision_resnet, traced
+from . import timm_res2net, timm_resnet, timm_swin, torchvision_resnet
 from .block import DenseBlock
 from .trace import NoResidual
+from .traced import Reading, TracedBlock, understand, view
 
 _WRITTEN: dict[type[nn.Module], type[DenseBlock]] = {}
 
@@ -23,16 +26,11 @@ def register_adapter(dense: type[DenseBlock]) -> type[DenseBlock]:
     Returns:
         `dense`.
     """
-    _WRITTEN[host_class(dense)] = dense
-    return dense
-
-
-def host_class(dense: type[DenseBlock]) -> type[nn.Module]:
-    """The host's block class that an adapter stands for: its last base."""
     host = dense.__bases__[-1]
     if not issubclass(dense, DenseBlock) or not issubclass(host, nn.Module) or issubclass(host, DenseBlock):
         raise TypeError(f"{dense.__name__} is no adapter: write `class {dense.__name__}(DenseBlock, HostBlock)`.")
-    return host
+    _WRITTEN[host] = dense
+    return dense
 
 
 def has_adapter(cls: type[nn.Module]) -> bool:
@@ -40,19 +38,64 @@ def has_adapter(cls: type[nn.Module]) -> bool:
     return cls in _WRITTEN
 
 
-def understand(block: nn.Module) -> DenseBlock:
-    """A view of a block through its adapter, or through a trace of its forward pass; the block stays as it is.
+def read(block: Any) -> Any:
+    """A block to ask for what `DenseBlock` has methods for: a view of it where it is not plugged. It stays as it is.
 
     Raises:
         NoResidual: no adapter is written for its class, and the trace finds no residual block; the text says why.
     """
+    if isinstance(block, TracedBlock):
+        return Reading(block, block._dense_trace)
+    if isinstance(block, DenseBlock):
+        return block
     if has_adapter(type(block)):
-        return traced.view(block, _WRITTEN[type(block)])
-    return traced.understand(block)
+        return view(block, _WRITTEN[type(block)])
+    return understand(block)
 
 
-for family in (timm_resnet, timm_res2net, torchvision_resnet):
+def plug(block: nn.Module, reading: Any, inner: nn.Module | None) -> None:
+    """Turn a block in place into one that leaves its add to the stage."""
+    if isinstance(reading, Reading):
+        block.__dict__.update(reading.added)
+        block.__class__ = reading.dense_class
+    else:
+        block.__class__ = type(reading)
+        block.register_module("inner", inner)
+
+
+def unplug(block: Any) -> None:
+    """Undo `plug`."""
+    if isinstance(block, TracedBlock):
+        host = block._dense_trace.host
+        del block._dense_trace
+        block.__class__ = host
+    else:
+        del block.inner
+        block.__class__ = type(block).__bases__[-1]
+
+
+def host_of(reading: Any) -> type[nn.Module]:
+    """The host's class of a block that was read."""
+    return reading.traced.host if isinstance(reading, Reading) else type(reading).__bases__[-1]
+
+
+def has_tokens(block: Any) -> bool:
+    """Whether the channels of a plugged block's maps are the last axis."""
+    return block._dense_trace.layout.tokens if isinstance(block, TracedBlock) else block.tokens
+
+
+for family in (timm_resnet, timm_res2net, timm_swin, torchvision_resnet):
     for cls in family.BLOCKS:
         register_adapter(cls)
 
-__all__ = ["DenseBlock", "NoResidual", "has_adapter", "host_class", "register_adapter", "understand"]
+__all__ = [
+    "DenseBlock",
+    "NoResidual",
+    "has_adapter",
+    "has_tokens",
+    "host_of",
+    "plug",
+    "read",
+    "register_adapter",
+    "unplug",
+]

@@ -34,12 +34,10 @@ class DenseBlock:
     Attributes:
         tokens: whether the channels are the last axis, as in (N, L, C) and (N, H, W, C); else they are the second.
         inner: the DS2 shortcut, or None.
-        added: names of what a plugged block has in its __dict__ besides what its host has.
     """
 
     tokens: bool = False
     inner: nn.Module | None
-    added: tuple[str, ...] = ()
 
     def branch(self, x: Tensor) -> Branch:
         """F_l(x), everything before the add: a tensor and the norm still to be applied to it, if that comes last.

@@ -1,11 +1,14 @@
 """Which axis of a block's maps holds the channels, and how many: found by running it on tensors without data."""
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .trace import NoResidual
+
+_SIZES = ("size", "feat_size", "H", "W")
 
 
 class Layout(NamedTuple):
@@ -15,25 +18,58 @@ class Layout(NamedTuple):
     tokens: bool
 
 
-def probe(block: nn.Module) -> Layout:
+def probe(block: nn.Module, needed: tuple[str, ...] = ()) -> Layout:
     """The layout of a residual block's output, from a forward pass over shapes alone; the block stays as it is.
+
+    Args:
+        block: the block.
+        needed: names of further arguments that its forward pass needs.
 
     Raises:
         NoResidual: it takes neither maps (N, C, H, W) nor tokens (N, L, C) or (N, H, W, C).
     """
-    shadow = _shadow(block)
-    for channels in _widths(block):
-        for shape, tokens in _shapes(channels):
-            result = _run(shadow, torch.empty(shape, device="meta", dtype=_dtype(block)))
+    shadow, widths = _shadow(block), _widths(block)
+    for channels in widths:
+        for shape, tokens in _shapes(channels, widths):
+            side = shape[2] if not tokens or len(shape) == 4 else math.isqrt(shape[1])
+            result = _run(shadow, torch.empty(shape, device="meta", dtype=_dtype(block)), _guesses(needed, side))
             if result is not None and result.ndim == len(shape):
                 return Layout(result.shape[-1 if tokens else 1], tokens)
+    width = _token_norm(block)
+    if width is not None:
+        return Layout(width, True)
     raise NoResidual("it takes neither maps (N, C, H, W) nor tokens (N, L, C) or (N, H, W, C)")
 
 
-def _run(shadow: nn.Module, x: Tensor) -> Tensor | None:
+def _token_norm(block: nn.Module) -> int | None:
+    """Channels of a transformer's block that takes tokens in a number of its own: it has layer norms and linear layers.
+
+    A layer norm over one axis is over the last one, which a convolution's maps do not have their channels on.
+    """
+    norms = [m for m in block.children() if isinstance(m, nn.LayerNorm) and len(m.normalized_shape) == 1]
+    linear = any(isinstance(m, nn.Linear) for m in block.modules())
+    convolved = any(isinstance(m, nn.Conv2d) for m in block.modules())
+    return norms[0].normalized_shape[0] if norms and linear and not convolved else None
+
+
+def _guesses(needed: tuple[str, ...], side: int) -> list[Any]:
+    """The height and width of the map that tokens stand for, by which some transformers call their blocks.
+
+    Raises:
+        NoResidual: an argument of another name.
+    """
+    guesses = []
+    for name in needed:
+        if name not in _SIZES:
+            raise NoResidual(f"its forward pass needs a second argument, {name}")
+        guesses.append(side if name in ("H", "W") else (side, side))
+    return guesses
+
+
+def _run(shadow: nn.Module, x: Tensor, others: list[Any]) -> Tensor | None:
     try:
         with torch.no_grad():
-            result = shadow(x)
+            result = shadow(x, *others)
     except Exception:  # whatever a forward pass raises on a shape that is not its own
         return None
     return result if isinstance(result, Tensor) else None
@@ -55,13 +91,14 @@ def _widths(block: nn.Module) -> list[int]:
     return list(found)[:8]
 
 
-def _shapes(channels: int) -> list[tuple[tuple[int, ...], bool]]:
+def _shapes(channels: int, widths: list[int]) -> list[tuple[tuple[int, ...], bool]]:
     """Shapes to try, with whether their channels are last; no side is as long as the channels, so none is mistaken."""
     side = 16 if channels not in (16, 256) else 32
     return [
         ((2, channels, side, side), False),
         ((2, side * side, channels), True),
         ((2, side, side, channels), True),
+        *(((2, tokens, channels), True) for tokens in widths if tokens != channels),  # mixers know their tokens' number
     ]
 
 

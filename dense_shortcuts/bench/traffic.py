@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..adapters import read
 from ..stage import DenseStage
 from ..tiling import Tiling
 from .public_form import PublicStage
@@ -100,9 +101,7 @@ def shortcut_bytes(network: nn.Module, host: nn.Module, step: Callable[[nn.Modul
         depth, size = len(stage), sizes[place]
         untiled += size * sum(least_traffic(depth)[1:])
         least += size * sum(least_traffic(depth, best_tile(depth))[1:])
-        first = stage.blocks[0]  # a plugged block, or a public form's own host block
-        projects = first.projects() if isinstance(stage, DenseStage) else first.downsample is not None
-        moved += size * host_traffic(depth, projects)
+        moved += size * host_traffic(depth, read(stage.blocks[0]).projects())
     return ShortcutBytes(moved, least, untiled)
 
 

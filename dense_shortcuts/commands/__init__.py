@@ -6,6 +6,8 @@ what `--help` says. What it needs is imported when it runs, so that `dsnet --hel
 
 from .bench import Bench, Info
 from .networks import Models
+from .scaling import Scaling
+from .support import Support
 from .training import Compare, Eval, Train
 
 COMMANDS = {
@@ -15,4 +17,6 @@ COMMANDS = {
     "models": Models,
     "bench": Bench,
     "info": Info,
+    "support": Support,
+    "scaling": Scaling,
 }

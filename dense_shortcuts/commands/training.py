@@ -6,7 +6,7 @@ from typing import Any
 
 import tyro
 
-from ..train.config import TrainConfig
+from ..train.config import DataName, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Eval:
 
     checkpoint: tyro.conf.Positional[Path]
     """A network's folder in a run, or the model.safetensors in it."""
-    data: str | None = None
-    """digits, cifar100 or imagefolder; None is what it was trained on."""
+    data: DataName | None = None
+    """Source of the images; None is what it was trained on."""
     data_dir: str | None = None
     """Folder of the data; None is the run's own."""
     limit_test: int | None = None

@@ -1,8 +1,10 @@
 """Checkpoints: safetensors and JSON, written whole or not at all; nothing is unpickled."""
 
 import contextlib
+import errno
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,20 +21,56 @@ from .data import Data
 from .network import build_network
 
 SHORTCUT_FIELDS = ("aggregate", "norm", "groups", "init", "inner", "keep_identity")
-STATE, WEIGHTS, CARD = "state.safetensors", "model.safetensors", "model.json"
+WEIGHTS, CARD = "model.safetensors", "model.json"
 
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A path to write to, in the same folder, that takes the place of `path` on leaving; on an error `path` stays."""
+    """A path to write to, in the same folder, that takes the place of `path` on leaving; on an error `path` stays.
+
+    Raises:
+        DenseShortcutError: the disk is full.
+    """
     temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed process left is overwritten next time
     try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
+        with told_when_full(path):
+            yield temporary
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk, so that a rename outlives a power cut; Windows has no such call."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def told_when_full(path: Path) -> Iterator[None]:
+    """Turn the error of a full disk into a sentence; safetensors gives the system's number as text only."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else _system_error(error)
+        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise DenseShortcutError(
+            f"no room to write {path} ({os.strerror(number)}): what was saved before is whole, so free some space and "
+            "go on with the run by --resume."
+        ) from error
+
+
+def _system_error(error: BaseException) -> int | None:
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -67,19 +105,36 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         DenseShortcutError: no such file, or one that is cut short or of another kind.
     """
+    with opened(path) as file:
+        about = json.loads((file.metadata() or {}).get("json", "{}"))
+        return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 (not a mapping)
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor in a file, of which the header alone is read; it says how long the file must be.
+
+    Raises:
+        DenseShortcutError: as `read_tensors`.
+    """
+    with opened(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A whole safetensors file, open for reading; what goes wrong is one sentence."""
     if not path.is_file():
         raise DenseShortcutError(f"{path} does not exist: give the path of a checkpoint.")
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("json", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 (not a mapping)
+            yield file
     except (SafetensorError, ValueError, OSError) as error:
         raise DenseShortcutError(
             f"{path} is not a whole safetensors file ({error}): restore it or train again."
         ) from error
 
 
-def write_model(folder: Path, config: TrainConfig, data: Data, model: nn.Module) -> None:
+def write_model(folder: Path, config: TrainConfig, data: Data, tensors: Mapping[str, Tensor]) -> None:
     """Write a trained network: its weights, then the card that says how to build it and how to prepare images.
 
     The card comes last, so a folder with a card holds a finished network.
@@ -92,7 +147,8 @@ def write_model(folder: Path, config: TrainConfig, data: Data, model: nn.Module)
         "num_classes": len(data.classes),
         "classes": list(data.classes),
         "in_chans": 3,
-        "img_size": config.img_size,
+        "img_size": config.test_size or config.img_size,
+        "crop_pct": config.crop_pct,
         "mean": list(data.mean),
         "std": list(data.std),
         "interpolation": data.interpolation,
@@ -100,7 +156,7 @@ def write_model(folder: Path, config: TrainConfig, data: Data, model: nn.Module)
         "epochs": config.epochs,
         "dense_shortcuts": __version__,
     }
-    write_tensors(folder / WEIGHTS, model.state_dict(), {"model": config.model})
+    write_tensors(folder / WEIGHTS, tensors, {"model": config.model})
     write_text(folder / CARD, json.dumps(card, indent=2) + "\n")
 
 

@@ -13,6 +13,9 @@ import yaml
 from ..errors import DenseShortcutError
 
 DATA_FOLDER_VARIABLE = "DENSE_SHORTCUTS_DATA"
+DataName = Literal[
+    "digits", "cifar10", "cifar100", "tiny-imagenet", "imagefolder", "parquet", "streaming", "webdataset"
+]
 
 
 @dataclass(frozen=True)
@@ -37,18 +40,46 @@ class TrainConfig:
     zero_init_last: bool | None = None
     """Start the last norm of each residual branch at zero; None is the host's own (timm's ResNets do)."""
 
-    data: Literal["digits", "cifar100", "imagefolder"] = "digits"
-    """scikit-learn's handwritten digits, CIFAR-100, or a folder with train/ and val/ or test/."""
+    data: DataName = "digits"
+    """scikit-learn's handwritten digits, CIFAR-10 and -100, Tiny ImageNet, a folder with train/ and val/ or test/,
+    parquet files as on the Hugging Face hub (in memory, or streamed), or WebDataset shards: docs/data.md."""
     data_dir: str | None = None
-    """Folder of the data; None is $DENSE_SHORTCUTS_DATA/cifar100 for CIFAR-100."""
+    """Folder of the data; None is the folder of that name in $DENSE_SHORTCUTS_DATA for CIFAR and Tiny ImageNet."""
+    hub: str | None = None
+    """With `streaming`: a data set on the Hugging Face hub, such as ILSVRC/imagenet-1k, in place of a folder."""
+    train_files: str | None = None
+    """Training files in the data folder, as a pattern such as train-{000..146}.tar; None is train*."""
+    test_files: str | None = None
+    """Test files in the data folder, as a pattern; None is validation*, valid*, val* or test*, in this order."""
+    image_column: str | None = None
+    """Column of parquet files that holds the images; None finds it."""
+    label_column: str | None = None
+    """Column of parquet files that holds the labels; None finds it."""
+    train_images: int | None = None
+    """Images of an epoch, for WebDataset shards without an index _info.json."""
+    num_classes: int | None = None
+    """Number of classes, for WebDataset shards without classes.txt."""
+    shuffle_buffer: int = 2000
+    """Images among which each process that reads a stream (`streaming`, `webdataset`) draws the next one."""
     img_size: int | None = None
-    """Side of the square images in pixels; None is the data's own."""
+    """Side of the square training images in pixels; None is the data's own."""
+    test_size: int | None = None
+    """Side of the square test images; None is that of the training images."""
+    crop_pct: float | None = None
+    """Share of a test image's side that the crop in its middle keeps; None is 0.875 for photographs, else 1."""
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+    """How images are resized; None is bicubic for photographs, else bilinear."""
     limit_train: int | None = None
-    """Use only so many training images (a fixed sample)."""
+    """Use only so many training images (a fixed sample; of a stream, so many an epoch)."""
     limit_test: int | None = None
     """Use only so many test images (a fixed sample)."""
+    loader: Literal["auto", "device", "workers"] = "auto"
+    """Where images are prepared: `device` keeps them there as bytes and crops, flips and normalises them there,
+    `workers` are processes; `auto` takes the device for sets of small images that fit, without auto-augment."""
     workers: int | None = None
     """Worker processes that prepare images; None is 0 for digits, else one less than the cores, 8 at most."""
+    max_broken: float = 0.001
+    """Share of the images of a set that may be broken files (one may always be, unless this is 0)."""
 
     epochs: int = 30
     """Passes over the training images."""
@@ -73,6 +104,10 @@ class TrainConfig:
     clip_grad: float | None = None
     """Largest norm of the gradient; None leaves it as it is."""
 
+    loss: Literal["ce", "bce"] = "ce"
+    """Cross-entropy, or binary cross-entropy of each class."""
+    bce_threshold: float | None = None
+    """With `bce`: mixed targets above it count as 1 and the others as 0; None leaves them as they are."""
     smoothing: float = 0.1
     """Label smoothing."""
     mixup: float = 0.0
@@ -81,11 +116,13 @@ class TrainConfig:
     """Alpha of cutmix; 0 is off."""
     auto_augment: str | None = None
     """timm's augmentation policy, such as rand-m9-mstd0.5."""
+    aug_repeats: int = 1
+    """Copies of each image in an epoch, each augmented anew; the epoch keeps its length."""
     flip: bool | None = None
     """Mirror half of the training images; None is no for digits, else yes."""
     crop_padding: int | None = None
     """Random crop from the image padded by so many pixels, 0 is no crop; None is the data's own: 2 for digits, 4 for
-    CIFAR-100, a random resized crop for folders of images."""
+    CIFAR, 8 for Tiny ImageNet, a random resized crop for photographs."""
     drop_path: float = 0.0
     """Highest rate of stochastic depth, rising linearly with depth."""
     ema_decay: float | None = None
@@ -99,6 +136,17 @@ class TrainConfig:
     """Compile the network with torch.compile."""
     grad_checkpointing: bool = False
     """Recompute feature maps in the backward pass, which saves memory and costs time."""
+
+    accumulate: int = 1
+    """Parts in which each step's batch is computed one after the other, which saves memory."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """With many processes: each holds the whole network (ddp), or a part of its weights (fsdp)."""
+    sync_bn: bool = False
+    """Batch norms, those of the shortcuts too, take their statistics over the images of all processes."""
+    timeout: int = 600
+    """Seconds after which a process that waits for another one gives up."""
+    deterministic: bool = False
+    """Only operations that give the same bits on every run; slower on a GPU."""
 
     seed: int = 0
     """Seed of weights, order and augmentation."""
@@ -129,10 +177,19 @@ class TrainConfig:
         return options | {key: value for key, value in open_options.items() if value is not None}
 
 
+WORKERS = max(1, min(8, (os.cpu_count() or 1) - 1))
+SMALL = {"flip": True, "workers": WORKERS, "crop_pct": 1.0, "interpolation": "bilinear"}
+CIFAR = SMALL | {"img_size": 32, "crop_padding": 4}
+PHOTOGRAPHS = {"img_size": 224, "flip": True, "workers": WORKERS, "crop_pct": 0.875, "interpolation": "bicubic"}
 DATA_DEFAULTS: dict[str, dict[str, Any]] = {
-    "digits": {"img_size": 16, "flip": False, "crop_padding": 2, "workers": 0},
-    "cifar100": {"img_size": 32, "flip": True, "crop_padding": 4, "workers": max(1, min(8, (os.cpu_count() or 1) - 1))},
-    "imagefolder": {"img_size": 224, "flip": True, "workers": max(1, min(8, (os.cpu_count() or 1) - 1))},
+    "digits": SMALL | {"img_size": 16, "flip": False, "crop_padding": 2, "workers": 0},
+    "cifar10": CIFAR,
+    "cifar100": CIFAR,
+    "tiny-imagenet": SMALL | {"img_size": 64, "crop_padding": 8},
+    "imagefolder": PHOTOGRAPHS,
+    "parquet": PHOTOGRAPHS,
+    "streaming": PHOTOGRAPHS,
+    "webdataset": PHOTOGRAPHS,
 }
 
 
@@ -140,11 +197,14 @@ def _data_dir(config: TrainConfig) -> str | None:
     if config.data_dir is not None:
         return str(Path(config.data_dir).expanduser().resolve())
     root = os.environ.get(DATA_FOLDER_VARIABLE)
-    return str(Path(root).expanduser().resolve() / "cifar100") if root and config.data == "cifar100" else None
+    named = config.data in ("cifar10", "cifar100", "tiny-imagenet")
+    return str(Path(root).expanduser().resolve() / config.data) if root and named else None
 
 
 def _check(config: TrainConfig) -> None:
-    for field in ("img_size", "limit_train", "limit_test", "epochs", "batch_size", "groups", "lr", "clip_grad"):
+    sizes = ("img_size", "test_size", "crop_pct", "limit_train", "limit_test", "train_images", "num_classes")
+    others = ("shuffle_buffer", "epochs", "batch_size", "accumulate", "timeout", "groups", "lr", "clip_grad")
+    for field in (*sizes, *others, "aug_repeats"):
         value = getattr(config, field)
         if value is not None and not value > 0:
             raise DenseShortcutError(f"{flag(field)} is {value}: it must be above 0.")
@@ -152,16 +212,24 @@ def _check(config: TrainConfig) -> None:
         value = getattr(config, field)
         if value is not None and not value >= 0:
             raise DenseShortcutError(f"{flag(field)} is {value}: it must be 0 or above.")
-    for field in ("smoothing", "drop_path", "ema_decay"):
+    for field in ("smoothing", "drop_path", "ema_decay", "max_broken", "bce_threshold"):
         value = getattr(config, field)
         if value is not None and not 0 <= value < 1:
             raise DenseShortcutError(f"{flag(field)} is {value}: it must be from 0 to below 1.")
+    if config.strategy == "fsdp" and config.compile:
+        raise DenseShortcutError("--strategy fsdp does not go with --compile here: take one of them.")
     if config.warmup_epochs and config.warmup_epochs >= config.epochs:
         raise DenseShortcutError(
             f"--warmup-epochs {config.warmup_epochs} leaves nothing of {config.epochs} epochs: take fewer of them."
         )
     if config.sched == "multistep" and not config.milestones:
         raise DenseShortcutError("--sched multistep needs --milestones: the epochs at which to cut the learning rate.")
+    if config.crop_pct is not None and config.crop_pct > 1:
+        raise DenseShortcutError(f"--crop-pct {config.crop_pct} is above 1: the crop cannot be larger than the image.")
+    if config.hub is not None and (config.data != "streaming" or config.data_dir is not None):
+        raise DenseShortcutError("--hub goes with --data streaming and stands in for --data-dir: give one of them.")
+    if config.bce_threshold is not None and config.loss != "bce":
+        raise DenseShortcutError("--bce-threshold goes with --loss bce: give both or none.")
     if (config.mixup or config.cutmix) and config.batch_size % 2:
         raise DenseShortcutError(f"--batch-size {config.batch_size} is odd: mixup and cutmix need an even one.")
     if config.name is not None and (config.name in ("", ".", "..") or Path(config.name).name != config.name):

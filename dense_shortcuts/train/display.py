@@ -32,6 +32,7 @@ class Display:
         }
         self.label, self.test, self.refreshed = labels[0], "", 0.0
         self.started, self.done_before = time.perf_counter(), 0.0
+        self.told: set[str] = set()
 
     def __enter__(self) -> "Display":
         self.progress.start()
@@ -70,12 +71,20 @@ class Display:
         line = (
             f"epoch {row['epoch']}/{self.epochs}  {row['train_images_per_second']:,.0f} images/s"
             f"  loss {row['train_loss']:.3f}{self.test}  left {clock(self._left(done))}"
+            f"  data wait {row['train_data_wait_share']:.0%}"
         )
         if self.live:
             self.progress.update(self.tasks[self.label], completed=done, status=line)
         else:
-            wait = f"  data wait {row['train_data_wait_share']:.0%}"
-            self.console.print(f"{self.label.ljust(self.width)}  {line}{wait}", highlight=False, soft_wrap=True)
+            self.console.print(f"{self.label.ljust(self.width)}  {line}", highlight=False, soft_wrap=True)
+
+    def broken(self, sentences: set[str]) -> list[str]:
+        """Images that could not be read in an epoch; those that were not shown before in this run."""
+        fresh = sorted(sentences - self.told)
+        self.told |= sentences
+        for sentence in fresh:
+            self.console.print(f"left out: {sentence}", highlight=False, soft_wrap=True)
+        return fresh
 
     def finished(self, label: str, note: str) -> None:
         """A network is done."""

@@ -1,6 +1,7 @@
 """The training loop, to be read from top to bottom: train an epoch, test, write a line of metrics, save the state."""
 
 import json
+import logging
 import math
 import os
 import time
@@ -15,11 +16,25 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..errors import DenseShortcutError
-from .checkpoint import STATE, read_tensors, restore_training, training_state, write_model, write_tensors, write_text
+from .checkpoint import restore_training, told_when_full, training_state, write_model, write_text
 from .config import TrainConfig
-from .data import Data, EpochSampler, TransformedImages, mixed_seed, worker_error
+from .data import Data, EpochSampler, epochs_of, make_loader, mixed_seed, worker_error
+from .data.stream import StreamShare
 from .display import Display
 from .network import Loss, build_network, make_loss, make_optimizer, make_scheduler, network_label
+from .processes import average_statistics, gradients_stay, is_split, make_accelerator, shard, synchronise_on_cpu
+from .states import (
+    epoch_of,
+    is_sharded,
+    newest_whole,
+    read_shapes,
+    read_state,
+    saved_states,
+    shards_of,
+    state_path,
+    whole,
+    write_state,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -28,53 +43,10 @@ if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
 METRICS = "metrics.jsonl"
+CHECKED_STEPS = 50  # reading the loss waits for the accelerator, so whether it is finite is not asked at every step
+FINITE = 2**62  # stands for the first step with a bad loss where there is none
 
-
-def make_accelerator(config: TrainConfig) -> "Accelerator":
-    """Accelerate's view of device, precision and processes.
-
-    Raises:
-        DenseShortcutError: the device cannot do this precision, or the batch does not divide among the processes.
-    """
-    from accelerate import Accelerator
-    from accelerate.utils import DataLoaderConfiguration
-
-    try:
-        accelerator = Accelerator(
-            mixed_precision=config.precision, dataloader_config=DataLoaderConfiguration(split_batches=True)
-        )
-    except ValueError as error:
-        raise DenseShortcutError(f"--precision {config.precision} does not work here: {error}") from error
-    if config.precision == "fp16" and accelerator.device.type == "cpu":
-        raise DenseShortcutError("--precision fp16 needs a GPU, for a CPU has no loss scaling: take bf16 or no.")
-    if config.batch_size % accelerator.num_processes:
-        raise DenseShortcutError(
-            f"--batch-size {config.batch_size} does not divide among {accelerator.num_processes} processes: "
-            "take a multiple."
-        )
-    return accelerator
-
-
-def make_loader(images: TransformedImages, config: TrainConfig, *, training: bool = False) -> DataLoader:
-    """Batches of (images, labels). Training leaves out the last batch where it is smaller than the others.
-
-    Raises:
-        DenseShortcutError: fewer training images than one batch holds.
-    """
-    if training and len(images) < config.batch_size:
-        raise DenseShortcutError(
-            f"{len(images)} training images are fewer than one batch: take --batch-size {len(images)} or less."
-        )
-    return DataLoader(
-        images,
-        batch_size=config.batch_size,
-        sampler=EpochSampler(len(images), shuffle=training, seed=config.seed),
-        drop_last=training,
-        num_workers=config.workers or 0,
-        persistent_workers=bool(config.workers),
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # else the seeds of worker processes come from the generator of drop path
-    )
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -82,6 +54,7 @@ class Training:
     """What the epochs of one network share. `network` is `model` as Accelerate wraps it, around the same weights."""
 
     label: str
+    folder: Path
     model: nn.Module
     network: nn.Module
     ema: "ModelEmaV3 | None"
@@ -91,7 +64,7 @@ class Training:
     mix: Callable[..., tuple[Tensor, Tensor]] | None
     train_loader: DataLoader
     test_loader: DataLoader
-    sampler: EpochSampler
+    order: EpochSampler | StreamShare
     num_classes: int
     epochs_done: int
 
@@ -105,11 +78,14 @@ def train_network(config: TrainConfig, data: Data, folder: Path, display: Displa
 
     Args:
         config: resolved configuration.
-        folder: the network's folder; gets metrics.jsonl, state.safetensors, model.safetensors and model.json.
+        folder: the network's folder; gets metrics.jsonl, a state an epoch of which two stay, model.safetensors and
+            model.json.
 
     Raises:
         DenseShortcutError: bad input of any kind, a loss that is not finite, a state of another network.
     """
+    from accelerate.utils import gather_object
+
     accelerator = make_accelerator(config)
     training = prepare(config, data, folder, accelerator)
     display.start(training.label, training.epochs_done)
@@ -117,42 +93,67 @@ def train_network(config: TrainConfig, data: Data, folder: Path, display: Displa
     for epoch in range(training.epochs_done, config.epochs):
         train = train_epoch(training, config, epoch, accelerator, display)
         asked = time.perf_counter()
+        for each in [training.model] if training.ema is None else [training.model, training.ema.module]:
+            average_statistics(each)
         tested = training.network if training.ema is None else training.ema.module
         test, predicted = test_network(tested, training.test_loader, training.num_classes, accelerator)
         test["seconds"] = time.perf_counter() - asked
+        if not math.isfinite(test["loss"]):  # of weights that the very last step spoilt
+            raise not_finite(training, epoch, len(training.train_loader) // config.accumulate)
+        broken = set(gather_object(data.train.broken.take() + data.test.broken.take()))
+        row = {"epoch": epoch + 1, **prefixed("train", train), **prefixed("test", test), "broken_images": len(broken)}
         if accelerator.is_main_process:
-            row = {"epoch": epoch + 1, **prefixed("train", train), **prefixed("test", test)}
+            for sentence in display.broken(broken):
+                _logger.warning("left out: %s", sentence)
             # The line goes first: a state without its line would lose an epoch, a line without its state is dropped.
             append_line(folder / METRICS, json.dumps(row))
-            save_state(training, folder / STATE, epoch + 1, predicted, accelerator)
-            display.epoch(row)
+        save_state(training, epoch + 1, predicted, accelerator)
+        display.epoch(row)
     accelerator.wait_for_everyone()
+    weights = whole(training.finished_model().state_dict())
     if accelerator.is_main_process:
-        write_model(folder, config, data, training.finished_model())
+        write_model(folder, config, data, weights)
+        _logger.info("%s: finished", training.label)
+    accelerator.wait_for_everyone()
     accelerator.free_memory()
 
 
 def prepare(config: TrainConfig, data: Data, folder: Path, accelerator: "Accelerator") -> Training:
     """Network, optimizer, schedule, loss and loaders, at the start or where the folder's saved state left them."""
+    from timm.layers import convert_sync_batchnorm
+
     num_classes = len(data.classes)
     train_loader = make_loader(data.train, config, training=True)
     test_loader = make_loader(data.test, config)
-    model = placed(build_network(config, num_classes), config, accelerator.device)
+    split, device = is_split(config, accelerator), accelerator.device
+    model = build_network(config, num_classes)
+    synchronised = config.sync_bn and accelerator.num_processes > 1
+    if synchronised and device.type != "cpu":
+        model = convert_sync_batchnorm(model)
+    # FSDP takes no weights with the channels last; a convolution goes by its input then.
+    model = model.to(device) if split else placed(model, config, device)
     ema = make_ema(config, model)
+    if split:
+        for each in [model] if ema is None else [model, ema.module]:
+            shard(each, device, stages=not config.grad_checkpointing)
     optimizer = make_optimizer(config, model)
-    scheduler = make_scheduler(config, optimizer, len(train_loader))
+    scheduler = make_scheduler(config, optimizer, len(train_loader) // config.accumulate)
     loss, mix = make_loss(config, num_classes)
 
-    epochs_done = restore(folder / STATE, model, optimizer, ema, accelerator)
+    epochs_done = restore(folder, model, optimizer, ema, accelerator)
     if accelerator.is_main_process:
         drop_later_lines(folder / METRICS, epochs_done)
 
-    network = torch.compile(model) if config.compile else model
-    sampler = train_loader.sampler
-    assert isinstance(sampler, EpochSampler)
-    network, optimizer, train_loader, test_loader = accelerator.prepare(network, optimizer, train_loader, test_loader)
+    network: Any = torch.compile(model) if config.compile else model
+    order = epochs_of(train_loader)
+    if not split:  # Accelerate would wrap it for DDP
+        network = accelerator.prepare(network)
+    if synchronised and device.type == "cpu":
+        synchronise_on_cpu(model)
+    optimizer, train_loader, test_loader = accelerator.prepare(optimizer, train_loader, test_loader)
     return Training(
         label=network_label(config),
+        folder=folder,
         model=model,
         network=network,
         ema=ema,
@@ -162,7 +163,7 @@ def prepare(config: TrainConfig, data: Data, folder: Path, accelerator: "Acceler
         mix=mix,
         train_loader=train_loader,
         test_loader=test_loader,
-        sampler=sampler,
+        order=order,
         num_classes=num_classes,
         epochs_done=epochs_done,
     )
@@ -182,31 +183,42 @@ def train_epoch(
     from accelerate.utils import set_seed
 
     set_seed(mixed_seed(config.seed, epoch), device_specific=True)  # drop path; images and mixup have their own seeds
-    training.sampler.epoch = epoch
+    training.order.epoch = epoch
     training.network.train()
     meters = make_meters(training.num_classes, accelerator, top5=False)
-    steps = len(training.train_loader)
+    steps = len(training.train_loader) // config.accumulate
+    bad = torch.full((1,), FINITE, device=accelerator.device)
     waited, started = 0.0, time.perf_counter()
 
     asked = started
-    for step, (images, labels) in enumerate(batches(training.train_loader)):
+    for place, (images, labels) in enumerate(batches(training.train_loader)):
         waited += time.perf_counter() - asked
+        step, part = divmod(place, config.accumulate)
+        if step == steps:  # too few batches for one more step
+            continue
+        last = part == config.accumulate - 1
         images = images.contiguous(memory_format=memory_format(config))
         target = labels
         if training.mix is not None:
-            np.random.seed(mixed_seed(config.seed, epoch, step, accelerator.process_index))
+            np.random.seed(mixed_seed(config.seed, epoch, place, accelerator.process_index))
             images, target = training.mix(images, labels)
         training.scheduler.step_update(epoch * steps + step)
 
-        output = training.network(images).float()
-        loss = training.loss(output, target)
-        accelerator.backward(loss)
-        if config.clip_grad is not None:
-            accelerator.clip_grad_norm_(training.model.parameters(), config.clip_grad)
-        training.optimizer.step()
-        training.optimizer.zero_grad()
-        if training.ema is not None:
-            training.ema.update(training.model, step=epoch * steps + step + 1)
+        with gradients_stay(training.network, last):
+            with accelerator.autocast():
+                output = training.network(images).float()
+            loss = training.loss(output, target)
+            accelerator.backward(loss / config.accumulate)
+        bad = torch.where(loss.detach().isfinite(), bad, bad.clamp(max=step))
+        if last:
+            if config.clip_grad is not None:
+                accelerator.clip_grad_norm_(training.model.parameters(), config.clip_grad)
+            training.optimizer.step()
+            training.optimizer.zero_grad()
+            if training.ema is not None:
+                training.ema.update(training.model, step=epoch * steps + step + 1)
+            if (step + 1) % CHECKED_STEPS == 0:
+                check_finite(training, epoch, bad, accelerator)
 
         update_meters(meters, loss.detach(), output.detach(), labels)
         if display.due:
@@ -214,19 +226,39 @@ def train_epoch(
             display.step(epoch, (step + 1) / steps, pace, loss.item())
         asked = time.perf_counter()
 
+    check_finite(training, epoch, bad, accelerator)
     result = read_meters(meters)  # this waits for the accelerator, so the clock is read after it
     seconds = time.perf_counter() - started
-    if not math.isfinite(result["loss"]):
-        raise DenseShortcutError(
-            f"the loss of {training.label} became {result['loss']} in epoch {epoch + 1}: "
-            "lower --lr, add --clip-grad 1, or train with --precision no."
-        )
     return result | {
         "lr": training.optimizer.param_groups[0]["lr"],
         "images_per_second": steps * config.batch_size / seconds,
         "data_wait_share": waited / seconds,
         "seconds": seconds,
     }
+
+
+def check_finite(training: Training, epoch: int, bad: Tensor, accelerator: "Accelerator") -> None:
+    """Stop all processes if the loss of one was not finite; `bad`, (1,), has the first such step of this process."""
+    step = int(accelerator.gather(bad).min())
+    if step != FINITE:
+        raise not_finite(training, epoch, step + 1)
+
+
+def not_finite(training: Training, epoch: int, step: int) -> DenseShortcutError:
+    """What to say of a loss that is not finite, with the step counted from 1.
+
+    Leaving such a step out and going on would not do: running statistics of batch norm have its numbers by then.
+    """
+    states = saved_states(training.folder)
+    way = (
+        "change lr (lower), clip_grad (1) or precision (no) in the run's config.yaml and go on by --resume from "
+        f"{states[0].name}, which is of epoch {epoch_of(states[0])} and good"
+        if states
+        else "nothing was saved before, so start again with a lower --lr, --clip-grad 1 or --precision no"
+    )
+    return DenseShortcutError(
+        f"the loss of {training.label} was not finite in step {step} of epoch {epoch + 1}: {way}."
+    )
 
 
 @torch.no_grad()
@@ -306,31 +338,47 @@ def make_ema(config: TrainConfig, model: nn.Module) -> "ModelEmaV3 | None":
     """timm's moving average of the weights; its decay rises with the steps, so that a short run forgets its start."""
     from timm.utils import ModelEmaV3
 
-    return ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay is not None else None
+    if config.ema_decay is None:
+        return None
+    # One tensor after the other where some are shards and others are not.
+    return ModelEmaV3(model, decay=config.ema_decay, use_warmup=True, foreach=config.strategy != "fsdp")
 
 
 def restore(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: "ModelEmaV3 | None", accelerator: "Accelerator"
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: "ModelEmaV3 | None",
+    accelerator: "Accelerator",
 ) -> int:
-    """Put back a saved state where there is one; gives the number of epochs it has behind it."""
-    if not path.is_file():
+    """Put back the newest whole state where there is one; gives the number of epochs it has behind it."""
+    from accelerate.utils import broadcast_object_list
+
+    # The first process chooses, for on a shared disk the others may see another folder for a while.
+    path = broadcast_object_list([newest_whole(folder) if accelerator.is_main_process else None])[0]
+    if path is None:
         return 0
-    tensors, about = read_tensors(path)
-    restore_training(tensors, about, model, optimizer, ema.module if ema is not None else None, accelerator.scaler)
+    averaged = ema.module if ema is not None else None
+    tensors, about = read_state(path, shards_of(read_shapes(path), model, optimizer, averaged))
+    restore_training(tensors, about, model, optimizer, averaged, accelerator.scaler)
+    _logger.info("%s: goes on from %s, its newest whole state, after %d epochs", folder.name, path.name, about["epoch"])
     return about["epoch"]
 
 
-def save_state(training: Training, path: Path, epoch: int, predicted: Tensor, accelerator: "Accelerator") -> None:
-    """Save what the next epoch needs, whole or not at all."""
+def save_state(training: Training, epoch: int, predicted: Tensor, accelerator: "Accelerator") -> None:
+    """Save what the next epoch needs, whole or not at all; every process calls this."""
     ema = training.ema.module if training.ema is not None else None
     optimizer = training.optimizer.optimizer
     tensors, about = training_state(training.model, optimizer, ema, accelerator.scaler, predicted)
-    write_tensors(path, tensors, about | {"epoch": epoch})
+    sharded = any(map(is_sharded, tensors.values()))
+    path = state_path(training.folder, epoch, sharded=sharded)
+    write_state(path, tensors, about | {"epoch": epoch}, accelerator)
+    _logger.info("%s: epoch %d is done and saved in %s", training.label, epoch, path.name)
 
 
 def append_line(path: Path, line: str) -> None:
     """Add a line that is on the disk when this returns."""
-    with path.open("a", encoding="utf-8") as file:
+    with told_when_full(path), path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
         file.flush()
         os.fsync(file.fileno())

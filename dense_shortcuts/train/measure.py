@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..ops import flops
 from ..profiling import peak_bytes
 from .config import TrainConfig
-from .loop import make_accelerator, memory_format, placed
+from .loop import memory_format, placed
 from .network import build_network, make_loss, make_optimizer
+from .processes import make_accelerator
 
 
 def parameters(model: nn.Module) -> int:
@@ -34,14 +35,20 @@ def multiply_adds(model: nn.Module, img_size: int) -> int:
     return counter.get_total_flops() // 2
 
 
+def images_at_once(config: TrainConfig) -> int:
+    """Images that a process has in memory in a training step."""
+    return config.batch_size // (make_accelerator(config).num_processes * config.accumulate)
+
+
 def training_step_memory(config: TrainConfig, num_classes: int) -> int:
     """Bytes held at the highest point of one training step (`peak_bytes`), after one before it."""
     device = make_accelerator(config).device
+    batch_size = images_at_once(config)
     model = placed(build_network(config, num_classes), config, device).train()
     optimizer = make_optimizer(config, model)
-    images = torch.randn(config.batch_size, 3, config.img_size or 32, config.img_size or 32, device=device)
+    images = torch.randn(batch_size, 3, config.img_size or 32, config.img_size or 32, device=device)
     images = images.contiguous(memory_format=memory_format(config))
-    labels = torch.arange(config.batch_size, device=device) % num_classes
+    labels = torch.arange(batch_size, device=device) % num_classes
     loss, mix = make_loss(config, num_classes)
     autocast = make_accelerator(config).autocast
 

@@ -117,9 +117,13 @@ def make_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_
 def make_loss(config: TrainConfig, num_classes: int) -> tuple[Loss, Callable[..., tuple[Tensor, Tensor]] | None]:
     """timm's loss for training and its mixup/cutmix, None where both are off. Smoothing sits in one of the two."""
     from timm.data import Mixup
-    from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+    from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
-    if not (config.mixup or config.cutmix):
-        return LabelSmoothingCrossEntropy(config.smoothing), None
-    mix = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=num_classes)
-    return SoftTargetCrossEntropy(), mix
+    mixes = bool(config.mixup or config.cutmix)
+    loss: Loss
+    if config.loss == "bce":
+        loss = BinaryCrossEntropy(0.0 if mixes else config.smoothing, config.bce_threshold)
+    else:
+        loss = SoftTargetCrossEntropy() if mixes else LabelSmoothingCrossEntropy(config.smoothing)
+    smoothed = {"label_smoothing": config.smoothing, "num_classes": num_classes}
+    return loss, Mixup(config.mixup, config.cutmix, **smoothed) if mixes else None

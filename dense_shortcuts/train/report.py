@@ -59,6 +59,15 @@ def mebibytes(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
+def data_note(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """How much of the training time went to waiting for images, and how many of them were broken."""
+    shares = [statistics.median(h["train_data_wait_share"] for h in history) for history in histories.values()]
+    broken = max(h.get("broken_images", 0) for history in histories.values() for h in history)
+    note = f"Training waited for data during {max(shares):.1%} of the time (median of the epochs"
+    note += ", the network that waited most)." if len(shares) > 1 else ")."
+    return note + (f" {broken:,} broken image{'s were' if broken > 1 else ' was'} left out." if broken else "")
+
+
 def footnote(device: torch.device, batch_size: int, test_images: int) -> str:
     """What the figures of the table are, in a sentence or two."""
     memory = (

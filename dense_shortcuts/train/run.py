@@ -3,6 +3,8 @@
 import dataclasses
 import datetime
 import json
+import logging
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,14 +15,18 @@ from rich.console import Console
 
 from ..errors import DenseShortcutError
 from ..machine import machine
+from ..ops.dispatch import own_backend
 from . import report
-from .checkpoint import CARD, STATE, WEIGHTS, read_json, read_model, read_tensors, write_text
+from .checkpoint import CARD, WEIGHTS, read_json, read_model, write_text
 from .config import TrainConfig, read_yaml, write_yaml
 from .data import Data, load_data
 from .display import Display
-from .loop import METRICS, make_accelerator, make_loader, placed, read_metrics, test_network, train_network
-from .measure import inference_speed, multiply_adds, parameters, training_step_memory
+from .log import run_log
+from .loop import METRICS, make_loader, placed, read_metrics, test_network, train_network
+from .measure import images_at_once, inference_speed, multiply_adds, parameters, training_step_memory
 from .network import build_network, make_optimizer, network_label, twin
+from .processes import make_accelerator, repeatable, told_when_lost
+from .states import read_predicted, remove
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -35,6 +41,8 @@ class RunInterrupted(KeyboardInterrupt):
 
 
 CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
+
+_logger = logging.getLogger(__name__)
 
 
 def compare(config: TrainConfig) -> Path:
@@ -87,11 +95,31 @@ def execute(config: TrainConfig, command: str, resumed: Path | None) -> Path:
     if accelerator.is_main_process and resumed is None:
         make_folder(folder, config, command)
     accelerator.wait_for_everyone()
-    try:
-        train_and_report(config, networks, data, folder, accelerator)
-    except KeyboardInterrupt:
-        raise RunInterrupted(folder) from None
+    with run_log(folder, accelerator.process_index):
+        _logger.info(
+            "%s by `dsnet %s`: %s", "begun" if resumed is None else "resumed", command, setting(config, accelerator)
+        )
+        try:
+            with repeatable(config), told_when_lost(accelerator):
+                train_and_report(config, networks, data, folder, accelerator)
+        except KeyboardInterrupt:
+            _logger.warning("interrupted by a signal")
+            raise RunInterrupted(folder) from None
+        except DenseShortcutError as error:
+            _logger.warning("stopped: %s", error)
+            raise
+        _logger.info("the run is finished")
     return folder
+
+
+def setting(config: TrainConfig, accelerator: "Accelerator") -> str:
+    """What bits may depend on: device, threads, back end, processes; a resumed run may have others."""
+    device = accelerator.device.type
+    parts = [
+        f"{accelerator.num_processes} processes ({config.strategy})" if accelerator.num_processes > 1 else "1 process"
+    ]
+    parts += [f"on {device}, {torch.get_num_threads()} threads, {own_backend(device)[0]} back end"]
+    return ", ".join([*parts, *(["deterministic"] if config.deterministic else [])])
 
 
 def train_and_report(
@@ -105,6 +133,7 @@ def train_and_report(
         for each, label in zip(networks, labels, strict=True):
             (folder / label).mkdir(exist_ok=True)
             if not (folder / label / CARD).is_file():
+                _logger.info("%s: trains", label)
                 train_network(each, data, folder / label, display)
             display.finished(label, f"{read_metrics(folder / label / METRICS)[-1]['test_top1']:.2f} % accuracy")
     if accelerator.is_main_process:
@@ -130,17 +159,21 @@ def default_name(config: TrainConfig) -> str:
 
 
 def make_folder(folder: Path, config: TrainConfig, command: str) -> None:
-    """Make a run's folder with its configuration; one that exists is refused and left alone."""
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
+    """Make a run's folder with its configuration, whole or not at all; one that exists is refused and left alone."""
+    if folder.exists():
         raise DenseShortcutError(
             f"{folder} exists already: choose another --name, or go on with it by --resume {folder}."
-        ) from None
+        )
+    begun = folder.with_name(f".{folder.name}.tmp")
+    try:
+        if begun.exists():  # of a process that was killed here
+            remove(begun)
+        begun.mkdir(parents=True)
+        write_text(begun / ENVIRONMENT, json.dumps(environment(config, command), indent=2) + "\n")
+        write_text(begun / CONFIG, write_yaml(dataclasses.replace(config, name=folder.name)))
+        os.replace(begun, folder)
     except OSError as error:
         raise DenseShortcutError(f"cannot make {folder} ({error.strerror}): choose another --output.") from error
-    write_text(folder / ENVIRONMENT, json.dumps(environment(config, command), indent=2) + "\n")
-    write_text(folder / CONFIG, write_yaml(dataclasses.replace(config, name=folder.name)))
 
 
 def environment(config: TrainConfig, command: str) -> dict[str, Any]:
@@ -171,11 +204,11 @@ def finish(
     histories = {label: read_metrics(folder / label / METRICS) for label in labels}
     with console.status("measuring speed and memory"):
         rows = measured_rows(networks, folder, histories)
-    note = report.footnote(device, config.batch_size, len(data.test))
+    note = f"{report.footnote(device, images_at_once(config), len(data.test))} {report.data_note(histories)}"
     pairs, sentence = None, None
     if len(networks) == 2:
         true = torch.from_numpy(data.test.images.labels)
-        host, dense = (read_tensors(folder / label / STATE)[0]["predicted"] for label in labels)
+        host, dense = (read_predicted(folder / label) for label in labels)
         pairs = report.paired(host, dense, true)
         sentence = report.verdict(rows, pairs)
     write_text(folder / "table.md", report.markdown(rows, note, sentence))
@@ -240,9 +273,9 @@ def evaluate(checkpoint: Path, **given: Any) -> dict[str, Any]:
     model, card = read_model(folder)
     changes = {key: value for key, value in given.items() if value is not None}
     if changes.get("data", card["data"]) != card["data"]:
-        changes = {"data_dir": None, "workers": None} | changes
-    config = dataclasses.replace(run_config(folder, card), **changes, img_size=card["img_size"]).resolved()
-    data = load_data(config)
+        changes = {"data_dir": None, "workers": None, "loader": "auto"} | changes
+    config = dataclasses.replace(run_config(folder, card), **changes, test_size=card["img_size"]).resolved()
+    data = load_data(dataclasses.replace(config, limit_train=1))  # only the test images are wanted
     if list(data.classes) != card["classes"]:
         raise DenseShortcutError(
             f"{folder} was trained on {card['num_classes']} classes of {card['data']} and these images have "

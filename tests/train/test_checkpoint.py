@@ -1,7 +1,9 @@
 """Checkpoints: whole or not at all, back to the last bit, and refused with the keys named where they do not fit."""
 
+import errno
 import json
 import math
+import os
 import pickle
 
 import pytest
@@ -15,7 +17,6 @@ from dense_shortcuts import DenseShortcutError
 from dense_shortcuts.train import checkpoint
 from dense_shortcuts.train.checkpoint import (
     CARD,
-    STATE,
     WEIGHTS,
     load_all,
     read_model,
@@ -25,6 +26,9 @@ from dense_shortcuts.train.checkpoint import (
     write_tensors,
     write_text,
 )
+from dense_shortcuts.train.states import state_path
+
+STATE = "state-0001.safetensors"
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -34,10 +38,10 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
 
     def full_disk(tensors, file, metadata):
         file.write_bytes(b"half of it")
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(checkpoint, "save_file", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(DenseShortcutError, match=r"No space left .* free some space and go on"):
         write_tensors(path, {"x": torch.zeros(3)}, {"epoch": 2})
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [STATE]
 
@@ -143,7 +147,7 @@ def test_a_host_checkpoint_is_not_taken_for_a_finished_dsnet():
 def test_a_trained_folder_gives_its_network_back(tiny, fit, tmp_path):
     fit(tiny(aggregate="block", norm="batch", ema_decay=0.5), tmp_path)
     model, card = read_model(tmp_path)
-    tensors, _ = read_tensors(tmp_path / STATE)
+    tensors, _ = read_tensors(state_path(tmp_path, 2))
     state = model.state_dict()
     assert all(torch.equal(tensors[f"ema.{k}"], v) for k, v in state.items())
     assert any(not torch.equal(tensors[f"model.{k}"], v) for k, v in state.items())

@@ -78,11 +78,12 @@ def test_compare_leaves_table_curves_configuration_metrics_and_checkpoints():
     done = subprocess.run([DSNET, "compare", *TINY, "--name", "a"], capture_output=True, text=True, check=True)
     run = Path("runs/a")
     assert {p.name for p in run.iterdir()} == {
-        "config.yaml", "environment.json", "table.md", "table.json", "curves.png", *NETWORKS
+        "config.yaml", "environment.json", "table.md", "table.json", "curves.png", "run.log", *NETWORKS
     }  # fmt: skip
     for name in NETWORKS:
         files = {p.name for p in (run / name).iterdir()}
-        assert files == {"metrics.jsonl", "state.safetensors", "model.safetensors", "model.json"}
+        states = {f"state-{epoch:04d}.safetensors" for epoch in (2, 3)}
+        assert files == {"metrics.jsonl", *states, "model.safetensors", "model.json"}
     table = json.loads((run / "table.json").read_text())
     for row, name in zip(table["networks"], NETWORKS, strict=True):
         last = read_metrics(run / name / "metrics.jsonl")[-1]
@@ -225,7 +226,7 @@ def test_bad_input_is_one_sentence_with_code_2_and_leaves_nothing(arguments, mes
         (["compare", "--recipe"], "argument --recipe: expected one argument"),
         (["eval"], "missing from dsnet eval: PATH"),
         (["trian"], "unrecognized options: trian: `dsnet --help`"),
-        ([], "expected one of {compare, train, eval, models, bench, info}"),
+        ([], "expected one of {compare, train, eval, models, bench, info, support, scaling}"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -266,10 +267,11 @@ def test_broken_cifar_data_leaves_no_run(images, labels, message, capsys):
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_a_truncated_image_in_a_folder_ends_the_run_with_its_name(image_folder, workers, capsys):
+def test_a_truncated_image_ends_the_run_with_its_name_where_none_may_be_broken(image_folder, workers, capsys):
     broken = image_folder / "train" / "bees" / "4.png"
     broken.write_bytes(broken.read_bytes()[:100])
     size = ["--img-size", "32", "--batch-size", "4", "--epochs", "2", "--name", "a", "--workers", workers]
+    size += ["--max-broken", "0"]
     assert main(["train", "--data", "imagefolder", "--data-dir", str(image_folder), "--model", "dsnet20", *size]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"dsnet: error: {broken} is not a whole image") and error.count("\n") == 1

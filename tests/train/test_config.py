@@ -43,7 +43,7 @@ def test_every_recipe_is_read_and_names_a_known_model(path):
     import timm
 
     config = read_yaml(path)
-    assert timm.is_model(config.model) and config.data == "cifar100"
+    assert timm.is_model(config.model) and config.data != "digits"
     assert read_yaml(path) == dataclasses.replace(config)
 
 
@@ -93,6 +93,12 @@ def test_yaml_numbers_without_a_point_and_a_bare_no_are_read_as_meant(tmp_path):
         ({"sched": "multistep"}, "needs --milestones"),
         ({"mixup": 0.2, "batch_size": 31}, "is odd"),
         ({"name": "../elsewhere"}, "not a plain folder name"),
+        ({"crop_pct": 1.2}, "--crop-pct 1.2 is above 1"),
+        ({"max_broken": 1.0}, "--max-broken is 1.0"),
+        ({"aug_repeats": 0}, "--aug-repeats is 0"),
+        ({"hub": "a/b"}, "--hub goes with --data streaming"),
+        ({"hub": "a/b", "data": "streaming", "data_dir": "."}, "stands in for --data-dir"),
+        ({"bce_threshold": 0.2}, "--bce-threshold goes with --loss bce"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, message):
@@ -105,5 +111,12 @@ def test_what_the_data_set_decides_is_filled_in(monkeypatch, tmp_path):
     cifar = TrainConfig(data="cifar100").resolved()
     assert (cifar.img_size, cifar.flip, cifar.crop_padding) == (32, True, 4)
     assert cifar.data_dir == str(tmp_path.resolve() / "cifar100")
+    tiny = TrainConfig(data="tiny-imagenet").resolved()
+    assert (tiny.img_size, tiny.crop_padding, tiny.crop_pct, tiny.interpolation) == (64, 8, 1.0, "bilinear")
+    assert tiny.data_dir == str(tmp_path.resolve() / "tiny-imagenet")
+    for data in ("imagefolder", "parquet", "streaming", "webdataset"):
+        photographs = TrainConfig(data=data).resolved()
+        assert (photographs.img_size, photographs.crop_padding, photographs.data_dir) == (224, None, None)
+        assert (photographs.crop_pct, photographs.interpolation, photographs.flip) == (0.875, "bicubic", True)
     digits = TrainConfig(flip=True).resolved()
     assert (digits.flip, digits.workers, digits.data_dir) == (True, 0, None)

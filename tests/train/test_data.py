@@ -1,5 +1,7 @@
 """Images: what is read, that their augmentation follows from the seed alone, and one sentence for each broken input."""
 
+import dataclasses
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -99,6 +101,20 @@ def test_the_order_of_an_epoch_is_a_permutation_that_follows_from_seed_and_epoch
     assert sorted(order(0, 0)) == list(range(50))
     assert order(0, 1) == order(0, 1)
     assert len({tuple(order(s, e)) for s in (0, 1) for e in (0, 1)}) == 4
+
+
+def test_repeated_augmentation_takes_the_places_of_timms_sampler_and_augments_each_copy_anew():
+    from timm.data.distributed_sampler import RepeatAugSampler
+
+    ours = list(EpochSampler(10, shuffle=False, seed=0, repeats=3))
+    timms = list(RepeatAugSampler(range(10), num_replicas=1, rank=0, shuffle=False, num_repeats=3, selected_round=0))
+    assert [place for _, place, _ in ours] == timms and len(ours) == 10
+    assert [copy for _, _, copy in ours] == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
+    shuffled = [place for _, place, _ in EpochSampler(30, shuffle=True, seed=0, repeats=3)]
+    assert shuffled == [place for place in shuffled[::3] for _ in range(3)] and len(set(shuffled)) == 10
+    train = load(limit_train=30).train
+    copies = [torch.stack([train[(0, i, copy)][0] for i in range(30)]) for copy in (0, 1)]
+    assert not torch.equal(*copies)
 
 
 def test_real_cifar100_is_read_from_its_parquet_files(cifar100):
@@ -229,11 +245,12 @@ def test_an_image_folder_is_read_with_its_classes(image_folder):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("content", [b"no image", png(3)[:60]], ids=["corrupt", "truncated"])
-def test_a_broken_file_is_named_in_one_sentence_also_from_a_worker_process(image_folder, workers, content):
+def test_where_none_may_be_broken_a_file_is_named_also_from_a_worker_process(image_folder, workers, content):
     broken = image_folder / "train" / "bees" / "4.png"
     broken.write_bytes(content)
     config = TrainConfig(data="imagefolder", data_dir=str(image_folder), img_size=16, batch_size=4, workers=workers)
     config = config.resolved()
+    config = dataclasses.replace(config, max_broken=0.0)
     loader = make_loader(load_data(config).train, config, training=True)
     with pytest.raises(DenseShortcutError) as caught:
         list(batches(loader))

@@ -14,11 +14,11 @@ from train_helpers import unclocked
 import dense_shortcuts as ds
 from dense_shortcuts import DenseShortcutError
 from dense_shortcuts.train import loop
-from dense_shortcuts.train.checkpoint import CARD, STATE, WEIGHTS, read_tensors
+from dense_shortcuts.train.checkpoint import CARD, WEIGHTS, read_tensors
 from dense_shortcuts.train.config import TrainConfig
 from dense_shortcuts.train.data import load_data
 from dense_shortcuts.train.display import Display
-from dense_shortcuts.train.loop import METRICS, drop_later_lines, make_accelerator, make_loader, read_metrics
+from dense_shortcuts.train.loop import METRICS, drop_later_lines, make_loader, read_metrics
 from dense_shortcuts.train.network import (
     build_network,
     make_loss,
@@ -28,6 +28,8 @@ from dense_shortcuts.train.network import (
     parameter_groups,
     twin,
 )
+from dense_shortcuts.train.processes import make_accelerator
+from dense_shortcuts.train.states import state_path
 
 
 class Stop(BaseException):
@@ -73,15 +75,15 @@ def test_a_run_that_ended_at_any_moment_goes_on_to_the_same_result(tiny, fit, tm
         return wrapped
 
     if moment == "in the state":
-        before = loop.write_tensors
+        before = loop.write_state
 
-        def half(path, tensors, about):
+        def half(path, tensors, about, accelerator):
             if about["epoch"] == 2:
                 path.with_name(f".{path.name}.tmp").write_bytes(b"half")
                 raise Stop
-            before(path, tensors, about)
+            before(path, tensors, about, accelerator)
 
-        monkeypatch.setattr(loop, "write_tensors", half)
+        monkeypatch.setattr(loop, "write_state", half)
     else:
         name, when = {
             "after the line": ("save_state", 2),
@@ -96,10 +98,11 @@ def test_a_run_that_ended_at_any_moment_goes_on_to_the_same_result(tiny, fit, tm
 
     resumed = fit(config, tmp_path / "stopped")
     assert unclocked(resumed) == unclocked(expected) and [row["epoch"] for row in resumed] == [1, 2, 3]
-    for name in (WEIGHTS, STATE):
+    states = [state_path(tmp_path, epoch).name for epoch in (2, 3)]
+    for name in (WEIGHTS, *states):
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     names = {path.name for path in (tmp_path / "stopped").iterdir()}
-    assert names == {CARD, METRICS, STATE, WEIGHTS}
+    assert names == {CARD, METRICS, WEIGHTS, *states}
 
 
 def test_a_metrics_line_cut_short_is_dropped_and_one_broken_in_the_middle_is_told(tmp_path):
@@ -230,6 +233,9 @@ def test_smoothing_and_mixup_give_the_losses_of_their_definitions():
         {"precision": "bf16"},
         {"momentum": 0.5},
         {"opt": "adamw"},
+        {"loss": "bce"},
+        {"aug_repeats": 2},
+        {"test_size": 12},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -295,18 +301,20 @@ def test_the_moving_average_is_what_is_tested_and_saved(tiny, fit, tmp_path):
     averaged = fit(tiny(ema_decay=0.9), tmp_path / "averaged")
     assert averaged[-1]["train_loss"] == plain[-1]["train_loss"]
     assert averaged[-1]["test_loss"] != plain[-1]["test_loss"]
-    tensors, _ = read_tensors(tmp_path / "averaged" / STATE)
+    tensors, _ = read_tensors(state_path(tmp_path / "averaged", 2))
     weights, _ = read_tensors(tmp_path / "averaged" / WEIGHTS)
     assert torch.equal(weights["fc.weight"], tensors["ema.fc.weight"])
     assert not torch.equal(weights["fc.weight"], tensors["model.fc.weight"])
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_epoch(tiny, fit, tmp_path):
+    with pytest.raises(DenseShortcutError, match=r"not finite in step \d of epoch 1: nothing was saved before"):
+        fit(tiny(epochs=1, lr=1e30), tmp_path / "start")
     fit(tiny(epochs=1), tmp_path)
-    before = (tmp_path / STATE).read_bytes()
-    with pytest.raises(DenseShortcutError, match=r"became nan in epoch 2: lower --lr"):
+    before = state_path(tmp_path, 1).read_bytes()
+    with pytest.raises(DenseShortcutError, match=r"in step \d of epoch 2: change lr .* from state-0001\.safetensors"):
         fit(tiny(epochs=2, lr=1e30), tmp_path)
-    assert (tmp_path / STATE).read_bytes() == before
+    assert state_path(tmp_path, 1).read_bytes() == before and not state_path(tmp_path, 2).exists()
     assert [row["epoch"] for row in read_metrics(tmp_path / METRICS)] == [1]
 
 
@@ -363,3 +371,16 @@ def test_metrics_are_json_lines(tiny, fit, tmp_path):
     fit(tiny(), tmp_path)
     lines = (tmp_path / METRICS).read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
+
+
+def test_binary_cross_entropy_counts_each_class_and_takes_mixed_targets_above_the_threshold_as_1():
+    scores, labels = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
+    binary = torch.nn.functional.binary_cross_entropy_with_logits
+    loss, mix = make_loss(TrainConfig(loss="bce", smoothing=0.2), 4)
+    assert mix is None
+    smoothed = torch.nn.functional.one_hot(labels, 4) * 0.8 + 0.05
+    torch.testing.assert_close(loss(scores, labels), binary(scores, smoothed))
+    loss, mix = make_loss(TrainConfig(loss="bce", bce_threshold=0.3, smoothing=0.0, mixup=1.0), 4)
+    mixed = torch.tensor([[0.7, 0.3, 0.0, 0.0]]).repeat(6, 1)
+    torch.testing.assert_close(loss(scores, mixed), binary(scores, torch.tensor([[1.0, 0.0, 0.0, 0.0]]).repeat(6, 1)))
+    assert mix is not None

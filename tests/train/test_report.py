@@ -142,3 +142,18 @@ def test_the_curves_are_a_picture_with_a_colour_for_each_network(tmp_path):
 def test_a_row_is_json():
     row = report.row("identity", history(1.0), {"parameters": 1})
     assert json.loads(json.dumps(row)) == row
+
+
+def test_the_note_says_how_long_training_waited_for_data_and_what_was_broken():
+    def history(*shares, broken=0):
+        return [{"train_data_wait_share": share, "broken_images": broken} for share in shares]
+
+    assert report.data_note({"a": history(0.5, 0.01, 0.012)}) == (
+        "Training waited for data during 1.2% of the time (median of the epochs)."
+    )
+    note = report.data_note({"a": history(0.01), "b": history(0.034, broken=2)})
+    assert note == (
+        "Training waited for data during 3.4% of the time (median of the epochs, the network that waited most). "
+        "2 broken images were left out."
+    )
+    assert report.data_note({"a": history(0.01, broken=1)}).endswith("1 broken image was left out.")

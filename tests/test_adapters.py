@@ -1,0 +1,248 @@
+"""Families of timm and torchvision, each by one small network: with the nearest map as it is, a DSNet is its host.
+
+`norm=None` and w = 1 on the nearest map give X_l = s(F_l(X_{l-1}) + X_{l-1}), so a wrong cut between branch and
+shortcut shows in the output and in every gradient, in float64. The first block adds X_0, which is what its host adds.
+"""
+
+import copy
+import pickle
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import dense_shortcuts as ds
+from dense_shortcuts.adapters.traced import TracedBlock
+
+SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 32, "patch_size": 8}
+HOSTS: dict[str, Any] = {
+    "resnet": partial(timm.create_model, "resnet18d"),
+    "resnet aa": partial(timm.create_model, "resnetblur18"),
+    "resnet eca": partial(timm.create_model, "ecaresnet26t", layers=(2, 1, 1, 1)),
+    "resnet cbam": partial(timm.create_model, "resnet18", block_args={"attn_layer": "cbam"}),
+    "resnext": partial(timm.create_model, "resnext50_32x4d", layers=(2, 1, 1, 1)),
+    "byobnet": partial(timm.create_model, "test_byobnet"),
+    "res2net": partial(timm.create_model, "res2net50_14w_8s", layers=(2, 1, 1, 1)),
+    "resnest": partial(timm.create_model, "resnest26d", layers=(2, 1, 1, 2)),
+    "sknet": partial(timm.create_model, "skresnet18"),
+    "senet": partial(timm.create_model, "legacy_seresnet18"),
+    "regnet": partial(timm.create_model, "regnety_002"),
+    "resnetv2": partial(timm.create_model, "resnetv2_50", layers=(2, 1, 1, 2), channels=(32, 32, 64, 64)),
+    "bit": partial(
+        timm.models.resnetv2.ResNetV2, (2, 1, 1, 1), channels=(32, 32, 64, 64), stem_type="fixed",
+        conv_layer=timm.layers.StdConv2d, norm_layer=partial(timm.layers.GroupNormAct, num_groups=4),
+    ),
+    "cspnet": partial(timm.create_model, "cs3darknet_s"),
+    "mobilenetv2": partial(timm.create_model, "mobilenetv2_035"),
+    "mobilenetv3": partial(timm.create_model, "mobilenetv3_small_050"),
+    "mobilenetv4": partial(timm.create_model, "mobilenetv4_conv_small_035"),
+    "efficientnet": partial(timm.create_model, "tinynet_e"),
+    "convnext": partial(timm.create_model, "convnext_atto", depths=(2, 1, 1, 2), dims=(16, 16, 32, 32)),
+    "convnextv2": partial(timm.create_model, "convnextv2_atto", depths=(2, 1, 1, 2), dims=(16, 16, 32, 32)),
+    "poolformer": partial(
+        timm.models.metaformer.MetaFormer, depths=(2, 1, 1, 1), dims=(16, 16, 32, 32), use_mlp_head=False
+    ),
+    "vit": partial(timm.create_model, "vit_tiny_patch16_224", **SMALL),
+    "deit": partial(timm.create_model, "deit_tiny_distilled_patch16_224", **SMALL),
+    "beit, a list": partial(timm.create_model, "beit_base_patch16_224", **SMALL),
+    "eva, a list with rotary positions": partial(timm.create_model, "eva02_tiny_patch14_224", **SMALL),
+    "pvt, blocks that take a size": partial(timm.create_model, "pvt_v2_b0", depths=(2, 1, 1, 1)),
+    "swin": partial(
+        timm.create_model, "swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=16, depths=(2, 2),
+        num_heads=(2, 2),
+    ),
+    "swinv2": partial(
+        timm.create_model, "swinv2_tiny_window8_256", img_size=32, window_size=4, embed_dim=16, depths=(2, 2),
+        num_heads=(2, 2),
+    ),
+    "mixer": partial(timm.models.mlp_mixer.MlpMixer, img_size=32, patch_size=8, num_blocks=2, embed_dim=32),
+    "torchvision resnet": partial(torchvision.models.resnet18, num_classes=8),
+    "torchvision regnet": partial(torchvision.models.regnet_y_400mf, num_classes=8),
+    "torchvision mobilenet_v2": partial(torchvision.models.mobilenet_v2, num_classes=8, width_mult=0.35),
+    "torchvision mobilenet_v3": partial(torchvision.models.mobilenet_v3_small, num_classes=8),
+    "torchvision convnext": partial(
+        torchvision.models.ConvNeXt,
+        [
+            torchvision.models.convnext.CNBlockConfig(16, 32, 2),
+            torchvision.models.convnext.CNBlockConfig(32, None, 2),
+        ],
+        num_classes=8,
+    ),
+    "torchvision swin": partial(
+        torchvision.models.SwinTransformer, [4, 4], 16, [2, 2], [2, 2], [4, 4], num_classes=8
+    ),
+    "torchvision vit": partial(torchvision.models.VisionTransformer, 32, 8, 2, 2, 32, 64, num_classes=8),
+}  # fmt: skip
+
+
+@cache
+def made(name: str) -> nn.Module:
+    torch.manual_seed(5)
+    settings = {"num_classes": 8} if "torchvision" not in name else {}
+    host = HOSTS[name](**settings).double().eval()
+    with torch.no_grad():  # layer scales and last norms that start near zero would hide a wrong branch
+        for parameter in host.parameters():
+            if parameter.ndim <= 1 or parameter.shape[0] == 1:
+                parameter.copy_(torch.rand_like(parameter) + 0.5)
+            elif not parameter.any():
+                nn.init.normal_(parameter, std=0.05)
+    return host
+
+
+def host_of(name: str) -> nn.Module:
+    return copy.deepcopy(made(name))
+
+
+def images(name: str) -> Tensor:
+    side = 32 if "img_size" in HOSTS[name].keywords or "vit" in name or "torchvision swin" in name else 64
+    side = HOSTS[name].keywords.get("img_size", side)
+    return torch.randn(2, 3, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+
+
+def gradients(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    net.zero_grad()
+    (net(x).square().sum()).backward()
+    return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None and "shortcut" not in name}
+
+
+def weights(net: nn.Module) -> list[nn.Parameter]:
+    return [p for _, p in ds.shortcut_parameters(net)]
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_the_nearest_map_as_it_is_gives_the_host_and_its_gradients(name):
+    host, x = host_of(name), images(name)
+    expected, slopes = host(x), gradients(host, x)
+    net = ds.plug_in(host, norm=None)
+    torch.testing.assert_close(net(x), expected, rtol=1e-9, atol=1e-9)
+    found = gradients(net, x)
+    assert found.keys() == slopes.keys()
+    for key, slope in slopes.items():
+        torch.testing.assert_close(found[key], slope, rtol=1e-6, atol=1e-9 * float(slope.abs().max() + 1), msg=key)
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in weights(net))
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_keep_identity_starts_as_the_host_bit_for_bit_and_unplugs_to_it(name):
+    host, x = host_of(name), images(name)
+    expected, keys = host(x), list(host.state_dict())
+    classes = {key: type(m) for key, m in host.named_modules()}
+    net = ds.plug_in(host, keep_identity=True)
+    assert torch.equal(net(x), expected)
+    for p in weights(net):
+        nn.init.constant_(p, 0.1)
+    assert not torch.allclose(net(x), expected)
+    ds.unplug(net)
+    assert torch.equal(net(x), expected) and list(net.state_dict()) == keys
+    assert {key: type(m) for key, m in net.named_modules()} == classes
+
+
+@pytest.mark.parametrize("name", HOSTS)
+@pytest.mark.parametrize("norm", ["auto", "batch"])
+def test_back_ends_agree_on_every_family(name, norm):
+    host, x = host_of(name), images(name)
+    results = []
+    for backend in ("plain", "auto"):
+        net = ds.plug_in(copy.deepcopy(host), norm=norm, init="uniform", backend=backend).train()
+        torch.manual_seed(1)  # for drop path and dropout
+        results.append((net(x), gradients(net, x)))
+    (y, slopes), (other, others) = results
+    torch.testing.assert_close(other, y, rtol=1e-6, atol=1e-6)
+    for key, slope in slopes.items():  # batch norm over two images of few pixels multiplies roundings
+        torch.testing.assert_close(others[key], slope, rtol=1e-4, atol=1e-6 * float(slope.abs().max() + 1), msg=key)
+
+
+@pytest.mark.parametrize("name", ["convnext", "vit", "mobilenetv3", "torchvision regnet", "sknet"])
+def test_traced_blocks_copy_and_pickle(name):
+    net, x = ds.plug_in(host_of(name), init="uniform"), images(name)
+    expected = net(x)
+    assert any(isinstance(m, TracedBlock) for m in net.modules())
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(other(x), expected)
+        nn.init.zeros_(weights(other)[0])
+        assert torch.equal(net(x), expected)
+        ds.unplug(other)
+
+
+@pytest.mark.parametrize("name", ["resnest", "sknet", "torchvision mobilenet_v2"])
+def test_fusing_a_traced_network_keeps_its_output(name):
+    net, x = ds.plug_in(host_of(name), norm="batch", init="uniform").eval(), images(name)
+    fused = ds.fuse(net)
+    torch.testing.assert_close(fused(x), net(x), rtol=1e-8, atol=1e-8)
+    folded = [m for m in fused.modules() if type(m) is nn.BatchNorm2d]
+    assert len(folded) < len([m for m in net.modules() if type(m) is nn.BatchNorm2d])
+
+
+def test_a_written_adapter_can_be_registered_and_is_used():
+    class Scaled(nn.Module):
+        """Not to be traced: its forward pass looks at the data."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.conv(x) * (2.0 if x.sum() > 0 else 0.5)
+
+    net, x = nn.Sequential(nn.Sequential(Scaled(), Scaled())).double(), images("resnet")[:, :1].expand(-1, 4, -1, -1)
+    with pytest.raises(ds.DenseShortcutError, match="Scaled"):
+        ds.plug_in(net)
+    expected = net(x)
+
+    @ds.register_adapter
+    class DenseScaled(ds.DenseBlock, Scaled):
+        def branch(self, x: Tensor) -> tuple[Tensor, None]:
+            return self.conv(x) * (2.0 if x.sum() > 0 else 0.5), None
+
+        def out_channels(self) -> int:
+            return 4
+
+    torch.testing.assert_close(ds.plug_in(net, norm=None)(x), expected, rtol=1e-12, atol=1e-12)
+    assert type(net[0][0]) is DenseScaled
+
+
+def test_a_host_may_use_the_names_of_the_adapters_methods():
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.branch, self.inner, self.project = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Identity()
+            self.out_channels, self.tokens = 4, None
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.project(x) + self.branch(self.inner(x))
+
+    net, x = nn.Sequential(Block(), Block()).double(), torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    expected = net(x)
+    torch.testing.assert_close(ds.plug_in(net, norm=None)(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_list_of_blocks_that_its_owner_does_not_chain_is_refused():
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.conv(x)
+
+    class Parallel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([Block(), Block()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([block(x) for block in self.blocks]).sum(0)
+
+    with pytest.raises(ds.DenseShortcutError, match="does not feed each block to the next"):
+        ds.plug_in(Parallel())
+
+
+def test_a_block_of_a_dense_stage_called_by_itself_says_so():
+    net = ds.plug_in(host_of("resnet"))
+    for block in (net.layer1[0], ds.plug_in(host_of("convnext")).stages[0].blocks[0]):
+        with pytest.raises(ds.DenseShortcutError, match="called by itself"):
+            block(torch.zeros(1, 64, 8, 8, dtype=torch.float64))
