@@ -94,7 +94,7 @@ def _fold_shortcut(stage: DenseStage, row: Row) -> None:
     if any(end is None or end.bias is None for end in ends):
         return
     norms = {i: norm for maps in shortcut.sources for i in maps if (norm := shortcut.norm(i)) is not None}
-    forms = {i: running_form(norm, shortcut.weights[0]) for i, norm in norms.items()}
+    forms = {i: running_form(norm, shortcut.weights[0], "plain") for i, norm in norms.items()}
     folded = []
     for k, end in zip(summing, ends, strict=True):
         rates, shifts = (torch.cat([forms[i][part] for i in shortcut.sources[k]]) for part in (0, 1))

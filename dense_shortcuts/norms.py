@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.fx
 from torch import Tensor, nn
 
+from . import ops
 from .errors import DenseShortcutError
 from .ops import BATCH, NONE, RAW, form, pool
 
@@ -137,7 +138,7 @@ def statistics(norm: nn.Module | None) -> tuple[int, float]:
     return RAW if _is_synchronised(norm) else BATCH, norm.eps
 
 
-def affine_form(norm: nn.Module, gathered: Sequence[Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+def affine_form(norm: nn.Module, gathered: Sequence[Tensor], x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """r and s with norm(x) = r * x + s; in training, batch norm updates its running statistics as PyTorch's does.
 
     Args:
@@ -145,6 +146,7 @@ def affine_form(norm: nn.Module, gathered: Sequence[Tensor], x: Tensor) -> tuple
         gathered: what the operator gave for `statistics` of the norm: r and s without affine parameters, pooled mean
             and variance; for RAW the mean and variance of each channel and image in place of r and s.
         x: the map, (N, C, H, W).
+        backend: from `ops.choose`.
 
     Returns:
         r and s, (1, C) for batch norm and (N, C) for the others, in float32 (float64 for a float64 map).
@@ -152,7 +154,7 @@ def affine_form(norm: nn.Module, gathered: Sequence[Tensor], x: Tensor) -> tuple
     assert isinstance(norm.eps, float)
     weight, bias = _tensor(norm.weight), _tensor(norm.bias)
     if uses_running_statistics(norm):
-        return running_form(norm, x)
+        return running_form(norm, x, backend)
     rate, shift, pooled, variance = gathered
     if isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
         count = _counted(x.shape[0], x.shape[2] * x.shape[3])
@@ -179,23 +181,19 @@ def _tensor(value: Any) -> Any:
     return value
 
 
-def running_form(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def running_form(norm: nn.Module, x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """r and s of batch norm by its running statistics, both (1, C), for a map x (N, C, H, W)."""
     mean, var, weight, bias = (_tensor(t) for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias))
     assert isinstance(norm.eps, float)
-    return _running_form(x, mean, var, norm.eps, weight, bias)
+    return _running_form(x, mean, var, norm.eps, weight, bias, backend)
 
 
 @torch.fx.wrap  # one node of a traced graph, whose buffers stay buffers
 def _running_form(
-    x: Tensor, mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None
+    x: Tensor, mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
     # x is taken so that a trace has something to hang the node on: it would fold the buffers into constants else
-    dtype = torch.promote_types(mean.dtype, torch.float32)
-    rate = torch.rsqrt(var.to(dtype) + eps)
-    rate = rate if weight is None else rate * weight.to(dtype)
-    shift = -mean.to(dtype) * rate if bias is None else torch.addcmul(bias.to(dtype), mean.to(dtype), rate, value=-1)
-    return rate[None], shift[None]
+    return ops.running_form(mean, var, eps, weight, bias, backend)
 
 
 def move_statistics(

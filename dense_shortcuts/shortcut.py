@@ -202,7 +202,7 @@ class DenseShortcut(nn.Module):
             assert isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
             rate, _, mean, var = joined.branch_gathered
             move_statistics(norm, rate, mean, var, branch.map.numel() // branch.map.shape[1])
-        return joined.map, as_term(own, joined) if one_pass else None
+        return joined.map, as_term(own, joined, backend) if one_pass else None
 
     def _forms(self, k: int, summed: Sequence[Term]) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
         """The weight of block k, (maps, C), and rate and shift of N for each map that it sums, where it has them."""
@@ -293,21 +293,21 @@ def enter(norm: nn.Module | None, x: Tensor, *, later: int, backend: str) -> Ter
         x, norm = norm(x), None
     rows = 1 if norm is None or is_batch_norm(norm) else x.shape[0]
     groups, eps = statistics(norm)
-    return as_term(norm, ops.enter(x, groups=groups, eps=eps, later=later, rows=rows, backend=backend))
+    return as_term(norm, ops.enter(x, groups=groups, eps=eps, later=later, rows=rows, backend=backend), backend)
 
 
-def as_branch(norm: nn.Module, x: Tensor) -> ops.Branch:
+def as_branch(norm: nn.Module, x: Tensor, backend: str) -> ops.Branch:
     """A residual branch before its last norm, one for which `norms.joins` holds; x is (N, C, H, W)."""
     assert isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
     affine = (norm.weight, norm.bias) if norm.affine else ()
     if not uses_running_statistics(norm):
         return ops.Branch(x, affine, (), norm.eps)
-    return ops.Branch(x, (), running_form(norm, x), norm.eps)
+    return ops.Branch(x, (), running_form(norm, x, backend), norm.eps)
 
 
-def as_term(norm: nn.Module | None, joined: ops.Joined) -> Term:
+def as_term(norm: nn.Module | None, joined: ops.Joined, backend: str) -> Term:
     """A finished map as later sums use it."""
     if norm is None:
         return Term(joined.map, None, None, joined.links)
-    form = affine_form(norm, joined.gathered, joined.map)
+    form = affine_form(norm, joined.gathered, joined.map, backend)
     return Term(joined.map, form[0], form[1], joined.links)  # by index: a traced graph cannot unpack

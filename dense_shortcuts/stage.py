@@ -178,7 +178,7 @@ class _Join:
 
         before_norm, addends = None, [identity] if self.keep_identity and not whole else []
         if norm is not None and fused and self._joins_norm(norm):
-            before_norm = as_branch(norm, branch)
+            before_norm = as_branch(norm, branch, backend)
         else:
             branch = branch if norm is None else norm(branch)
             addends = [branch, *addends]
@@ -266,13 +266,22 @@ def _observed(module: nn.Module) -> bool:
     Such an output must be a tensor to which all later gradients come; where X_l and its statistics are made in one pass
     they do not all come to X_l (`ops/fused.py`).
     """
+    return any(_GLOBAL_HOOKS) or _has_own_hooks(module)
+
+
+def _has_own_hooks(module: nn.Module) -> bool:
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own) or any(_GLOBAL_HOOKS)
+    return bool(own)
 
 
 def _has_hooks(module: nn.Module) -> bool:
     """Whether a hook may look at the output of the module or of one in it."""
-    return _observed(module) or any(_has_hooks(child) for child in module._modules.values() if child is not None)
+    return any(_GLOBAL_HOOKS) or _any_has_own_hooks(module)
+
+
+def _any_has_own_hooks(module: nn.Module) -> bool:
+    children = [child for child in module._modules.values() if child is not None]
+    return _has_own_hooks(module) or any(map(_any_has_own_hooks, children))
 
 
 def _is_recomputing() -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import hosts
 import pytest
 import torch
+import torch.nn.functional as F
 from hosts import Reference, assert_close
 from test_stage import compare
 from torch import Tensor, nn
@@ -212,6 +213,46 @@ def test_a_float32_map_beside_bf16_branches_is_as_exact_in_each_back_end(variant
             assert ours < 2 * plain + 0.02, errors  # ReLUs flip in bf16
 
 
+class CalledGroupNorm(nn.GroupNorm):
+    """A norm whose affine form nobody knows, for it is another class: it is called as it stands."""
+
+
+def plugged_by_factory(factory: Callable[[int], nn.Module], backend: str) -> nn.Module:
+    torch.manual_seed(4)
+    net = ds.plug_in(hosts.small_net("timm_bottleneck"), norm=factory, backend=backend)
+    hosts.randomise_parameters(ds.shortcut_parameters(net), seed=5)
+    return net
+
+
+@BACKENDS
+def test_a_norm_that_is_called_gives_what_its_affine_form_gives(backend):
+    """Maps as they are beside a branch whose last norm joins the sum; the factory's norms have parameters."""
+    x, results = torch.randn(2, 3, 9, 7, dtype=torch.float64), []
+    for cls in (nn.GroupNorm, CalledGroupNorm):
+        net = plugged_by_factory(lambda channels, cls=cls: cls(2, channels), backend).double()
+        results.append({"output": net(x).detach(), **full_gradients(net, x)})
+    for name, expected in results[0].items():
+        assert_close(results[1][name], expected, 1e-9, name)
+
+
+@BACKENDS
+@pytest.mark.parametrize("cls", [nn.GroupNorm, CalledGroupNorm])
+def test_norms_of_a_factory_follow_pytorchs_rules_under_autocast(cls, backend):
+    """Statistics in float32 whatever the map, and a result as near to float32 as bf16 maps allow."""
+    net = plugged_by_factory(lambda channels: cls(2, channels), backend)
+    x, seen = torch.randn(4, 3, 9, 7), []
+    exact = net(x)
+    for norm in net.layer1.shortcut.norms:
+        norm.register_forward_hook(lambda module, args, out: seen.append((args[0].dtype, out.dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = net(x)
+        rule = F.group_norm(x.bfloat16()[:, :2], 2).dtype
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - exact).norm() < 0.05 * exact.norm()
+    if cls is CalledGroupNorm:
+        assert len(seen) == 3 and all(out == rule for _, out in seen)
+
+
 @pytest.mark.parametrize("kind", ["timm_basic", "tv_bottleneck"])
 def test_hooks_on_activations_fire_and_change_no_number(kind):
     net = ds.plug_in(hosts.small_net(kind)).double().eval()
@@ -245,9 +286,9 @@ def test_changing_the_activation_after_plugging_is_seen():
 
 def test_the_back_end_runs_that_is_named_and_another_name_is_refused(monkeypatch):
     calls = []
-    for kernels in (cpu, native):
-        real = kernels.join
-        monkeypatch.setattr(kernels, "join", lambda *a, k=kernels, real=real: calls.append(k) or real(*a))
+    for kernels, name in ((cpu, "join"), (native, "block")):
+        real = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *a, k=kernels, real=real: calls.append(k) or real(*a))
     net, x = ds.plug_in(hosts.small_net()), torch.randn(2, 3, 9, 7)
     for backend, launched in (("plain", []), ("cpu", [cpu] * 5), ("native", [native] * 5)):
         calls.clear()

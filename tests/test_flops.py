@@ -1,5 +1,7 @@
 """What counters of operations say of a plugged network, whatever back end runs."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -43,3 +45,20 @@ def test_the_backward_pass_is_counted_too():
     named = {str(operator): count for operator, count in found.items() if "dense_shortcuts" in str(operator)}
     assert set(named) == {"dense_shortcuts.block", "dense_shortcuts.pull_block", "dense_shortcuts.pull_entered"}
     assert all(count > 0 for count in named.values())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # fvcore traces by torch.jit
+@pytest.mark.parametrize("norm", ["group", "batch", None])
+def test_fvcore_counts_a_multiply_add_for_each_number_of_a_pair(norm):
+    analysis = pytest.importorskip("fvcore.nn", reason="fvcore is not installed").FlopCountAnalysis
+    x, found = torch.randn(2, 3, 64, 64), []
+    host = timm.create_model("resnet18", layers=(3, 1, 1, 1), channels=(8, 8, 8, 8), num_classes=2).eval()
+    for net in (copy.deepcopy(host), ds.plug_in(host, norm=norm)):
+        counter = analysis(net, x).set_op_handle(**flops.FVCORE_HANDLES).unsupported_ops_warnings(False)
+        counter.uncalled_modules_warnings(False).tracer_warnings("none")
+        found.append(counter.by_operator())
+    pairs = [
+        stage.shortcut.pairs * 2 * 8 * size**2
+        for stage, size in zip(ds.dense_stages(host).values(), (16, 8, 4, 2), strict=True)
+    ]
+    assert found[1] - found[0] == {"addcmul": sum(pairs)}

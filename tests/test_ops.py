@@ -112,32 +112,46 @@ def test_compiled_kernels_give_the_same_bits_with_any_number_of_threads():
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("groups", [ops.BATCH, 1, 2, 6])
-@pytest.mark.parametrize("affine", [False, True])
-def test_compiled_arithmetic_per_channel_matches_the_plain_one(groups, affine, dtype, tolerance):
-    n, c = 3, 6
-    mean, var = torch.randn(n, c, dtype=dtype), torch.rand(n, c, dtype=dtype)
-    weight, bias = torch.randn(2, c, dtype=dtype) if affine else (None, None)
-    found = forms.form(mean, var, groups, 1e-5, weight, bias)
-    assert_all_close(native.form(mean, var, groups, 1e-5, weight, bias), found, tolerance)
-    grads = (torch.randn_like(found[0]), torch.randn_like(found[0]))
-    arguments = (*found[2:], groups, 1e-5, weight, *grads, 7)
-    assert_all_close(native.form_backward(*arguments), forms.form_backward(*arguments), 100 * tolerance)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("groups", [ops.NONE, ops.RAW, ops.BATCH, 1, 2, 6])
+@pytest.mark.parametrize("before", ["addend", "branch", "plain branch", "fixed branch"])
+def test_compiled_operator_at_one_go_matches_its_parts(before, groups, dtype, tolerance):
+    """What is made of statistics and weights inside the compiled kernels, and its gradients, with maps left out too."""
+    shape, c = (3, 6, 5, 4), 6
+    branch, *maps_of = maps(4, shape, dtype)
+    small = torch.Generator().manual_seed(2)
 
-    rows = found[0].shape[0]
-    rates, shifts = torch.randn(2, 3, rows, c, dtype=dtype)
-    for first in (0, 2, 3):
-        for branch in (None, tuple(torch.randn(2, 1, c, dtype=dtype))):
-            arguments = (torch.randn(3, c, dtype=dtype), list(rates), list(shifts), first)
-            scales, offset = forms.coefficients(*arguments, branch)
-            assert_all_close(native.coefficients(*arguments, branch), (scales, offset), tolerance)
-            arguments = (*arguments, branch is not None, torch.randn_like(scales), torch.randn_like(offset))
-            for ours, theirs in zip(
-                native.coefficients_backward(*arguments), forms.coefficients_backward(*arguments), strict=True
-            ):
-                listed = isinstance(ours, list)
-                assert_all_close(ours if listed else [ours], theirs if listed else [theirs], 10 * tolerance)
+    def numbers(*size: int) -> Tensor:
+        return torch.randn(size, generator=small, dtype=torch.float64).to(dtype)
+
+    rows = 1 if groups == ops.BATCH else 3
+    affine = [numbers(c), numbers(c)] if before == "branch" else []
+    fixed = [numbers(1, c), numbers(1, c)] if before == "fixed branch" else []
+    rates, shifts = ([numbers(rows, c) for _ in range(3)] for _ in range(2))
+    weight = numbers(3, c)
+    for summed, relu, missing in ((maps_of, True, 0), (maps_of[1:], False, 1), (maps_of[2:], True, 2)):
+        head = ([branch], None) if before == "addend" else ([], branch)
+        given = (*head, affine, fixed, 1e-3, summed, weight, rates, shifts, relu, groups, 1e-3)
+        y, own, theirs = native.block(*given, None)
+        expected = fused._block_by_parts(reference, *given, None)
+        for ours, wanted in zip(([y], own, theirs), ([expected[0]], *expected[1:]), strict=True):
+            assert_all_close(ours, wanted, tolerance)
+
+        grads = [None, numbers(*own[0].shape), numbers(*own[1].shape)]
+        grads[missing] = None
+        later = maps(2, shape, dtype, seed=3)
+        arguments = (
+            *(y, own, later[0] if missing else None, *grads[1:], later, [numbers(rows, c), numbers(rows, c)], head[1]),
+            *(affine, fixed, theirs, summed, weight, rates, shifts, 1e-3, relu, groups, 1e-3),
+        )
+        if groups == ops.NONE:
+            arguments = (*arguments[:3], None, None, *arguments[5:])
+        # the back end "cpu" goes the way of parts, with forms.py
+        wanted = fused._run_pull_block(*arguments, "cpu")
+        for ours, theirs_too in zip(fused._run_pull_block(*arguments, "native"), wanted, strict=True):
+            listed = isinstance(ours, list)
+            found, right = (ours, theirs_too) if listed else ([ours], [theirs_too])
+            assert_all_close(found, right, 100 * tolerance)
 
 
 def assert_all_close(ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float) -> None:
@@ -244,19 +258,20 @@ def test_tiles_cut_the_traffic_of_deep_stages():
 def test_a_deep_stage_sums_in_tiles(monkeypatch):
     """Counted by kernels: one `mix` a group forwards and backwards, and one `dots`."""
     calls: Counter[str] = Counter()
-    for name in ("join", "mix", "dots", "pull"):
+    for name in ("block", "mix", "dots"):
         real = getattr(native, name)
         monkeypatch.setattr(native, name, lambda *a, name=name, real=real: calls.update([name]) or real(*a))
     net = timm.create_model("resnet18", layers=(36, 1, 1, 1), channels=(8, 8, 8, 8), num_classes=2)
     ds.plug_in(net, backend="native")(torch.randn(2, 3, 32, 32)).sum().backward()
-    assert calls["mix"] == 5 + 5 and calls["dots"] == 5 and calls["join"] == 39
+    assert calls["mix"] == 5 + 5 and calls["dots"] == 5 and calls["block"] == 39
 
 
 def test_the_best_kernels_run_by_default_and_a_named_back_end_is_kept(monkeypatch):
     calls = []
     own = {"cpu": cpu, "native": native}[ops.dispatch.own_backend("cpu")[0]]
-    real = own.join
-    monkeypatch.setattr(own, "join", lambda *args: calls.append(1) or real(*args))
+    name = "block" if own is native else "join"
+    real = getattr(own, name)
+    monkeypatch.setattr(own, name, lambda *args: calls.append(1) or real(*args))
     x = torch.randn(2, 3, 64, 64)
     ds.plug_in(timm.create_model("resnet18"))(x)
     assert len(calls) == 8

@@ -3,7 +3,7 @@
 from . import fused  # registers the operators and their formulas, before any counter of operations begins
 from .dispatch import BACKENDS, choose
 from .forms import BATCH, form, pool
-from .joining import NONE, RAW, Branch, Joined, ahead, close, enter, join
+from .joining import NONE, RAW, Branch, Joined, ahead, close, enter, join, running_form
 from .reference import accumulation_dtype, dense_sum, moments
 
 __all__ = [
@@ -24,4 +24,5 @@ __all__ = [
     "join",
     "moments",
     "pool",
+    "running_form",
 ]

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .reference import accumulation_dtype
+
 BATCH = 0  # in place of a number of groups: each channel is normalised over all images
 
 
@@ -90,6 +92,14 @@ def pool(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 def _spread(x: Tensor, like: Tensor, groups: int) -> Tensor:
     """A number of each set, (N, groups, 1), for each of its channels, (N, C); for batch norm as it is."""
     return x if groups == BATCH else x.expand(_sets(like, groups).shape).reshape(like.shape).contiguous()
+
+
+def unnormalised_scales(weight: Tensor | None, maps: Sequence[Tensor], like: Tensor) -> Tensor:
+    """a_i of maps that are summed without a norm, (len(maps), 1, C): the last rows of `weight`, or ones."""
+    dtype = accumulation_dtype(like.dtype)
+    if weight is None:
+        return like.new_ones((len(maps), 1, like.shape[1]), dtype=dtype)
+    return weight[weight.shape[0] - len(maps) :, None].to(dtype)
 
 
 def coefficients(

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from . import flops, forms, reference
-from .forms import BATCH
+from .forms import BATCH, unnormalised_scales
 from .joining import NONE, RAW
 from .reference import accumulation_dtype
 
@@ -34,11 +34,6 @@ from .reference import accumulation_dtype
 def kernels(backend: str) -> Any:
     """The module of a back end's kernels, imported when first used: triton is not everywhere."""
     return import_module(f".{backend}", __package__)
-
-
-def _forms(backend: str) -> Any:
-    """Who does the arithmetic per channel."""
-    return kernels("native") if backend == "native" else forms
 
 
 def _new_links(x: Tensor, later: int, rows: int) -> list[Tensor]:
@@ -57,14 +52,13 @@ def _new_tile_links(x: Tensor, maps: int, counts: Sequence[int], rows: int) -> l
 
 
 def _statistics(
-    backend: str, mean: Tensor, var: Tensor, groups: int, eps: float, affine: Sequence[Tensor] = ()
+    mean: Tensor, var: Tensor, groups: int, eps: float, affine: Sequence[Tensor] = ()
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """rate, shift, pooled mean and variance, see `forms.form`; with RAW the moments in place of rate and shift."""
     if groups in (NONE, RAW):
         return mean, var, mean.new_empty(0), mean.new_empty(0)
     weight, bias = affine if affine else (None, None)
-    found: tuple[Tensor, Tensor, Tensor, Tensor] = _forms(backend).form(mean, var, groups, eps, weight, bias)
-    return found
+    return forms.form(mean, var, groups, eps, weight, bias)
 
 
 def _statistics_like(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -79,11 +73,10 @@ def _statistics_like(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor, Te
 def _gathered(x: Tensor, groups: int, eps: float, affine: Sequence[Tensor]) -> Sequence[Tensor]:
     """The statistics of a map once more, as differentiable functions of it."""
     mean, var = reference.moments(x)
-    return _statistics("plain", mean, var, groups, eps, affine)
+    return _statistics(mean, var, groups, eps, affine)
 
 
 def _through_statistics(
-    small: Any,
     x: Tensor,
     found: Sequence[Tensor],
     groups: int,
@@ -104,7 +97,7 @@ def _through_statistics(
         return grad_rate / pixels - slope * rate, slope, []
     count = pixels * (x.shape[0] if groups == BATCH else x.shape[1] // groups)
     weight = affine[0] if affine else None
-    offset, slope, *to_affine = small.form_backward(pooled, variance, groups, eps, weight, grad_rate, grad_shift, count)
+    offset, slope, *to_affine = forms.form_backward(pooled, variance, groups, eps, weight, grad_rate, grad_shift, count)
     return offset, slope, to_affine
 
 
@@ -170,16 +163,37 @@ def run_block(
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     """`_block`, which may write its result to `out`: the branch, or without one the first addend."""
     k = kernels(backend)
+    given = (addends, branch, affine, fixed, branch_eps, maps, weight, rates, shifts, relu, groups, eps, out)
+    y, own, branch_norm = k.block(*given) if backend == "native" else _block_by_parts(k, *given)
+    return y, own, branch_norm, _new_links(y, later, _rows(rates))
+
+
+def _block_by_parts(
+    k: Any,
+    addends: Sequence[Tensor],
+    branch: Tensor | None,
+    affine: Sequence[Tensor],
+    fixed: Sequence[Tensor],
+    branch_eps: float,
+    maps: Sequence[Tensor],
+    weight: Tensor | None,
+    rates: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    relu: bool,
+    groups: int,
+    eps: float,
+    out: Tensor | None,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """`run_block` without links, from the kernels that every back end has."""
     branch_norm: tuple[Tensor, ...] = ()
     if branch is not None and not fixed:
         mean, var = k.moments(branch)
-        branch_norm = _statistics(backend, mean, var, BATCH, branch_eps, affine)
+        branch_norm = _statistics(mean, var, BATCH, branch_eps, affine)
     form = (fixed or branch_norm[:2]) if branch is not None else ()
-    scales, bias = _scales(_forms(backend), weight, rates, shifts, maps, form, (*addends, *maps)[0])
+    scales, bias = _scales(weight, rates, shifts, maps, form, (*addends, *maps)[0])
     summed = maps if branch is None else [branch, *maps]
     y, mean, var = k.join(addends, summed, scales, bias, relu, groups != NONE, out)
-    own = _statistics(backend, mean, var, groups, eps)
-    return y, list(own), list(branch_norm), _new_links(y, later, _rows(rates))
+    return y, list(_statistics(mean, var, groups, eps)), list(branch_norm)
 
 
 def _rows(rates: Sequence[Tensor]) -> int:
@@ -187,7 +201,6 @@ def _rows(rates: Sequence[Tensor]) -> int:
 
 
 def _scales(
-    small: Any,
     weight: Tensor | None,
     rates: Sequence[Tensor],
     shifts: Sequence[Tensor],
@@ -196,13 +209,11 @@ def _scales(
     like: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     """a_i of the branch, if there is one, and of `maps`, (., 1 or N, C), and b, (1 or N, C)."""
-    if weight is None:
-        return like.new_ones((len(maps), 1, like.shape[1]), dtype=accumulation_dtype(like.dtype)), None
-    first = weight.shape[0] - len(maps)
     if not rates:
-        return weight[first:, None].to(accumulation_dtype(like.dtype)), None
-    scales: tuple[Tensor, Tensor] = small.coefficients(weight, rates, shifts, first, tuple(branch) or None)
-    return scales
+        return unnormalised_scales(weight, maps, like), None
+    assert weight is not None
+    form = (branch[0], branch[1]) if branch else None
+    return forms.coefficients(weight, rates, shifts, weight.shape[0] - len(maps), form)
 
 
 def _block_like(
@@ -298,16 +309,22 @@ def _run_pull_block(
         G (N, C, H, W), the scales, and the gradients of branch, affine, fixed, weight, rates (of `maps` alone) and
         shifts, each a list, empty where there is none.
     """
-    k, small = (reference, forms) if backend == "plain" else (kernels(backend), _forms(backend))
+    if backend == "native":
+        found: Any = kernels(backend).pull_block(
+            *(y, own, grad, grad_rate, grad_shift, later_grads, later_scales, branch, affine, fixed, branch_norm),
+            *(maps, weight, rates, shifts, branch_eps, relu, groups, eps),
+        )
+        return found
+    k = reference if backend == "plain" else kernels(backend)
     if backend == "plain":
         own = _gathered(y, groups, eps, ())
         branch_norm = _gathered(branch, BATCH, branch_eps, affine) if branch is not None and branch_norm else ()
-    offset, slope, _ = _through_statistics(small, y, own, groups, eps, (), grad_rate, grad_shift)
+    offset, slope, _ = _through_statistics(y, own, groups, eps, (), grad_rate, grad_shift)
     form = (fixed or branch_norm[:2]) if branch is not None else ()
-    scales, _bias = _scales(small, weight, rates, shifts, maps, form, y)
+    scales, _bias = _scales(weight, rates, shifts, maps, form, y)
     summed = maps if branch is None else [branch, *maps]
     g, to_scales, to_bias = k.pull(y, grad, offset, slope, later_grads, later_scales, summed, scales.shape[1], relu)
-    to_weight, to_rates, to_shifts, to_form = _through_scales(small, weight, rates, shifts, form, to_scales, to_bias)
+    to_weight, to_rates, to_shifts, to_form = _through_scales(weight, rates, shifts, form, to_scales, to_bias)
 
     to_branch: list[Tensor] = []
     to_affine: list[Tensor] = []
@@ -315,7 +332,7 @@ def _run_pull_block(
         start, tilt = None, None
         if not fixed:
             start, tilt, to_affine = _through_statistics(
-                small, branch, branch_norm, BATCH, branch_eps, affine, to_form[0], to_form[1]
+                branch, branch_norm, BATCH, branch_eps, affine, to_form[0], to_form[1]
             )
             to_affine = [t.to(p.dtype) for t, p in zip(to_affine, affine, strict=True)] if affine else []
         to_branch = [k.pull(branch, None, start, tilt, [g], [scales[0]], [], 0, False)[0]]
@@ -323,7 +340,6 @@ def _run_pull_block(
 
 
 def _through_scales(
-    small: Any,
     weight: Tensor | None,
     rates: Sequence[Tensor],
     shifts: Sequence[Tensor],
@@ -338,7 +354,7 @@ def _through_scales(
     if not rates:
         own = to_scales.sum(1)
         return [torch.cat([own.new_zeros(first, own.shape[1]), own]).to(weight.dtype)], [], [], ()
-    to_weight, to_rates, to_shifts, *to_branch = small.coefficients_backward(
+    to_weight, to_rates, to_shifts, *to_branch = forms.coefficients_backward(
         weight, rates, shifts, first, bool(branch), to_scales, to_bias
     )
     return [to_weight], to_rates, to_shifts, tuple(to_branch) if branch else ()
@@ -385,9 +401,12 @@ def _enter(
     Returns:
         rate, shift, pooled mean and variance; the links.
     """
+    links = _new_links(x, later, rows)
+    if backend == "native":
+        return kernels(backend).enter(x, groups, eps), links
     empty = x.new_empty(0, dtype=accumulation_dtype(x.dtype))
     mean, var = (empty, empty.clone()) if groups == NONE else kernels(backend).moments(x)
-    return list(_statistics(backend, mean, var, groups, eps)), _new_links(x, later, rows)
+    return list(_statistics(mean, var, groups, eps)), links
 
 
 def _enter_like(
@@ -424,10 +443,14 @@ def _run_pull_entered(
     backend: str,
 ) -> Tensor:
     """The backward pass of `_enter`: the gradient of x."""
-    k, small = (reference, forms) if backend == "plain" else (kernels(backend), _forms(backend))
+    given = (later_grads, later_scales)
+    if backend == "native":
+        entered: Tensor = kernels(backend).pull_entered(x, own, grad_rate, grad_shift, *given, groups, eps)
+        return entered
+    k = reference if backend == "plain" else kernels(backend)
     own = _gathered(x, groups, eps, ()) if backend == "plain" else own
-    offset, slope, _ = _through_statistics(small, x, own, groups, eps, (), grad_rate, grad_shift)
-    pulled: Tensor = k.pull(x, None, offset, slope, later_grads, later_scales, [], 0, False)[0]
+    offset, slope, _ = _through_statistics(x, own, groups, eps, (), grad_rate, grad_shift)
+    pulled: Tensor = k.pull(x, None, offset, slope, *given, [], 0, False)[0]
     return pulled
 
 
@@ -579,8 +602,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, operator: "_Operator", lengths: list[int | None], *flat: Any) -> Any:
         inputs = _unflatten(flat, lengths)
-        like = next(x for x in flat if isinstance(x, Tensor))
-        output = (operator.run if is_eager(like) else operator.registered)(*inputs)
+        output = operator.runner(flat)(*inputs)
         ctx.operator, ctx.input_lengths = operator, lengths
         operator.setup(ctx, inputs, output)
         flat_output, ctx.lengths = _flatten([output] if isinstance(output, list) else output)
@@ -616,10 +638,17 @@ class _Operator:
         self.registered.register_fake(shapes)
         self.registered.register_autograd(backward, setup_context=setup)
 
+    def runner(self, flat: Sequence[Any]) -> Callable[..., Any]:
+        """Who computes without a gradient: the kernel as it stands, where nothing watches operators."""
+        like = next(x for x in flat if isinstance(x, Tensor))
+        return self.run if is_eager(like) else self.registered
+
     def __call__(self, *inputs: Any) -> Any:
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return self.registered(*inputs)
         flat, lengths = _flatten(inputs)
+        if not torch.is_grad_enabled():
+            return self.runner(flat)(*inputs)
         *outputs, output_lengths, single = _Eager.apply(self, lengths, *flat)
         grouped = _unflatten(outputs, output_lengths)
         return grouped[0] if single else grouped

@@ -90,6 +90,9 @@ def join(
             "(for activation checkpointing, with use_reentrant=False)."
         )
     branch = branch or Branch(None, (), (), 0.0)
+    if branch.map is not None and weight is not None and not rates:  # maps as they are, beside a branch with a form
+        one = branch.map.new_ones((1, branch.map.shape[1]), dtype=accumulation_dtype(branch.map.dtype))
+        rates, shifts = [one] * weight.shape[0], [torch.zeros_like(one)] * weight.shape[0]
     if overwrite and not torch.is_grad_enabled() and fused.is_eager((*addends, *maps)[0]):
         out = addends[0] if branch.map is None else branch.map
         y, own, theirs, new = fused.run_block(
@@ -102,6 +105,25 @@ def join(
         addends, *branch, maps, flat, weight, rates, shifts, relu, groups, eps, later, backend
     )
     return Joined(y, own, theirs, tuple(new))
+
+
+def running_form(
+    mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    """rate and shift, (1, C), of a batch norm by its running statistics, (C,), with its affine parameters, if any.
+
+    They are worked out at each use, for the buffers may change in between.
+    """
+    from . import fused, native
+
+    asked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias))
+    if backend == "native" and not asked and fused.is_eager(mean):
+        return native.running_form(mean, var, eps, weight, bias)
+    dtype = accumulation_dtype(mean.dtype)
+    rate = torch.rsqrt(var.to(dtype) + eps)
+    rate = rate if weight is None else rate * weight.to(dtype)
+    shift = -mean.to(dtype) * rate if bias is None else torch.addcmul(bias.to(dtype), mean.to(dtype), rate, value=-1)
+    return rate[None], shift[None]
 
 
 def _plain_sum(

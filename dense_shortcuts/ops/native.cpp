@@ -14,7 +14,7 @@
 namespace {
 
 constexpr int64_t CHUNK = 512;  // pixels of one image summed without going to double
-constexpr int64_t GROUP = 4;    // rows, or maps, taken in one pass over registers
+constexpr int64_t GROUP = 4;    // rows taken in one pass over registers
 
 enum Kind : int32_t { F32 = 0, F64 = 1, BF16 = 2, F16 = 3 };
 
@@ -128,10 +128,32 @@ void put(void* out, int32_t kind, const Chunk& chunk, int64_t row, const A* from
   });
 }
 
+
+// Up to GROUP rows of a map in the accumulation type: the first one, and the distance from one to the next.
+template <class A>
+struct Rows {
+  const A* first;
+  int64_t stride;
+  const A* operator[](int64_t r) const { return first + r * stride; }
+};
+
+template <class A>
+Rows<A> rows_of(const Map& map, const Chunk& chunk, int64_t row, int64_t rows, A* scratch) {
+  const int64_t n = chunk.columns(), at = chunk.at(row);
+  if (map.kind == kind_of<A>())
+    return {static_cast<const A*>(map.data) + at, chunk.shape.last ? chunk.shape.channels : chunk.shape.pixels};
+  for (int64_t r = 0; r < rows; ++r) row_of(map, chunk, row + r, scratch + r * n);
+  return {scratch, n};
+}
+
 enum End { NONE, RELU, MASK };
+enum More { NOTHING, MOMENTS, PRODUCTS };
+
+constexpr int64_t TERMS = 8;  // terms taken in one pass over registers
 
 // acc = start + sum over M terms of a[m] * x[m], then ReLU or a mask. Coefficients vary along a row with channels_last
-// and are one number else; so is `start` in the first pass over a row (FIRST), where later ones go on from acc.
+// and are one number else; so is `start` in the first pass over a row (FIRST), where later ones go on from acc. One row
+// at a time: the machine foresees what a stream needs next, but not what jumps from row to row do.
 template <class A, int M, bool LAST, bool FIRST, End END>
 void pass(int64_t n, const A* start, const A* const* x, const A* const* a, const A* mask, A* acc) {
   std::array<const A*, M == 0 ? 1 : M> xs{}, as{};
@@ -153,11 +175,133 @@ void pass_of(int64_t m, int64_t n, const A* start, const A* const* x, const A* c
     case 1: return pass<A, 1, LAST, FIRST, END>(n, start, x, a, mask, acc);
     case 2: return pass<A, 2, LAST, FIRST, END>(n, start, x, a, mask, acc);
     case 3: return pass<A, 3, LAST, FIRST, END>(n, start, x, a, mask, acc);
-    default: return pass<A, 4, LAST, FIRST, END>(n, start, x, a, mask, acc);
+    case 4: return pass<A, 4, LAST, FIRST, END>(n, start, x, a, mask, acc);
+    case 5: return pass<A, 5, LAST, FIRST, END>(n, start, x, a, mask, acc);
+    case 6: return pass<A, 6, LAST, FIRST, END>(n, start, x, a, mask, acc);
+    case 7: return pass<A, 7, LAST, FIRST, END>(n, start, x, a, mask, acc);
+    default: return pass<A, TERMS, LAST, FIRST, END>(n, start, x, a, mask, acc);
   }
 }
 
-// A weighted sum of maps, row by row.
+// A row of a sum with its coefficients, in as many passes as its terms take.
+template <class A, End END>
+void sum_row(bool last, int64_t count, int64_t n, const A* start, const A* const* x, const A* const* a, const A* mask,
+             A* acc) {
+  for (int64_t done = 0;; done += TERMS) {
+    const int64_t m = std::min(TERMS, count - done);
+    const A* from = done == 0 ? start : acc;
+    const bool ends = done + m == count;
+    if (last) {
+      if (ends) return pass_of<A, true, false, END>(m, n, from, x + done, a + done, mask, acc);
+      pass_of<A, true, false, End::NONE>(m, n, from, x + done, a + done, mask, acc);
+    } else if (done == 0) {
+      if (ends) return pass_of<A, false, true, END>(m, n, from, x, a, mask, acc);
+      pass_of<A, false, true, End::NONE>(m, n, from, x, a, mask, acc);
+    } else {
+      if (ends) return pass_of<A, false, false, END>(m, n, from, x + done, a + done, mask, acc);
+      pass_of<A, false, false, End::NONE>(m, n, from, x + done, a + done, mask, acc);
+    }
+  }
+}
+
+// sums[c] += sum over rows of x * y, of x alone where y is null; a fresh sum begins here.
+template <class A>
+void add_products(A* sums, bool fresh, const Chunk& chunk, int64_t row, int64_t rows, const Rows<A>& x,
+                  const Rows<A>* y) {
+  const int64_t n = chunk.columns();
+  if (!chunk.shape.last) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const A *from = x[r], *with = y == nullptr ? nullptr : (*y)[r];
+      A sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t j = 0; j < n; ++j) sum += with == nullptr ? from[j] : from[j] * with[j];
+      sums[row + r] = sum;
+    }
+    return;
+  }
+  if (fresh) std::fill(sums, sums + n, A(0));
+  if (rows < GROUP) {
+    const A *from = x[0], *with = y == nullptr ? nullptr : (*y)[0];
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) sums[j] += with == nullptr ? from[j] : from[j] * with[j];
+    return;
+  }
+  const A *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3];
+  if (y == nullptr) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) sums[j] += (x0[j] + x1[j]) + (x2[j] + x3[j]);
+    return;
+  }
+  const A *y0 = (*y)[0], *y1 = (*y)[1], *y2 = (*y)[2], *y3 = (*y)[3];
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) sums[j] += (x0[j] * y0[j] + x1[j] * y1[j]) + (x2[j] * y2[j] + x3[j] * y3[j]);
+}
+
+// Adds some rows of a map to the sums of a chunk, (3, C), that its moments come from: a shift, and the sums of x - shift
+// and of its square. The shift, the chunk's first pixel, keeps the variance of maps with a large mean from cancelling.
+template <class A>
+void add_moments(A* sums, const Chunk& chunk, int64_t row, int64_t rows, const Rows<A>& x) {
+  const int64_t n = chunk.columns(), c = chunk.shape.channels;
+  A *k = sums, *s = sums + c, *q = sums + 2 * c;
+  if (!chunk.shape.last) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const A *from = x[r], shift = from[0];
+      A sum = 0, square = 0;
+#pragma omp simd reduction(+ : sum, square)
+      for (int64_t j = 0; j < n; ++j) {
+        const A d = from[j] - shift;
+        sum += d;
+        square += d * d;
+      }
+      k[row + r] = shift, s[row + r] = sum, q[row + r] = square;
+    }
+    return;
+  }
+  const A* x0 = x[0];
+  if (row == 0) {
+    std::copy(x0, x0 + n, k);
+    std::fill(s, s + 2 * c, A(0));
+  }
+  if (rows < GROUP) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) {
+      const A d = x0[j] - k[j];
+      s[j] += d;
+      q[j] += d * d;
+    }
+    return;
+  }
+  const A *x1 = x[1], *x2 = x[2], *x3 = x[3];
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    const A d0 = x0[j] - k[j], d1 = x1[j] - k[j], d2 = x2[j] - k[j], d3 = x3[j] - k[j];
+    s[j] += (d0 + d1) + (d2 + d3);
+    q[j] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
+  }
+}
+
+// Runs f(row, rows) over the rows of a chunk: GROUP at a time, then one by one.
+template <class F>
+void by_groups(const Chunk& chunk, F f) {
+  for (int64_t row = 0, rows; row < chunk.rows(); row += rows) {
+    rows = chunk.rows() - row >= GROUP ? GROUP : 1;
+    f(row, rows);
+  }
+}
+
+// Mean and sum of squares about it of each channel of a chunk, as doubles (2, C), from the sums of `add_moments`.
+template <class A>
+void write_moments(const A* sums, int64_t c, int64_t pixels, double* to) {
+  const A *shift = sums, *sum = sums + c, *square = sums + 2 * c;
+#pragma omp simd
+  for (int64_t j = 0; j < c; ++j) {
+    const double s = sum[j], rest = square[j] - s * s / pixels;
+    to[j] = shift[j] + s / pixels;
+    to[c + j] = rest < 0 ? 0 : rest;  // keeps NaN
+  }
+}
+
+// A weighted sum of maps.
 template <class A>
 struct Sum {
   struct Term {
@@ -166,290 +310,447 @@ struct Sum {
     int64_t rows;
   };
   const Shape& shape;
-  const A* start;  // (start_rows, C), or zeros of shape (1, C)
+  const A* start;  // (start_rows, C)
   int64_t start_rows;
-  std::vector<Term> terms;
+  std::vector<Term> terms{};
+  std::vector<Map> others{};  // whose products with the sum are wanted
+  Map mask{nullptr, kind_of<A>()};
+  bool relu = false;
 
   // What a thread needs for it.
   struct Scratch {
-    std::vector<A> rows;
     std::vector<const A*> x, a;
-    explicit Scratch(const Shape& shape) : rows((GROUP + 1) * room_of(shape)), x(GROUP), a(GROUP) {}
-    A* row(const Shape& shape, int64_t i) { return rows.data() + i * room_of(shape); }
+    std::vector<A> converted, out;  // rows of maps of another type: one of each term and GROUP of the others
   };
 
-  template <End END>
-  void row(const Chunk& chunk, int64_t row, const A* mask, A* acc, Scratch& scratch) const {
-    const int64_t count = terms.size(), n = chunk.columns();
-    int64_t done = 0;
-    do {
-      const int64_t m = std::min(GROUP, count - done);
-      for (int64_t i = 0; i < m; ++i) {
-        const Term& term = terms[done + i];
-        scratch.x[i] = row_of(term.map, chunk, row, scratch.row(shape, i));
-        scratch.a[i] = coefficient(term.scale, term.rows, chunk, row);
+  Scratch scratch(int32_t kind) const {
+    Scratch made;
+    made.x.resize(terms.size()), made.a.resize(terms.size());
+    bool foreign = mask.data != nullptr && mask.kind != kind_of<A>();
+    for (const Term& term : terms) foreign |= term.map.kind != kind_of<A>();
+    for (const Map& map : others) foreign |= map.kind != kind_of<A>();
+    if (foreign) made.converted.resize((terms.size() + 1 + GROUP) * room_of(shape));
+    if (kind != kind_of<A>()) made.out.resize(GROUP * room_of(shape));
+    return made;
+  }
+
+  // One chunk: writes the rows to `out`, and to `sums` what MORE asks for: (3, C) for MOMENTS, (others + 1, C) for
+  // PRODUCTS.
+  template <More MORE>
+  void run(const Chunk& chunk, void* out, int32_t kind, A* sums, Scratch& scratch) const {
+    by_groups(chunk, [&](int64_t row, int64_t rows) { run_rows<MORE>(chunk, row, rows, out, kind, sums, scratch); });
+  }
+
+  template <More MORE>
+  void run_rows(const Chunk& chunk, int64_t row, int64_t rows, void* out, int32_t kind, A* sums,
+                Scratch& scratch) const {
+    const int64_t n = chunk.columns(), room = room_of(shape);
+    const bool stored = kind == kind_of<A>();
+    const Rows<A> done = stored ? rows_of<A>(Map{out, kind}, chunk, row, rows, nullptr) : Rows<A>{scratch.out.data(), n};
+    for (int64_t r = 0; r < rows; ++r) {
+      A* slot = scratch.converted.data();
+      for (size_t i = 0; i < terms.size(); ++i, slot += room) {
+        scratch.x[i] = row_of(terms[i].map, chunk, row + r, slot);
+        scratch.a[i] = coefficient(terms[i].scale, terms[i].rows, chunk, row + r);
       }
-      const A* from = done == 0 ? coefficient(start, start_rows, chunk, row) : acc;
-      const bool ends = done + m == count;
-      if (shape.last) {
-        if (ends) pass_of<A, true, false, END>(m, n, from, scratch.x.data(), scratch.a.data(), mask, acc);
-        else pass_of<A, true, false, NONE>(m, n, from, scratch.x.data(), scratch.a.data(), mask, acc);
-      } else if (done == 0) {
-        if (ends) pass_of<A, false, true, END>(m, n, from, scratch.x.data(), scratch.a.data(), mask, acc);
-        else pass_of<A, false, true, NONE>(m, n, from, scratch.x.data(), scratch.a.data(), mask, acc);
-      } else {
-        if (ends) pass_of<A, false, false, END>(m, n, from, scratch.x.data(), scratch.a.data(), mask, acc);
-        else pass_of<A, false, false, NONE>(m, n, from, scratch.x.data(), scratch.a.data(), mask, acc);
-      }
-      done += m;
-    } while (done < count);
+      const A* from = coefficient(start, start_rows, chunk, row + r);
+      const A* masks = mask.data == nullptr ? nullptr : row_of(mask, chunk, row + r, slot);
+      const A *const *x = scratch.x.data(), *const *a = scratch.a.data();
+      A* acc = const_cast<A*>(done[r]);
+      if (masks != nullptr) sum_row<A, MASK>(shape.last, terms.size(), n, from, x, a, masks, acc);
+      else if (relu) sum_row<A, RELU>(shape.last, terms.size(), n, from, x, a, nullptr, acc);
+      else sum_row<A, End::NONE>(shape.last, terms.size(), n, from, x, a, nullptr, acc);
+      put(out, kind, chunk, row + r, acc);
+    }
+    // the moments are those of what is stored, which may have been rounded
+    if (MORE == MOMENTS)
+      add_moments(sums, chunk, row, rows, rows_of(Map{out, kind}, chunk, row, rows, scratch.out.data()));
+    if (MORE != PRODUCTS) return;
+    A* slot = scratch.converted.data() + (scratch.converted.empty() ? 0 : (terms.size() + 1) * room);
+    for (size_t i = 0; i < others.size(); ++i) {
+      const Rows<A> other = rows_of(others[i], chunk, row, rows, slot);
+      add_products(sums + i * shape.channels, row == 0, chunk, row, rows, done, &other);
+    }
+    add_products<A>(sums + others.size() * shape.channels, row == 0, chunk, row, rows, done, nullptr);
   }
 };
 
-// sums[c] += sum over up to GROUP rows of x * y, of x alone where y is null.
+// A norm: which statistics it takes, and where they and the affine form N(x) = rate * x + shift go; see forms.py.
 template <class A>
-void add_products(A* sums, const Chunk& chunk, int64_t row, int64_t rows, const A* const* x, const A* const* y) {
-  const int64_t n = chunk.columns();
-  if (chunk.shape.last && rows == GROUP) {
-    const A *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3];
-    if (y == nullptr) {
+struct Form {
+  int64_t groups;  // or BATCH, RAW, NO_STATISTICS
+  double eps;
+  const A *weight, *bias;                   // (C,) or null
+  A *rate, *shift, *pooled, *variance;      // with RAW the mean and the variance in place of rate and shift
+};
+
+// The gradient of a map through its norm, as offset + slope * x.
+template <class A>
+struct Through {
+  int64_t groups;
+  double eps;
+  const A* weight;
+  const A *pooled, *variance;        // with RAW the mean in place of pooled
+  const A *grad_rate, *grad_shift;   // null for zero
+  double count;                      // of numbers that are normalised together
+  int64_t rows;
+  A *offset, *slope;                 // (rows, C)
+  A *grad_weight, *grad_bias;        // (C,) or null
+};
+
+// The terms of a sum with coefficients, the residual branch first where it comes before its norm.
+template <class A>
+struct Pairs {
+  const Map* maps;
+  int64_t count;
+  bool branch;
+  const A* weight;  // (total, C)
+  int64_t total;
+  const A* const* rates;   // of each of `total` maps, (rows, C); null where the scales are given
+  const A* const* shifts;
+  const A *branch_rate, *branch_shift;  // (1, C)
+  int64_t rows;
+  A* scales;  // (count, rows, C)
+  A* bias;    // (rows, C) or null
+
+  int64_t first() const { return total - (count - branch); }  // the maps before it are summed elsewhere
+};
+
+template <class A>
+struct PairGradients {
+  A *scales, *bias;                          // (count, rows, C), (rows, C)
+  A *weight;                                 // (total, C)
+  A *rates, *shifts;                         // (count without branch, rows, C), (total, rows, C)
+  A *branch_rate, *branch_shift;             // (1, C)
+};
+
+constexpr int64_t BATCH = 0, NO_STATISTICS = -1, RAW = -2;
+constexpr int64_t BLOCK = 64;  // channels of which a thread does the arithmetic at a time
+
+// The functions from here on that begin with `team_` are called by all threads of a parallel region and share the work.
+
+// Moments of the channels from `from` on of `chunks` chunks together, by Chan's formula: mean and sum of squares.
+double merge_moments(const Shape& shape, const double* parts, int64_t first, int64_t chunks, int64_t from, int64_t n,
+                     double* mean, double* about) {
+  std::fill(mean, mean + n, 0.0);
+  std::fill(about, about + n, 0.0);
+  double count = 0;
+  for (int64_t k = first; k < first + chunks; ++k) {
+    const double* part = parts + k * 2 * shape.channels + from;
+    const double more = double(chunk_pixels(shape, k % shape.splits())), total = count + more;
 #pragma omp simd
-      for (int64_t j = 0; j < n; ++j) sums[j] += (x0[j] + x1[j]) + (x2[j] + x3[j]);
-    } else {
-      const A *y0 = y[0], *y1 = y[1], *y2 = y[2], *y3 = y[3];
-#pragma omp simd
-      for (int64_t j = 0; j < n; ++j) sums[j] += (x0[j] * y0[j] + x1[j] * y1[j]) + (x2[j] * y2[j] + x3[j] * y3[j]);
+    for (int64_t j = 0; j < n; ++j) {
+      const double delta = part[j] - mean[j];
+      mean[j] += delta * (more / total);
+      about[j] += part[shape.channels + j] + delta * delta * (count * more / total);
+    }
+    count = total;
+  }
+  return count;
+}
+
+template <class A>
+void write_form(const Form<A>& form, int64_t at, int64_t channel, double mean, double var) {
+  const double t = 1 / std::sqrt(var + form.eps), r = form.weight == nullptr ? t : form.weight[channel] * t;
+  form.rate[at] = A(r);
+  form.shift[at] = A((form.bias == nullptr ? 0 : double(form.bias[channel])) - mean * r);
+}
+
+// The form of a norm from the moments of chunks, (chunks, 2, C).
+template <class A>
+void team_form(const Shape& shape, const double* parts, const Form<A>& form) {
+  const int64_t c = shape.channels, splits = shape.splits();
+  if (form.groups == BATCH || form.groups == RAW) {
+    const int64_t blocks = (c + BLOCK - 1) / BLOCK, outer = form.groups == BATCH ? 1 : shape.images;
+    const int64_t chunks = form.groups == BATCH ? shape.chunks() : splits;
+#pragma omp for
+    for (int64_t unit = 0; unit < outer * blocks; ++unit) {
+      const int64_t row = unit / blocks, from = unit % blocks * BLOCK, n = std::min(BLOCK, c - from);
+      double mean[BLOCK], about[BLOCK];
+      const double count = merge_moments(shape, parts, row * splits, chunks, from, n, mean, about);
+      for (int64_t j = 0; j < n; ++j) {
+        const int64_t at = row * c + from + j;
+        const double var = about[j] / count;
+        if (form.groups == RAW) {
+          form.rate[at] = A(mean[j]), form.shift[at] = A(var);
+          continue;
+        }
+        form.pooled[at] = A(mean[j]), form.variance[at] = A(var);
+        write_form(form, at, from + j, mean[j], var);
+      }
     }
     return;
   }
-  for (int64_t r = 0; r < rows; ++r) {
-    if (chunk.shape.last) {
+  const int64_t size = c / form.groups;
+  std::vector<double> mean(size), about(size);
+#pragma omp for
+  for (int64_t set = 0; set < shape.images * form.groups; ++set) {
+    const int64_t image = set / form.groups, from = set % form.groups * size;
+    const double count = merge_moments(shape, parts, image * splits, splits, from, size, mean.data(), about.data());
+    double m = 0, v = 0;
+    for (int64_t j = 0; j < size; ++j) m += mean[j];
+    m /= size;
+    for (int64_t j = 0; j < size; ++j) v += about[j] / count + (mean[j] - m) * (mean[j] - m);
+    v /= size;
+    form.pooled[set] = A(m), form.variance[set] = A(v);
+    for (int64_t j = 0; j < size; ++j) write_form(form, image * c + from + j, from + j, m, v);
+  }
+}
+
+template <class A>
+void team_through(int64_t c, const Through<A>& t) {
+  if (t.groups == RAW) {  // d mean = dx / count and d var = 2 (x - mean) dx / count
+#pragma omp for
+    for (int64_t i = 0; i < t.rows * c; ++i) {
+      const double tilt = t.grad_shift == nullptr ? 0 : 2 * double(t.grad_shift[i]) / t.count;
+      t.slope[i] = A(tilt);
+      t.offset[i] = A((t.grad_rate == nullptr ? 0 : double(t.grad_rate[i]) / t.count) - tilt * t.pooled[i]);
+    }
+    return;
+  }
+  // with r = 1 / sigma: rate = w r and shift = b - w M r, so dr = w (grad_rate - M grad_shift), dM = -w r grad_shift
+  const int64_t size = t.groups == BATCH ? 1 : c / t.groups;
+#pragma omp for
+  for (int64_t set = 0; set < t.rows * c / size; ++set) {
+    const double m = t.pooled[set], r = 1 / std::sqrt(t.variance[set] + t.eps);
+    double through = 0, moved = 0;
+    for (int64_t i = set * size; i < (set + 1) * size; ++i) {
+      const double w = t.weight == nullptr ? 1 : t.weight[i % c];
+      const double shift = t.grad_shift == nullptr ? 0 : t.grad_shift[i];
+      const double own = (t.grad_rate == nullptr ? 0 : t.grad_rate[i]) - m * shift;
+      through += w * own;
+      moved += w * shift;
+      if (t.grad_weight != nullptr) t.grad_weight[i] = A(own * r), t.grad_bias[i] = A(shift);
+    }
+    const double tilt = -through * r * r * r / t.count, start = -moved * r / t.count - tilt * m;
+    std::fill(t.slope + set * size, t.slope + (set + 1) * size, A(tilt));
+    std::fill(t.offset + set * size, t.offset + (set + 1) * size, A(start));
+  }
+}
+
+// a_i = w_i * rate_i and b = sum_i w_i * shift_i, see forms.py.
+template <class A>
+void team_coefficients(int64_t c, const Pairs<A>& p) {
+  const int64_t blocks = (c + BLOCK - 1) / BLOCK, first = p.first();
+#pragma omp for
+  for (int64_t unit = 0; unit < p.rows * blocks; ++unit) {
+    const int64_t from = unit % blocks * BLOCK, n = std::min(BLOCK, c - from), at = unit / blocks * c + from;
+    const auto scale = [&](int64_t i) { return p.scales + i * p.rows * c + at; };
+    A* bias = p.bias + at;
+    if (p.branch) std::copy(p.branch_rate + from, p.branch_rate + from + n, scale(0));
+    for (int64_t j = 0; j < n; ++j) bias[j] = p.branch ? p.branch_shift[from + j] : A(0);
+    for (int64_t i = 0; i < p.total; ++i) {
+      const A *w = p.weight + i * c + from, *shift = p.shifts[i] + at, *rate = p.rates[i] + at;
 #pragma omp simd
-      for (int64_t j = 0; j < n; ++j) sums[j] += y == nullptr ? x[r][j] : x[r][j] * y[r][j];
-    } else {
-      A sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t j = 0; j < n; ++j) sum += y == nullptr ? x[r][j] : x[r][j] * y[r][j];
-      sums[row + r] += sum;
+      for (int64_t j = 0; j < n; ++j) bias[j] += w[j] * shift[j];
+      if (i < first) continue;
+      A* to = scale(i - first + p.branch);
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) to[j] = w[j] * rate[j];
     }
   }
 }
 
-// Sums of (x - shift) and (x - shift)^2 over the pixels of a chunk. The shift, the chunk's first pixel, keeps the
-// variance of maps with a large mean from cancelling.
 template <class A>
-struct Moments {
-  std::vector<A> shift, sum, square;
-  explicit Moments(int64_t channels) : shift(channels), sum(channels), square(channels) {}
-
-  void reset() {
-    std::fill(sum.begin(), sum.end(), A(0));
-    std::fill(square.begin(), square.end(), A(0));
-  }
-  void add(const Chunk& chunk, int64_t row, int64_t rows, const A* const* x) {
-    const int64_t n = chunk.columns();
-    A *k = shift.data(), *s = sum.data(), *q = square.data();
-    if (!chunk.shape.last) {
-      for (int64_t r = 0; r < rows; ++r) add_channel(row + r, n, x[r]);
-      return;
+void team_coefficients_backward(int64_t c, const Pairs<A>& p, const PairGradients<A>& g) {
+  const int64_t blocks = (c + BLOCK - 1) / BLOCK, first = p.first();
+#pragma omp for
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t from = block * BLOCK, n = std::min(BLOCK, c - from);
+    if (p.branch) {
+      A *rate = g.branch_rate + from, *shift = g.branch_shift + from;
+      std::fill(rate, rate + n, A(0));
+      std::fill(shift, shift + n, A(0));
+      for (int64_t row = 0; row < p.rows; ++row)
+        for (int64_t j = 0; j < n; ++j) {
+          rate[j] += g.scales[row * c + from + j];
+          shift[j] += g.bias[row * c + from + j];
+        }
     }
-    if (row == 0) std::copy(x[0], x[0] + n, k);
-    if (rows == GROUP) {
-      const A *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3];
+    for (int64_t i = 0; i < p.total; ++i) {
+      const A* w = p.weight + i * c + from;
+      A* to = g.weight + i * c + from;
+      std::fill(to, to + n, A(0));
+      for (int64_t row = 0; row < p.rows; ++row) {
+        const int64_t at = row * c + from;
+        const A *shift = p.shifts[i] + at, *rate = p.rates[i] + at, *bias = g.bias + at;
+        A* to_shift = g.shifts + i * p.rows * c + at;
 #pragma omp simd
-      for (int64_t j = 0; j < n; ++j) {
-        const A d0 = x0[j] - k[j], d1 = x1[j] - k[j], d2 = x2[j] - k[j], d3 = x3[j] - k[j];
-        s[j] += (d0 + d1) + (d2 + d3);
-        q[j] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
-      }
-      return;
-    }
-    for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t j = 0; j < n; ++j) {
+          to[j] += shift[j] * bias[j];
+          to_shift[j] = w[j] * bias[j];
+        }
+        if (i < first) continue;
+        const A* scale = g.scales + (i - first + p.branch) * p.rows * c + at;
+        A* to_rate = g.rates + (i - first) * p.rows * c + at;
 #pragma omp simd
-      for (int64_t j = 0; j < n; ++j) {
-        const A d = x[r][j] - k[j];
-        s[j] += d;
-        q[j] += d * d;
+        for (int64_t j = 0; j < n; ++j) {
+          to[j] += rate[j] * scale[j];
+          to_rate[j] = w[j] * scale[j];
+        }
       }
     }
   }
-  // mean and sum of squares about it, of a chunk
-  void write(double* mean, double* about, int64_t pixels) const {
-    for (size_t c = 0; c < sum.size(); ++c) {
-      const double s = sum[c], rest = square[c] - s * s / pixels;
-      mean[c] = shift[c] + s / pixels;
-      about[c] = rest < 0 ? 0 : rest;  // keeps NaN
-    }
-  }
-
- private:
-  void add_channel(int64_t channel, int64_t n, const A* x) {
-    const A k = shift[channel] = x[0];
-    A s = 0, q = 0;
-#pragma omp simd reduction(+ : s, q)
-    for (int64_t j = 0; j < n; ++j) {
-      const A d = x[j] - k;
-      s += d;
-      q += d * d;
-    }
-    sum[channel] = s;
-    square[channel] = q;
-  }
-};
-
-// Moments of images from those of their chunks, (chunks, 2, C), by Chan's formula.
-template <class A>
-void merge_moments(const Shape& shape, const std::vector<double>& parts, A* mean, A* var) {
-  const int64_t c = shape.channels, splits = shape.splits();
-  for (int64_t image = 0; image < shape.images; ++image)
-    for (int64_t j = 0; j < c; ++j) {
-      double count = 0, m = 0, about = 0;
-      for (int64_t split = 0; split < splits; ++split) {
-        const double* part = parts.data() + (image * splits + split) * 2 * c;
-        const double more = double(chunk_pixels(shape, split)), total = count + more, delta = part[j] - m;
-        m += delta * more / total;
-        about += part[c + j] + delta * delta * count * more / total;
-        count = total;
-      }
-      mean[image * c + j] = A(m);
-      var[image * c + j] = A(about / count);
-    }
 }
 
-// `count` of the terms from `first` on, as (count, rows, C), from sums of chunks, (chunks, terms, C).
+// (terms, rows, C) from sums of chunks, (chunks, terms, C): the last term goes to `last`, the others to `out`.
 template <class A>
-void merge_sums(const Shape& shape, const std::vector<A>& parts, int64_t terms, int64_t first, int64_t count,
-                int64_t rows, A* out) {
+void team_merge(const Shape& shape, const A* parts, int64_t terms, int64_t rows, A* out, A* last) {
   const int64_t c = shape.channels, per_row = rows > 1 ? shape.splits() : shape.chunks();
-  std::vector<double> total(c);
-  for (int64_t term = first; term < first + count; ++term)
-    for (int64_t row = 0; row < rows; ++row) {
-      std::fill(total.begin(), total.end(), 0.0);
-      for (int64_t k = 0; k < per_row; ++k) {
-        const A* part = parts.data() + ((row * per_row + k) * terms + term) * c;
-        for (int64_t j = 0; j < c; ++j) total[j] += part[j];
-      }
-      for (int64_t j = 0; j < c; ++j) *out++ = A(total[j]);
+  const int64_t blocks = (c + BLOCK - 1) / BLOCK;
+#pragma omp for
+  for (int64_t unit = 0; unit < terms * rows * blocks; ++unit) {
+    const int64_t from = unit % blocks * BLOCK, n = std::min(BLOCK, c - from);
+    const int64_t row = unit / blocks % rows, term = unit / blocks / rows;
+    double total[BLOCK] = {};
+    for (int64_t k = 0; k < per_row; ++k) {
+      const A* part = parts + ((row * per_row + k) * terms + term) * c + from;
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) total[j] += part[j];
     }
+    A* to = (last != nullptr && term == terms - 1 ? last : out + term * rows * c) + row * c + from;
+    for (int64_t j = 0; j < n; ++j) to[j] = A(total[j]);
+  }
 }
 
+// Moments of the chunks of a map, (chunks, 2, C).
+template <class A>
+void team_moments(const Shape& shape, const Map& x, double* parts) {
+  const int64_t c = shape.channels;
+  std::vector<A> sums(3 * c), converted(x.kind == kind_of<A>() ? 0 : GROUP * room_of(shape));
+#pragma omp for
+  for (int64_t index = 0; index < shape.chunks(); ++index) {
+    const Chunk chunk(shape, index);
+    by_groups(chunk, [&](int64_t row, int64_t rows) {
+      add_moments(sums.data(), chunk, row, rows, rows_of(x, chunk, row, rows, converted.data()));
+    });
+    write_moments(sums.data(), c, chunk.pixels, parts + index * 2 * c);
+  }
+}
 
-// Runs f(chunk, row, rows) over the rows of a chunk, GROUP at a time.
-template <class F>
-void by_groups(const Chunk& chunk, F f) {
-  for (int64_t row = 0; row < chunk.rows(); row += GROUP) f(row, std::min(GROUP, chunk.rows() - row));
+// Runs a sum over all chunks; each thread has the same ones in every pass.
+template <More MORE, class A>
+void team_sum(const Sum<A>& sum, void* out, int32_t kind, double* moments, A* products) {
+  const Shape& shape = sum.shape;
+  const int64_t c = shape.channels, chunks = shape.chunks(), terms = sum.others.size() + 1;
+  typename Sum<A>::Scratch scratch = sum.scratch(kind);
+  std::vector<A> sums(MORE == MOMENTS ? 3 * c : 0);
+#pragma omp for
+  for (int64_t index = 0; index < chunks; ++index) {
+    const Chunk chunk(shape, index);
+    A* to = MORE == PRODUCTS ? products + index * terms * c : sums.data();
+    sum.template run<MORE>(chunk, out, kind, to, scratch);
+    if (MORE == MOMENTS) write_moments(to, c, chunk.pixels, moments + index * 2 * c);
+  }
 }
 
 template <class A>
-using Rows = std::array<const A*, GROUP>;
-
-template <class A>
-void moments(const Shape& shape, Map x, A* mean, A* var, int threads) {
+void enter(const Shape& shape, const Map& x, const Form<A>& form, int threads) {
   std::vector<double> parts(shape.chunks() * 2 * shape.channels);
 #pragma omp parallel num_threads(threads)
   {
-    typename Sum<A>::Scratch scratch(shape);
-    Moments<A> sums(shape.channels);
-#pragma omp for
-    for (int64_t index = 0; index < shape.chunks(); ++index) {
-      const Chunk chunk(shape, index);
-      sums.reset();
-      by_groups(chunk, [&](int64_t row, int64_t rows) {
-        Rows<A> taken{};
-        for (int64_t r = 0; r < rows; ++r) taken[r] = row_of(x, chunk, row + r, scratch.row(shape, r));
-        sums.add(chunk, row, rows, taken.data());
-      });
-      double* part = parts.data() + index * 2 * shape.channels;
-      sums.write(part, part + shape.channels, chunk.pixels);
+    team_moments<A>(shape, x, parts.data());
+    team_form(shape, parts.data(), form);
+  }
+}
+
+// s(addends + norm of the branch + sum of pairs); `norm` is that of the branch where it goes by this batch.
+template <class A>
+void block(const Shape& shape, const Map* addends, int64_t addend_count, const Form<A>* norm, const Pairs<A>& pairs,
+           bool relu, void* y, int32_t kind, const Form<A>& own, int threads) {
+  const int64_t c = shape.channels;
+  const std::vector<A> zeros(pairs.bias == nullptr ? c : 0), ones(c, A(1));
+  Sum<A> sum{shape, pairs.bias == nullptr ? zeros.data() : pairs.bias, pairs.bias == nullptr ? 1 : pairs.rows};
+  sum.relu = relu;
+  for (int64_t i = 0; i < addend_count; ++i) sum.terms.push_back({addends[i], ones.data(), 1});
+  for (int64_t i = 0; i < pairs.count; ++i)
+    sum.terms.push_back({pairs.maps[i], pairs.scales + i * pairs.rows * c, pairs.rows});
+  const bool gathers = own.groups != NO_STATISTICS;
+  std::vector<double> parts(gathers || norm != nullptr ? shape.chunks() * 2 * c : 0);
+#pragma omp parallel num_threads(threads)
+  {
+    if (norm != nullptr) {
+      team_moments<A>(shape, pairs.maps[0], parts.data());
+      team_form(shape, parts.data(), *norm);
+    }
+    if (pairs.rates != nullptr) team_coefficients(c, pairs);
+    if (gathers) {
+      team_sum<MOMENTS>(sum, y, kind, parts.data(), static_cast<A*>(nullptr));
+      team_form(shape, parts.data(), own);
+    } else {
+      team_sum<NOTHING>(sum, y, kind, nullptr, static_cast<A*>(nullptr));
     }
   }
-  merge_moments(shape, parts, mean, var);
+}
+
+// The gradient of a map from all that used it.
+template <class A>
+struct Pull {
+  Map x;
+  const Map* grad;  // or null
+  Through<A> own;   // offset is null where no gradient comes through statistics; pooled is null where it is given
+  const Map* later;
+  const A* const* later_scales;
+  const int64_t* later_rows;
+  int64_t later_count;
+  bool relu;
+  void* out;
+  int32_t kind;
+};
+
+template <class A>
+Sum<A> sum_of(const Shape& shape, const Pull<A>& p, const A* zeros, const A* ones) {
+  Sum<A> sum{shape, p.own.offset == nullptr ? zeros : p.own.offset, p.own.offset == nullptr ? 1 : p.own.rows};
+  if (p.grad != nullptr) sum.terms.push_back({*p.grad, ones, 1});
+  if (p.own.offset != nullptr) sum.terms.push_back({p.x, p.own.slope, p.own.rows});
+  for (int64_t l = 0; l < p.later_count; ++l) sum.terms.push_back({p.later[l], p.later_scales[l], p.later_rows[l]});
+  if (p.relu) sum.mask = p.x;
+  return sum;
 }
 
 template <class A>
-void join(const Shape& shape, const Map* addends, int64_t addend_count, const Map* maps, int64_t count,
-          const A* scales, int64_t rows, const A* bias, bool relu, void* y, int32_t kind, A* mean, A* var, int threads) {
+void pull(const Shape& shape, const Pull<A>& p, const Map* maps, int64_t count, int64_t rows, A* grad_scales,
+          A* grad_bias, int threads) {
   const int64_t c = shape.channels;
   const std::vector<A> zeros(c), ones(c, A(1));
-  Sum<A> sum{shape, bias == nullptr ? zeros.data() : bias, bias == nullptr ? 1 : rows, {}};
-  for (int64_t i = 0; i < addend_count; ++i) sum.terms.push_back({addends[i], ones.data(), 1});
-  for (int64_t i = 0; i < count; ++i) sum.terms.push_back({maps[i], scales + i * rows * c, rows});
-  std::vector<double> parts(mean == nullptr ? 0 : shape.chunks() * 2 * c);
+  Sum<A> sum = sum_of(shape, p, zeros.data(), ones.data());
+  sum.others.assign(maps, maps + count);
+  std::vector<A> parts(rows ? shape.chunks() * (count + 1) * c : 0);
 #pragma omp parallel num_threads(threads)
   {
-    typename Sum<A>::Scratch scratch(shape);
-    std::vector<A> buffer(GROUP * room_of(shape));
-    Moments<A> sums(c);
-#pragma omp for
-    for (int64_t index = 0; index < shape.chunks(); ++index) {
-      const Chunk chunk(shape, index);
-      sums.reset();
-      by_groups(chunk, [&](int64_t row, int64_t count) {
-        Rows<A> done{};
-        for (int64_t r = 0; r < count; ++r) {
-          A* acc = place(y, kind, chunk, row + r, buffer.data() + r * room_of(shape));
-          if (relu) sum.template row<RELU>(chunk, row + r, nullptr, acc, scratch);
-          else sum.template row<NONE>(chunk, row + r, nullptr, acc, scratch);
-          put(y, kind, chunk, row + r, acc);
-          // the moments are those of what was stored, which may have been rounded
-          done[r] = mean == nullptr ? acc : row_of(Map{y, kind}, chunk, row + r, acc);
-        }
-        if (mean != nullptr) sums.add(chunk, row, count, done.data());
-      });
-      if (mean != nullptr) {
-        double* part = parts.data() + index * 2 * c;
-        sums.write(part, part + c, chunk.pixels);
-      }
+    if (p.own.pooled != nullptr) team_through(c, p.own);
+    if (rows) {
+      team_sum<PRODUCTS>(sum, p.out, p.kind, nullptr, parts.data());
+      team_merge(shape, parts.data(), count + 1, rows, grad_scales, grad_bias);
+    } else {
+      team_sum<NOTHING>(sum, p.out, p.kind, nullptr, static_cast<A*>(nullptr));
     }
   }
-  if (mean != nullptr) merge_moments(shape, parts, mean, var);
 }
 
+// `pull` of what `block` made, on to the gradients of all that it took. `branch`, or null where its norm is given.
 template <class A>
-void pull(const Shape& shape, Map x, const Map* grad, const A* offset, const A* slope, int64_t moment_rows,
-          const Map* later, const A* const* later_scales, const int64_t* later_rows, int64_t later_count,
-          const Map* maps, int64_t count, int64_t rows, bool relu, void* out, int32_t kind, A* grad_scales,
-          A* grad_bias, int threads) {
-  const int64_t c = shape.channels, terms = count + 1;
+void pull_block(const Shape& shape, const Pull<A>& p, const Pairs<A>& pairs, const PairGradients<A>& to,
+                const Through<A>* branch, void* branch_out, int threads) {
+  const int64_t c = shape.channels;
   const std::vector<A> zeros(c), ones(c, A(1));
-  Sum<A> sum{shape, offset == nullptr ? zeros.data() : offset, offset == nullptr ? 1 : moment_rows, {}};
-  if (grad != nullptr) sum.terms.push_back({*grad, ones.data(), 1});
-  if (slope != nullptr) sum.terms.push_back({x, slope, moment_rows});
-  for (int64_t l = 0; l < later_count; ++l) sum.terms.push_back({later[l], later_scales[l], later_rows[l]});
-  std::vector<A> parts(grad_bias == nullptr ? 0 : shape.chunks() * terms * c);
+  Sum<A> sum = sum_of(shape, p, zeros.data(), ones.data());
+  sum.others.assign(pairs.maps, pairs.maps + pairs.count);
+  std::vector<A> parts(shape.chunks() * (pairs.count + 1) * c);
+  Sum<A> back{shape, branch == nullptr ? zeros.data() : branch->offset, 1};
+  if (pairs.branch) {
+    if (branch != nullptr) back.terms.push_back({pairs.maps[0], branch->slope, 1});
+    back.terms.push_back({Map{p.out, p.kind}, pairs.scales, pairs.rows});
+  }
 #pragma omp parallel num_threads(threads)
   {
-    typename Sum<A>::Scratch scratch(shape);
-    std::vector<A> buffer(GROUP * room_of(shape));
-#pragma omp for
-    for (int64_t index = 0; index < shape.chunks(); ++index) {
-      const Chunk chunk(shape, index);
-      A* sums = grad_bias == nullptr ? nullptr : parts.data() + index * terms * c;
-      by_groups(chunk, [&](int64_t row, int64_t group) {
-        Rows<A> done{}, other{};
-        for (int64_t r = 0; r < group; ++r) {
-          A* acc = place(out, kind, chunk, row + r, buffer.data() + r * room_of(shape));
-          if (relu) {
-            const A* mask = row_of(x, chunk, row + r, scratch.row(shape, GROUP));
-            sum.template row<MASK>(chunk, row + r, mask, acc, scratch);
-          } else {
-            sum.template row<NONE>(chunk, row + r, nullptr, acc, scratch);
-          }
-          put(out, kind, chunk, row + r, acc);
-          done[r] = acc;
-        }
-        if (sums == nullptr) return;
-        for (int64_t i = 0; i < count; ++i) {
-          for (int64_t r = 0; r < group; ++r) other[r] = row_of(maps[i], chunk, row + r, scratch.row(shape, r));
-          add_products(sums + i * c, chunk, row, group, done.data(), other.data());
-        }
-        add_products<A>(sums + count * c, chunk, row, group, done.data(), nullptr);
-      });
-    }
-  }
-  if (grad_bias != nullptr) {
-    merge_sums(shape, parts, terms, 0, count, rows, grad_scales);
-    merge_sums(shape, parts, terms, count, 1, rows, grad_bias);
+    if (p.own.pooled != nullptr) team_through(c, p.own);
+    if (pairs.rates != nullptr) team_coefficients(c, pairs);
+    team_sum<PRODUCTS>(sum, p.out, p.kind, nullptr, parts.data());
+    team_merge(shape, parts.data(), pairs.count + 1, pairs.rows, to.scales, to.bias);
+    if (pairs.rates != nullptr) team_coefficients_backward(c, pairs, to);
+    if (branch != nullptr) team_through(c, *branch);
+    if (pairs.branch) team_sum<NOTHING>(back, branch_out, pairs.maps[0].kind, nullptr, static_cast<A*>(nullptr));
   }
 }
 
@@ -458,34 +759,38 @@ void mix(const Shape& shape, const Map* maps, int64_t count, const A* scales, in
          void* const* out, int32_t kind, int threads) {
   const int64_t c = shape.channels;
   const std::vector<A> zeros(c);
-  std::vector<Sum<A>> sums(outputs, Sum<A>{shape, zeros.data(), 1, {}});
+  std::vector<Sum<A>> sums(outputs, Sum<A>{shape, zeros.data(), 1});
   for (int64_t o = 0; o < outputs; ++o)
     for (int64_t i = 0; i < count; ++i) sums[o].terms.push_back({maps[i], scales + (o * count + i) * rows * c, rows});
 #pragma omp parallel num_threads(threads)
   {
-    typename Sum<A>::Scratch scratch(shape);
-    std::vector<A> buffer(room_of(shape));
+    typename Sum<A>::Scratch scratch = sums[0].scratch(kind);
 #pragma omp for
     for (int64_t index = 0; index < shape.chunks(); ++index) {
       const Chunk chunk(shape, index);
-      for (int64_t row = 0; row < chunk.rows(); ++row)  // a row of each map stays in cache for all outputs
-        for (int64_t o = 0; o < outputs; ++o) {
-          A* acc = place(out[o], kind, chunk, row, buffer.data());
-          sums[o].template row<NONE>(chunk, row, nullptr, acc, scratch);
-          put(out[o], kind, chunk, row, acc);
-        }
+      by_groups(chunk, [&](int64_t row, int64_t group) {  // rows of each map stay in cache for all outputs
+        for (int64_t o = 0; o < outputs; ++o)
+          sums[o].template run_rows<NOTHING>(chunk, row, group, out[o], kind, nullptr, scratch);
+      });
     }
   }
+}
+
+// The form of a batch norm by its running statistics.
+template <class A>
+void running(int64_t c, const A* mean, const A* var, double eps, const A* weight, const A* bias, A* rate, A* shift) {
+  const Form<A> form{BATCH, eps, weight, bias, rate, shift, nullptr, nullptr};
+  for (int64_t j = 0; j < c; ++j) write_form(form, j, j, mean[j], var[j]);
 }
 
 template <class A>
 void dots(const Shape& shape, const Map* grads, int64_t grad_count, const Map* maps, int64_t count, int64_t rows,
           A* out, int threads) {
-  const int64_t c = shape.channels, terms = grad_count * count, room = room_of(shape);
+  const int64_t c = shape.channels, terms = grad_count * count, room = GROUP * room_of(shape);
   std::vector<A> parts(shape.chunks() * terms * c);
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<A> buffer((grad_count + 1) * GROUP * room);
+    std::vector<A> buffer((grad_count + 1) * room);
     std::vector<Rows<A>> taken(grad_count);
 #pragma omp for
     for (int64_t index = 0; index < shape.chunks(); ++index) {
@@ -493,135 +798,15 @@ void dots(const Shape& shape, const Map* grads, int64_t grad_count, const Map* m
       A* sums = parts.data() + index * terms * c;
       by_groups(chunk, [&](int64_t row, int64_t group) {
         for (int64_t g = 0; g < grad_count; ++g)
-          for (int64_t r = 0; r < group; ++r)
-            taken[g][r] = row_of(grads[g], chunk, row + r, buffer.data() + (g * GROUP + r) * room);
-        Rows<A> x{};
+          taken[g] = rows_of(grads[g], chunk, row, group, buffer.data() + g * room);
         for (int64_t i = 0; i < count; ++i) {
-          for (int64_t r = 0; r < group; ++r)
-            x[r] = row_of(maps[i], chunk, row + r, buffer.data() + (grad_count * GROUP + r) * room);
+          const Rows<A> x = rows_of(maps[i], chunk, row, group, buffer.data() + grad_count * room);
           for (int64_t g = 0; g < grad_count; ++g)
-            add_products(sums + (g * count + i) * c, chunk, row, group, taken[g].data(), x.data());
+            add_products(sums + (g * count + i) * c, row == 0, chunk, row, group, taken[g], &x);
         }
       });
     }
-  }
-  merge_sums(shape, parts, terms, 0, terms, rows, out);
-}
-
-// The arithmetic per channel, see forms.py. Statistics are kept in double until they are handed out.
-template <class A>
-void form(int64_t images, int64_t c, const A* mean, const A* var, int64_t groups, double eps, const A* weight,
-          const A* bias, A* rate, A* shift, A* pooled, A* variance) {
-  const bool batch = groups == 0;
-  const int64_t outer = batch ? c : images * groups, size = batch ? images : c / groups;
-  for (int64_t set = 0; set < outer; ++set) {
-    const int64_t start = batch ? set : set * size, step = batch ? c : 1;
-    double m = 0, v = 0;
-    for (int64_t i = 0; i < size; ++i) m += mean[start + i * step];
-    m /= size;
-    for (int64_t i = 0; i < size; ++i) {
-      const double d = mean[start + i * step] - m;
-      v += var[start + i * step] + d * d;
-    }
-    v /= size;
-    pooled[set] = A(m);
-    variance[set] = A(v);
-    const double t = 1 / std::sqrt(v + eps);
-    for (int64_t i = 0; i < (batch ? 1 : size); ++i) {
-      const int64_t channel = (start + i) % c;
-      const double r = weight == nullptr ? t : weight[channel] * t;
-      rate[start + i] = A(r);
-      shift[start + i] = A((bias == nullptr ? 0 : double(bias[channel])) - m * r);
-    }
-  }
-}
-
-template <class A>
-void form_backward(int64_t rows, int64_t c, const A* pooled, const A* variance, int64_t groups, double eps,
-                   const A* weight, const A* grad_rate, const A* grad_shift, double count, A* offset, A* slope,
-                   A* grad_weight, A* grad_bias) {
-  const int64_t size = groups == 0 ? 1 : c / groups, sets = rows * c / size;
-  std::vector<double> to_weight(c), to_bias(c);
-  for (int64_t set = 0; set < sets; ++set) {
-    const double m = pooled[set], t = 1 / std::sqrt(variance[set] + eps);
-    double through = 0, moved = 0;
-    for (int64_t i = set * size; i < (set + 1) * size; ++i) {
-      const int64_t channel = i % c;
-      const double w = weight == nullptr ? 1 : weight[channel], own = grad_rate[i] - m * grad_shift[i];
-      to_weight[channel] += own * t;
-      to_bias[channel] += grad_shift[i];
-      through += w * own;
-      moved += w * grad_shift[i];
-    }
-    const double tilt = -through * t * t * t / count, start = -moved * t / count - tilt * m;
-    for (int64_t i = set * size; i < (set + 1) * size; ++i) {
-      slope[i] = A(tilt);
-      offset[i] = A(start);
-    }
-  }
-  for (int64_t j = 0; j < c; ++j) {
-    grad_weight[j] = A(to_weight[j]);
-    grad_bias[j] = A(to_bias[j]);
-  }
-}
-
-template <class A>
-void coefficients(int64_t rows, int64_t c, int64_t maps, int64_t first, const A* weight, const A* const* rates,
-                  const A* const* shifts, const A* branch_rate, const A* branch_shift, A* scales, A* bias) {
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t j = 0; j < c; ++j) bias[row * c + j] = branch_shift == nullptr ? A(0) : branch_shift[j];
-  if (branch_rate != nullptr)
-    for (int64_t row = 0; row < rows; ++row, scales += c) std::copy(branch_rate, branch_rate + c, scales);
-  for (int64_t i = 0; i < maps; ++i) {
-    const A* w = weight + i * c;
-    for (int64_t row = 0; row < rows; ++row) {
-      const A *rate = rates[i] + row * c, *shift = shifts[i] + row * c;
-      A* to = bias + row * c;
-#pragma omp simd
-      for (int64_t j = 0; j < c; ++j) to[j] += w[j] * shift[j];
-      if (i < first) continue;
-#pragma omp simd
-      for (int64_t j = 0; j < c; ++j) scales[j] = w[j] * rate[j];
-      scales += c;
-    }
-  }
-}
-
-template <class A>
-void coefficients_backward(int64_t rows, int64_t c, int64_t maps, int64_t first, const A* weight,
-                           const A* const* rates, const A* const* shifts, bool has_branch, const A* grad_scales,
-                           const A* grad_bias, A* grad_weight, A* grad_rates, A* grad_shifts, A* grad_branch_rate,
-                           A* grad_branch_shift) {
-  if (has_branch) {
-    std::fill(grad_branch_rate, grad_branch_rate + c, A(0));
-    std::fill(grad_branch_shift, grad_branch_shift + c, A(0));
-    for (int64_t row = 0; row < rows; ++row, grad_scales += c)
-      for (int64_t j = 0; j < c; ++j) {
-        grad_branch_rate[j] += grad_scales[j];
-        grad_branch_shift[j] += grad_bias[row * c + j];
-      }
-  }
-  std::fill(grad_weight, grad_weight + maps * c, A(0));
-  for (int64_t i = 0; i < maps; ++i) {
-    const A* w = weight + i * c;
-    A* to = grad_weight + i * c;
-    for (int64_t row = 0; row < rows; ++row) {
-      const A *rate = rates[i] + row * c, *shift = shifts[i] + row * c, *gb = grad_bias + row * c;
-#pragma omp simd
-      for (int64_t j = 0; j < c; ++j) {
-        to[j] += shift[j] * gb[j];
-        grad_shifts[j] = w[j] * gb[j];
-      }
-      grad_shifts += c;
-      if (i < first) continue;
-#pragma omp simd
-      for (int64_t j = 0; j < c; ++j) {
-        to[j] += rate[j] * grad_scales[j];
-        grad_rates[j] = w[j] * grad_scales[j];
-      }
-      grad_rates += c;
-      grad_scales += c;
-    }
+    team_merge(shape, parts.data(), terms, rows, out, static_cast<A*>(nullptr));
   }
 }
 
@@ -638,18 +823,18 @@ int dense_shortcuts_has_half() {
 }
 
 #define EXPORT(A, SUFFIX)                                                                                             \
-  void moments_##SUFFIX(Shape shape, Map x, A* mean, A* var, int threads) { moments(shape, x, mean, var, threads); }  \
-  void join_##SUFFIX(Shape shape, const Map* addends, int64_t addend_count, const Map* maps, int64_t count,           \
-                     const A* scales, int64_t rows, const A* bias, bool relu, void* y, int32_t kind, A* mean, A* var, \
-                     int threads) {                                                                                   \
-    join(shape, addends, addend_count, maps, count, scales, rows, bias, relu, y, kind, mean, var, threads);           \
+  void enter_##SUFFIX(Shape shape, Map x, const Form<A>* form, int threads) { enter(shape, x, *form, threads); }      \
+  void block_##SUFFIX(Shape shape, const Map* addends, int64_t addend_count, const Form<A>* norm,                     \
+                      const Pairs<A>* pairs, bool relu, void* y, int32_t kind, const Form<A>* own, int threads) {     \
+    block(shape, addends, addend_count, norm, *pairs, relu, y, kind, *own, threads);                                  \
   }                                                                                                                   \
-  void pull_##SUFFIX(Shape shape, Map x, const Map* grad, const A* offset, const A* slope, int64_t moment_rows,       \
-                     const Map* later, const A* const* later_scales, const int64_t* later_rows, int64_t later_count,  \
-                     const Map* maps, int64_t count, int64_t rows, bool relu, void* out, int32_t kind,                \
-                     A* grad_scales, A* grad_bias, int threads) {                                                     \
-    pull(shape, x, grad, offset, slope, moment_rows, later, later_scales, later_rows, later_count, maps, count, rows, \
-         relu, out, kind, grad_scales, grad_bias, threads);                                                           \
+  void pull_##SUFFIX(Shape shape, const Pull<A>* p, const Map* maps, int64_t count, int64_t rows, A* grad_scales,     \
+                     A* grad_bias, int threads) {                                                                     \
+    pull(shape, *p, maps, count, rows, grad_scales, grad_bias, threads);                                              \
+  }                                                                                                                   \
+  void pull_block_##SUFFIX(Shape shape, const Pull<A>* p, const Pairs<A>* pairs, const PairGradients<A>* to,          \
+                           const Through<A>* branch, void* branch_out, int threads) {                                 \
+    pull_block(shape, *p, *pairs, *to, branch, branch_out, threads);                                                  \
   }                                                                                                                   \
   void mix_##SUFFIX(Shape shape, const Map* maps, int64_t count, const A* scales, int64_t outputs, int64_t rows,      \
                     void* const* out, int32_t kind, int threads) {                                                    \
@@ -658,34 +843,12 @@ int dense_shortcuts_has_half() {
   void dots_##SUFFIX(Shape shape, const Map* grads, int64_t grad_count, const Map* maps, int64_t count, int64_t rows, \
                      A* out, int threads) {                                                                           \
     dots(shape, grads, grad_count, maps, count, rows, out, threads);                                                  \
-  }
-
-#define EXPORT_FORMS(A, SUFFIX)                                                                                       \
-  void form_##SUFFIX(int64_t images, int64_t c, const A* mean, const A* var, int64_t groups, double eps,              \
-                     const A* weight, const A* bias, A* rate, A* shift, A* pooled, A* variance) {                     \
-    form(images, c, mean, var, groups, eps, weight, bias, rate, shift, pooled, variance);                             \
   }                                                                                                                   \
-  void form_backward_##SUFFIX(int64_t rows, int64_t c, const A* pooled, const A* variance, int64_t groups,            \
-                              double eps, const A* weight, const A* grad_rate, const A* grad_shift, double count,     \
-                              A* offset, A* slope, A* grad_weight, A* grad_bias) {                                    \
-    form_backward(rows, c, pooled, variance, groups, eps, weight, grad_rate, grad_shift, count, offset, slope,        \
-                  grad_weight, grad_bias);                                                                            \
-  }                                                                                                                   \
-  void coefficients_##SUFFIX(int64_t rows, int64_t c, int64_t maps, int64_t first, const A* weight,                   \
-                             const A* const* rates, const A* const* shifts, const A* branch_rate,                     \
-                             const A* branch_shift, A* scales, A* bias) {                                             \
-    coefficients(rows, c, maps, first, weight, rates, shifts, branch_rate, branch_shift, scales, bias);               \
-  }                                                                                                                   \
-  void coefficients_backward_##SUFFIX(int64_t rows, int64_t c, int64_t maps, int64_t first, const A* weight,          \
-                                      const A* const* rates, const A* const* shifts, bool has_branch,                 \
-                                      const A* grad_scales, const A* grad_bias, A* grad_weight, A* grad_rates,        \
-                                      A* grad_shifts, A* grad_branch_rate, A* grad_branch_shift) {                    \
-    coefficients_backward(rows, c, maps, first, weight, rates, shifts, has_branch, grad_scales, grad_bias,            \
-                          grad_weight, grad_rates, grad_shifts, grad_branch_rate, grad_branch_shift);                 \
+  void running_##SUFFIX(int64_t c, const A* mean, const A* var, double eps, const A* weight, const A* bias, A* rate,  \
+                        A* shift) {                                                                                   \
+    running(c, mean, var, eps, weight, bias, rate, shift);                                                            \
   }
 
 EXPORT(float, f32)
-EXPORT_FORMS(float, f32)
-EXPORT_FORMS(double, f64)
 EXPORT(double, f64)
 }

@@ -15,11 +15,13 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .forms import BATCH
+from .forms import BATCH, unnormalised_scales
+from .joining import NONE, RAW
 from .reference import accumulation_dtype
 
 CACHE_VARIABLE = "DENSE_SHORTCUTS_CACHE"
@@ -45,26 +47,72 @@ class _Shape(ctypes.Structure):
     )
 
 
-_long, _pointer = ctypes.c_int64, ctypes.c_void_p
+_long, _pointer, _int = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32
+
+
+class _Form(ctypes.Structure):
+    _fields_ = (
+        ("groups", _long),
+        ("eps", ctypes.c_double),
+        *((name, _pointer) for name in ("weight", "bias", "rate", "shift", "pooled", "variance")),
+    )
+
+
+class _Through(ctypes.Structure):
+    _fields_ = (
+        ("groups", _long),
+        ("eps", ctypes.c_double),
+        *((name, _pointer) for name in ("weight", "pooled", "variance", "grad_rate", "grad_shift")),
+        ("count", ctypes.c_double),
+        ("rows", _long),
+        *((name, _pointer) for name in ("offset", "slope", "grad_weight", "grad_bias")),
+    )
+
+
+class _Pairs(ctypes.Structure):
+    _fields_ = (
+        ("maps", _pointer),
+        ("count", _long),
+        ("branch", ctypes.c_bool),
+        ("weight", _pointer),
+        ("total", _long),
+        *((name, _pointer) for name in ("rates", "shifts", "branch_rate", "branch_shift")),
+        ("rows", _long),
+        ("scales", _pointer),
+        ("bias", _pointer),
+    )
+
+
+class _PairGradients(ctypes.Structure):
+    _fields_ = tuple(
+        (name, _pointer) for name in ("scales", "bias", "weight", "rates", "shifts", "branch_rate", "branch_shift")
+    )
+
+
+class _Pull(ctypes.Structure):
+    _fields_ = (
+        ("x", _Map),
+        ("grad", _pointer),
+        ("own", _Through),
+        *((name, _pointer) for name in ("later", "later_scales", "later_rows")),
+        ("later_count", _long),
+        ("relu", ctypes.c_bool),
+        ("out", _pointer),
+        ("kind", _int),
+    )
+
+
+_FORM, _PULL, _PAIRS = (ctypes.POINTER(struct) for struct in (_Form, _Pull, _Pairs))
 _ARGUMENTS: dict[str, list[type]] = {
-    "moments": [_Shape, _Map, _pointer, _pointer, ctypes.c_int],
-    "join": [
-        *(_Shape, _pointer, _long, _pointer, _long, _pointer, _long, _pointer),
-        *(ctypes.c_bool, _pointer, ctypes.c_int32, _pointer, _pointer, ctypes.c_int),
+    "enter": [_Shape, _Map, _FORM, ctypes.c_int],
+    "block": [_Shape, _pointer, _long, _FORM, _PAIRS, ctypes.c_bool, _pointer, _int, _FORM, ctypes.c_int],
+    "pull": [_Shape, _PULL, _pointer, _long, _long, _pointer, _pointer, ctypes.c_int],
+    "pull_block": [
+        *(_Shape, _PULL, _PAIRS, ctypes.POINTER(_PairGradients), ctypes.POINTER(_Through), _pointer, ctypes.c_int)
     ],
-    "pull": [
-        *(_Shape, _Map, _pointer, _pointer, _pointer, _long, _pointer, _pointer, _pointer, _long, _pointer, _long),
-        *(_long, ctypes.c_bool, _pointer, ctypes.c_int32, _pointer, _pointer, ctypes.c_int),
-    ],
-    "mix": [_Shape, _pointer, _long, _pointer, _long, _long, _pointer, ctypes.c_int32, ctypes.c_int],
+    "mix": [_Shape, _pointer, _long, _pointer, _long, _long, _pointer, _int, ctypes.c_int],
     "dots": [_Shape, _pointer, _long, _pointer, _long, _long, _pointer, ctypes.c_int],
-    "form": [_long, _long, _pointer, _pointer, _long, ctypes.c_double, *[_pointer] * 6],
-    "form_backward": [
-        *(_long, _long, _pointer, _pointer, _long, ctypes.c_double, _pointer, _pointer, _pointer, ctypes.c_double),
-        *[_pointer] * 4,
-    ],
-    "coefficients": [*[_long] * 4, *[_pointer] * 7],
-    "coefficients_backward": [*[_long] * 4, *[_pointer] * 3, ctypes.c_bool, *[_pointer] * 7],
+    "running": [_long, _pointer, _pointer, ctypes.c_double, *[_pointer] * 4],
 }
 
 
@@ -151,13 +199,63 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
 
 
+class _Given:
+    """What a compiled function is given, in the layout and accumulation type of one map; kept until it returns."""
+
+    def __init__(self, first: Tensor) -> None:
+        self.layout = torch.channels_last if _is_last(first) else torch.contiguous_format
+        self.dtype = accumulation_dtype(first.dtype)
+        self.kept: list[object] = []
+
+    def map(self, x: Tensor) -> _Map:
+        x = x.contiguous(memory_format=self.layout)
+        self.kept.append(x)
+        return _Map(x.data_ptr(), _KINDS[x.dtype])
+
+    def maps(self, maps: Sequence[Tensor]) -> int:
+        return self._table((_Map * len(maps))(*[self.map(x) for x in maps]))
+
+    def numbers(self, x: Tensor | None) -> int | None:
+        if x is None:
+            return None
+        if x.dtype != self.dtype or not x.is_contiguous():
+            x = x.to(self.dtype).contiguous()
+        self.kept.append(x)
+        return x.data_ptr()
+
+    def tables(self, tensors: Sequence[Tensor]) -> int:
+        return self._table((_pointer * len(tensors))(*[self.numbers(t) for t in tensors]))
+
+    def integers(self, values: Sequence[int]) -> int:
+        return self._table((_long * len(values))(*values))
+
+    def _table(self, table: "ctypes.Array[Any]") -> int:
+        self.kept.append(table)
+        return ctypes.addressof(table)
+
+
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """See `reference.moments`."""
-    x = _standard(x)
-    mean = x.new_empty(x.shape[:2], dtype=accumulation_dtype(x.dtype))
-    var = torch.empty_like(mean)
-    _call("moments", x, _shape(x), _Map(x.data_ptr(), _KINDS[x.dtype]), mean.data_ptr(), var.data_ptr())
+    mean, var, _, _ = enter(x, RAW, 0.0)
     return mean, var
+
+
+def enter(x: Tensor, groups: int, eps: float) -> list[Tensor]:
+    """The statistics of a map as `fused.enter` has them: rate, shift, pooled mean and variance."""
+    x = _standard(x)
+    found = _new_statistics(x, groups)
+    if groups != NONE:
+        form = _Form(groups, eps, None, None, *[t.data_ptr() for t in found])
+        _call("enter", x, _shape(x), _Given(x).map(x), form)
+    return found
+
+
+def _new_statistics(x: Tensor, groups: int) -> list[Tensor]:
+    """Room for rate, shift, pooled mean and variance of a norm of x."""
+    (n, c), dtype = x.shape[:2], accumulation_dtype(x.dtype)
+    form = (0,) if groups == NONE else (1, c) if groups == BATCH else (n, c)
+    pooled = (0,) if groups in (NONE, RAW) else (1, c) if groups == BATCH else (n, groups)
+    return [x.new_empty(shape, dtype=dtype) for shape in (form, form, pooled, pooled)]
 
 
 def join(
@@ -171,28 +269,104 @@ def join(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.join`."""
     first = _standard((*addends, *maps)[0])
-    addends, maps = _like(first, addends), _like(first, maps)
-    scales, bias = scales.contiguous(), None if bias is None else bias.contiguous()
-    y = first if out is first else torch.empty_like(first)
-    mean = first.new_empty(first.shape[:2] if statistics else (0,), dtype=accumulation_dtype(first.dtype))
-    var = torch.empty_like(mean)
-    rows = scales.shape[1]
-    moments_to = (mean.data_ptr(), var.data_ptr()) if statistics else (None, None)
-    _call(
-        "join",
-        first,
-        _shape(first),
-        *_listed(addends),
-        *_listed(maps),
-        scales.data_ptr(),
-        rows,
-        _address(bias),
-        relu,
-        y.data_ptr(),
-        _KINDS[y.dtype],
-        *moments_to,
+    given = _Given(first)
+    pairs = _given_scales(given, maps, scales, bias)
+    y, found = _run_block(given, first, addends, None, pairs, relu, RAW if statistics else NONE, 0.0, out)
+    return y, found[0], found[1]
+
+
+def block(
+    addends: Sequence[Tensor],
+    branch: Tensor | None,
+    affine: Sequence[Tensor],
+    fixed: Sequence[Tensor],
+    branch_eps: float,
+    maps: Sequence[Tensor],
+    weight: Tensor | None,
+    rates: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    relu: bool,
+    groups: int,
+    eps: float,
+    out: Tensor | None,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """`fused.run_block` at one go: y, the statistics of its norm, and those of the branch's norm unless it is fixed."""
+    summed = maps if branch is None else [branch, *maps]
+    first = _standard((*addends, *summed)[0])
+    given = _Given(first)
+    norm, found = None, []
+    if branch is not None and not fixed:
+        found = _new_statistics(branch, BATCH)
+        norm = _Form(BATCH, branch_eps, *_pair(given, affine), *[t.data_ptr() for t in found])
+    if rates:
+        rows, c = rates[0].shape
+        scales = first.new_empty((len(summed), rows, c), dtype=given.dtype)
+        bias = first.new_empty((rows, c), dtype=given.dtype)
+        pairs = _paired(given, summed, weight, rates, shifts, fixed or found[:2], scales, bias)
+    else:
+        pairs = _given_scales(given, summed, unnormalised_scales(weight, maps, first), None)
+    y, own = _run_block(given, first, addends, norm, pairs, relu, groups, eps, out)
+    return y, own, found
+
+
+def _pair(given: _Given, tensors: Sequence[Tensor]) -> tuple[int | None, int | None]:
+    return (given.numbers(tensors[0]), given.numbers(tensors[1])) if tensors else (None, None)
+
+
+def _given_scales(given: _Given, maps: Sequence[Tensor], scales: Tensor, bias: Tensor | None) -> _Pairs:
+    """The terms of a sum whose scales are known."""
+    return _Pairs(
+        maps=given.maps(maps),
+        count=len(maps),
+        rows=scales.shape[1],
+        scales=given.numbers(scales),
+        bias=given.numbers(bias),
     )
-    return y, mean, var
+
+
+def _paired(
+    given: _Given,
+    summed: Sequence[Tensor],
+    weight: Tensor | None,
+    rates: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    branch: Sequence[Tensor],
+    scales: Tensor,
+    bias: Tensor,
+) -> _Pairs:
+    """The terms of a sum whose scales are to be made: the branch, if it has rate and shift, and maps."""
+    return _Pairs(
+        given.maps(summed),
+        len(summed),
+        len(branch) > 0,
+        given.numbers(weight),
+        len(rates),
+        given.tables(rates),
+        given.tables(shifts),
+        *_pair(given, branch),
+        rates[0].shape[0],
+        given.numbers(scales),
+        given.numbers(bias),
+    )
+
+
+def _run_block(
+    given: _Given,
+    first: Tensor,
+    addends: Sequence[Tensor],
+    norm: _Form | None,
+    pairs: _Pairs,
+    relu: bool,
+    groups: int,
+    eps: float,
+    out: Tensor | None,
+) -> tuple[Tensor, list[Tensor]]:
+    y = first if out is first else torch.empty_like(first)
+    found = _new_statistics(y, groups)
+    own = _Form(groups, eps, None, None, *[t.data_ptr() for t in found])
+    terms = (given.maps(addends), len(addends), norm, pairs)
+    _call("block", first, _shape(first), *terms, relu, y.data_ptr(), _KINDS[y.dtype], own)
+    return y, found
 
 
 def pull(
@@ -208,142 +382,189 @@ def pull(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.pull`."""
     x = _standard(x)
-    dtype = accumulation_dtype(x.dtype)
-    later_grads, maps = _like(x, later_grads), _like(x, maps)
-    grads = _like(x, [] if grad is None else [grad])
-    offset, slope = (None if t is None else t.to(dtype).contiguous() for t in (offset, slope))
-    later_scales = [a.to(dtype).contiguous() for a in later_scales]
+    given = _Given(x)
+    own = _Through()
+    if offset is not None:
+        own = _Through(rows=offset.shape[0], offset=given.numbers(offset), slope=given.numbers(slope))
     pulled = torch.empty_like(x)
-    grad_scales = x.new_empty((len(maps), rows, x.shape[1]), dtype=dtype)
-    grad_bias = x.new_empty((rows, x.shape[1]), dtype=dtype)
-    _call(
-        "pull",
-        x,
-        _shape(x),
-        _Map(x.data_ptr(), _KINDS[x.dtype]),
-        _listed(grads)[0] if grads else None,
-        _address(offset),
-        _address(slope),
-        1 if offset is None else offset.shape[0],
-        _listed(later_grads)[0],
-        _addresses(later_scales),
-        (ctypes.c_int64 * len(later_scales))(*(a.shape[0] for a in later_scales)),
+    scales = x.new_empty((len(maps), rows, x.shape[1]), dtype=given.dtype)
+    bias = x.new_empty((rows, x.shape[1]), dtype=given.dtype)
+    told = _pull(given, x, grad, own, later_grads, later_scales, relu, pulled)
+    sums = (given.maps(maps), len(maps), rows, scales.data_ptr(), bias.data_ptr())
+    _call("pull", x, _shape(x), told, *sums)
+    return pulled, scales, bias
+
+
+def _pull(
+    given: _Given,
+    x: Tensor,
+    grad: Tensor | None,
+    own: _Through,
+    later_grads: Sequence[Tensor],
+    later_scales: Sequence[Tensor],
+    relu: bool,
+    out: Tensor,
+) -> _Pull:
+    return _Pull(
+        given.map(x),
+        None if grad is None else given.maps([grad]),
+        own,
+        given.maps(later_grads),
+        given.tables(later_scales),
+        given.integers([a.shape[0] for a in later_scales]),
         len(later_grads),
-        *_listed(maps),
-        rows,
         relu,
-        pulled.data_ptr(),
-        _KINDS[x.dtype],
-        grad_scales.data_ptr(),
-        grad_bias.data_ptr() if rows else None,
+        out.data_ptr(),
+        _KINDS[out.dtype],
     )
-    return pulled, grad_scales, grad_bias
+
+
+def _through(
+    given: _Given,
+    x: Tensor,
+    found: Sequence[Tensor],
+    groups: int,
+    eps: float,
+    grad_rate: Tensor | None,
+    grad_shift: Tensor | None,
+) -> _Through:
+    """The gradient of x through its statistics, where one comes."""
+    some = grad_rate if grad_rate is not None else grad_shift
+    if groups == NONE or some is None:
+        return _Through()
+    rate, _, pooled, variance = found
+    (n, c), pixels = x.shape[:2], x.shape[2] * x.shape[3]
+    count = pixels * {RAW: 1, BATCH: n}.get(groups, c // max(groups, 1))
+    made = some.new_empty((2, *some.shape), dtype=given.dtype)
+    given.kept.append(made)
+    return _Through(
+        groups,
+        eps,
+        None,
+        *(given.numbers(t) for t in (rate if groups == RAW else pooled, variance, grad_rate, grad_shift)),
+        count,
+        some.shape[0],
+        made[0].data_ptr(),
+        made[1].data_ptr(),
+        None,
+        None,
+    )
+
+
+def pull_entered(
+    x: Tensor,
+    own: Sequence[Tensor],
+    grad_rate: Tensor | None,
+    grad_shift: Tensor | None,
+    later_grads: Sequence[Tensor],
+    later_scales: Sequence[Tensor],
+    groups: int,
+    eps: float,
+) -> Tensor:
+    """The backward pass of `fused.enter` at one go."""
+    x = _standard(x)
+    given, pulled = _Given(x), torch.empty_like(x)
+    through = _through(given, x, own, groups, eps, grad_rate, grad_shift)
+    told = _pull(given, x, None, through, later_grads, later_scales, False, pulled)
+    _call("pull", x, _shape(x), told, None, 0, 0, None, None)
+    return pulled
+
+
+def pull_block(
+    y: Tensor,
+    own: Sequence[Tensor],
+    grad: Tensor | None,
+    grad_rate: Tensor | None,
+    grad_shift: Tensor | None,
+    later_grads: Sequence[Tensor],
+    later_scales: Sequence[Tensor],
+    branch: Tensor | None,
+    affine: Sequence[Tensor],
+    fixed: Sequence[Tensor],
+    branch_norm: Sequence[Tensor],
+    maps: Sequence[Tensor],
+    weight: Tensor | None,
+    rates: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    branch_eps: float,
+    relu: bool,
+    groups: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """The backward pass of `fused.block` at one go, with the results of `fused._run_pull_block`."""
+    y = _standard(y)
+    given, c, g = _Given(y), y.shape[1], torch.empty_like(y)
+    summed = maps if branch is None else [branch, *maps]
+
+    def room(*shape: int) -> Tensor:
+        return y.new_empty(shape, dtype=given.dtype)
+
+    through = _through(given, y, own, groups, eps, grad_rate, grad_shift)
+    told = _pull(given, y, grad, through, later_grads, later_scales, relu, g)
+    rows = rates[0].shape[0] if rates else 1
+    to_scales, to_bias = room(len(summed), rows, c), room(rows, c)
+    if not rates:
+        scales = unnormalised_scales(weight, maps, y)
+        to = _PairGradients(scales=to_scales.data_ptr(), bias=to_bias.data_ptr())
+        _call("pull_block", y, _shape(y), told, _given_scales(given, summed, scales, None), to, None, None)
+        return g, scales, [], [], [], [] if weight is None else [_with_earlier(to_scales.sum(1), weight)], [], []
+
+    assert weight is not None
+    scales, to_weight = room(len(summed), rows, c), room(*weight.shape)
+    to_rates, to_shifts, to_form = room(len(maps), rows, c), room(len(shifts), rows, c), room(2, 1, c)
+    pairs = _paired(given, summed, weight, rates, shifts, fixed or branch_norm[:2], scales, room(rows, c))
+    to = _PairGradients(*(t.data_ptr() for t in (to_scales, to_bias, to_weight, to_rates, to_shifts, *to_form)))
+    to_branch = [] if branch is None else [torch.empty_like(branch, memory_format=given.layout)]
+    to_affine, back = [], None
+    if branch is not None and not fixed:
+        to_affine = [room(c), room(c)]
+        back = _through(given, branch, branch_norm, BATCH, branch_eps, to_form[0], to_form[1])
+        back.weight, _ = _pair(given, affine)
+        back.grad_weight, back.grad_bias = (t.data_ptr() for t in to_affine)
+    out = to_branch[0].data_ptr() if to_branch else None
+    _call("pull_block", y, _shape(y), told, pairs, to, back, out)
+    return (
+        *(g, scales, to_branch, [t.to(p.dtype) for t, p in zip(to_affine, affine, strict=False)]),
+        *(list(to_form) if fixed else [], [to_weight.to(weight.dtype)], list(to_rates), list(to_shifts)),
+    )
+
+
+def _with_earlier(grad: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of the last rows of `weight` with zeros for the rows before."""
+    return torch.cat([grad.new_zeros(weight.shape[0] - grad.shape[0], grad.shape[1]), grad]).to(weight.dtype)
+
+
+def running_form(
+    mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """rate and shift, (1, C), of batch norm by its running statistics, (C,), with its affine parameters."""
+    given = _Given(mean)
+    rate = mean.new_empty((1, mean.shape[0]), dtype=given.dtype)
+    shift = torch.empty_like(rate)
+    numbers = [given.numbers(t) for t in (mean, var, weight, bias)]
+    _function("running", rate)(mean.shape[0], *numbers[:2], eps, *numbers[2:], rate.data_ptr(), shift.data_ptr())
+    return rate, shift
 
 
 def mix(maps: Sequence[Tensor], scales: Tensor) -> list[Tensor]:
     """See `reference.mix`."""
     last = _standard(maps[-1])
-    maps, scales = _like(last, maps), scales.to(accumulation_dtype(last.dtype)).contiguous()
+    given = _Given(last)
     outputs = [torch.empty_like(last) for _ in range(scales.shape[0])]
-    rows, kind = scales.shape[2], _KINDS[last.dtype]
-    listed, count = _listed(maps)
-    _call("mix", last, _shape(last), listed, count, scales.data_ptr(), len(outputs), rows, _addresses(outputs), kind)
+    told = (given.maps(maps), len(maps), given.numbers(scales), len(outputs), scales.shape[2])
+    addresses = (_pointer * len(outputs))(*[y.data_ptr() for y in outputs])
+    _call("mix", last, _shape(last), *told, addresses, _KINDS[last.dtype])
     return outputs
 
 
 def dots(grads: Sequence[Tensor], maps: Sequence[Tensor], rows: int) -> Tensor:
     """See `reference.dots`."""
     first = _standard(maps[0])
-    grads, maps = _like(first, grads), _like(first, maps)
-    out = first.new_empty((len(grads), len(maps), rows, first.shape[1]), dtype=accumulation_dtype(first.dtype))
-    _call("dots", first, _shape(first), *_listed(grads), *_listed(maps), rows, out.data_ptr())
+    given = _Given(first)
+    out = first.new_empty((len(grads), len(maps), rows, first.shape[1]), dtype=given.dtype)
+    told = (given.maps(grads), len(grads), given.maps(maps), len(maps), rows)
+    _call("dots", first, _shape(first), *told, out.data_ptr())
     return out
-
-
-def form(
-    mean: Tensor, var: Tensor, groups: int, eps: float, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `forms.form`."""
-    (n, c), mean, var = mean.shape, mean.contiguous(), var.contiguous()
-    weight, bias = (None if t is None else t.to(mean.dtype).contiguous() for t in (weight, bias))
-    rate = mean.new_empty((1 if groups == BATCH else n, c))
-    pooled = mean.new_empty((1, c) if groups == BATCH else (n, groups))
-    shift, variance = torch.empty_like(rate), torch.empty_like(pooled)
-    _function("form", mean)(
-        *(n, c, mean.data_ptr(), var.data_ptr(), groups, eps, _address(weight), _address(bias)),
-        *(t.data_ptr() for t in (rate, shift, pooled, variance)),
-    )
-    return rate, shift, pooled, variance
-
-
-def form_backward(
-    pooled: Tensor,
-    variance: Tensor,
-    groups: int,
-    eps: float,
-    weight: Tensor | None,
-    grad_rate: Tensor,
-    grad_shift: Tensor,
-    count: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `forms.form_backward`."""
-    grad_rate, grad_shift = grad_rate.contiguous(), grad_shift.contiguous()
-    weight = None if weight is None else weight.to(grad_rate.dtype).contiguous()
-    (rows, c), offset = grad_rate.shape, torch.empty_like(grad_rate)
-    slope, grad_weight = torch.empty_like(offset), offset.new_empty(c)
-    grad_bias = torch.empty_like(grad_weight)
-    _function("form_backward", offset)(
-        *(rows, c, pooled.data_ptr(), variance.data_ptr(), groups, eps, _address(weight)),
-        *(grad_rate.data_ptr(), grad_shift.data_ptr(), count),
-        *(t.data_ptr() for t in (offset, slope, grad_weight, grad_bias)),
-    )
-    return offset, slope, grad_weight, grad_bias
-
-
-def coefficients(
-    weight: Tensor,
-    rates: Sequence[Tensor],
-    shifts: Sequence[Tensor],
-    first: int,
-    branch: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor]:
-    """See `forms.coefficients`."""
-    rates, shifts = [t.contiguous() for t in rates], [t.contiguous() for t in shifts]
-    (rows, c), dtype = rates[0].shape, rates[0].dtype
-    weight = weight.to(dtype).contiguous()
-    branch_rate, branch_shift = branch or (None, None)
-    scales = rates[0].new_empty((len(rates) - first + (branch is not None), rows, c))
-    bias = rates[0].new_empty((rows, c))
-    _function("coefficients", bias)(
-        *(rows, c, len(rates), first, weight.data_ptr(), _addresses(rates), _addresses(shifts)),
-        *(_address(branch_rate), _address(branch_shift), scales.data_ptr(), bias.data_ptr()),
-    )
-    return scales, bias
-
-
-def coefficients_backward(
-    weight: Tensor,
-    rates: Sequence[Tensor],
-    shifts: Sequence[Tensor],
-    first: int,
-    has_branch: bool,
-    grad_scales: Tensor,
-    grad_bias: Tensor,
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
-    """See `forms.coefficients_backward`."""
-    rates, shifts = [t.contiguous() for t in rates], [t.contiguous() for t in shifts]
-    rows, c = rates[0].shape
-    wide = weight.to(grad_bias.dtype).contiguous()
-    grad_weight = torch.empty_like(wide)
-    grad_rates = grad_bias.new_empty((len(rates) - first, rows, c))
-    grad_shifts = grad_bias.new_empty((len(rates), rows, c))
-    to_branch = grad_bias.new_empty((2, 1 if has_branch else 0, c))
-    _function("coefficients_backward", grad_bias)(
-        *(rows, c, len(rates), first, wide.data_ptr(), _addresses(rates), _addresses(shifts), has_branch),
-        *(grad_scales.data_ptr(), grad_bias.data_ptr(), grad_weight.data_ptr(), grad_rates.data_ptr()),
-        *(grad_shifts.data_ptr(), to_branch[0].data_ptr(), to_branch[1].data_ptr()),
-    )
-    return grad_weight.to(weight.dtype), list(grad_rates), list(grad_shifts), to_branch[0], to_branch[1]
 
 
 def _function(name: str, like: Tensor) -> "ctypes._FuncPointer":
@@ -364,27 +585,9 @@ def _standard(x: Tensor) -> Tensor:
     return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 
-def _like(first: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
-    """The maps in the layout of `first`."""
-    layout = torch.channels_last if _is_last(first) else torch.contiguous_format
-    return [x.contiguous(memory_format=layout) for x in maps]
-
-
 def _is_last(x: Tensor) -> bool:
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _shape(x: Tensor) -> _Shape:
     return _Shape(x.shape[0], x.shape[1], x.shape[2] * x.shape[3], _is_last(x))
-
-
-def _listed(maps: Sequence[Tensor]) -> tuple[ctypes.Array[_Map], int]:
-    return (_Map * len(maps))(*(_Map(x.data_ptr(), _KINDS[x.dtype]) for x in maps)), len(maps)
-
-
-def _addresses(tensors: Sequence[Tensor]) -> "ctypes.Array[ctypes.c_void_p]":
-    return (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
