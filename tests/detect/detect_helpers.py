@@ -15,17 +15,17 @@ CATEGORIES = [{"id": 1, "name": "red"}, {"id": 3, "name": "green"}, {"id": 7, "n
 COLOURS = {1: (200, 40, 40), 3: (40, 200, 40), 7: (40, 40, 200)}
 
 default_cfgs = generate_default_cfgs(
-    {"tiny_resnet": {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4), "num_classes": 5, "classifier": "fc"}}
+    {"tiny_backbone": {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4), "num_classes": 5, "classifier": "fc"}}
 )
 OVERLAY: dict[str, Any] = {}  # a test puts the file of pretrained weights here
 
 
 @register_model
-def tiny_resnet(pretrained: bool = False, **kwargs: Any) -> torch.nn.Module:
+def tiny_backbone(pretrained: bool = False, **kwargs: Any) -> torch.nn.Module:
     """Four stages of two blocks, 8 to 32 maps wide."""
     kwargs = kwargs | {"pretrained_cfg_overlay": dict(OVERLAY)} if OVERLAY else kwargs
     settings = {"block": BasicBlock, "layers": (2, 2, 2, 2), "channels": (8, 16, 24, 32)}
-    return build_model_with_cfg(ResNet, "tiny_resnet", pretrained, **settings, **kwargs)
+    return build_model_with_cfg(ResNet, "tiny_backbone", pretrained, **settings, **kwargs)
 
 
 def annotation(number: int, image: int, category: int, bbox: list[float], **more: Any) -> dict[str, Any]:

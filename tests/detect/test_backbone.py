@@ -6,7 +6,7 @@ import detect_helpers
 import pytest
 import timm
 import torch
-from detect_helpers import tiny_resnet  # noqa: F401 (registers it)
+from detect_helpers import tiny_backbone  # noqa: F401 (registers it)
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -22,7 +22,7 @@ NORMS = nn.modules.batchnorm._BatchNorm
 def weights(tmp_path):
     """Random weights of the host, in every norm and statistic too."""
     torch.manual_seed(3)
-    host = timm.create_model("tiny_resnet")
+    host = timm.create_model("tiny_backbone")
     for module in host.modules():
         if isinstance(module, NORMS):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -34,7 +34,7 @@ def weights(tmp_path):
 
 
 def host_maps(weights, dtype=torch.float32):
-    host = timm.create_model("tiny_resnet", features_only=True, out_indices=(1, 2, 3, 4))
+    host = timm.create_model("tiny_backbone", features_only=True, out_indices=(1, 2, 3, 4))
     state = load_file(weights)
     host.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
     return host.eval().to(dtype)(IMAGES.to(dtype))
@@ -43,8 +43,8 @@ def host_maps(weights, dtype=torch.float32):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("tiny_resnet", {}),
-        ("tiny_resnet", {"aggregate": "stage"}),
+        ("tiny_backbone", {}),
+        ("tiny_backbone", {"aggregate": "stage"}),
         ("dsnet18", {}),
         ("dsnet18", {"aggregate": "identity"}),
         ("dsnet20", {}),
@@ -85,12 +85,12 @@ def test_usual_levels_are_the_last_of_each_stride():
 
 
 def test_levels_can_be_chosen_and_counted_from_the_end():
-    assert Backbone("tiny_resnet", out_indices=(4, 2)).reductions == (8, 32)
-    assert Backbone("tiny_resnet", out_indices=(-1,)).channels == (32,)
-    assert not hasattr(Backbone("tiny_resnet", out_indices=(2,)).features, "layer3")
+    assert Backbone("tiny_backbone", out_indices=(4, 2)).reductions == (8, 32)
+    assert Backbone("tiny_backbone", out_indices=(-1,)).channels == (32,)
+    assert not hasattr(Backbone("tiny_backbone", out_indices=(2,)).features, "layer3")
     for wrong in ((5,), (1, -6), ()):
         with pytest.raises(DenseShortcutError, match="has the levels 0 to 4"):
-            Backbone("tiny_resnet", out_indices=wrong)
+            Backbone("tiny_backbone", out_indices=wrong)
     with pytest.raises(DenseShortcutError, match=r"strides \(1, 1\), which must grow"):
         Backbone("dsnet20", out_indices=(0, 1))
 
@@ -104,7 +104,7 @@ def test_an_unknown_name_is_refused():
 
 
 def test_a_host_plugged_in_with_keep_identity_starts_as_the_host_of_the_file(weights):
-    backbone = Backbone("tiny_resnet", weights=weights, keep_identity=True).double().eval()
+    backbone = Backbone("tiny_backbone", weights=weights, keep_identity=True).double().eval()
     assert ds.dense_stages(backbone.features)
     for ours, theirs in zip(backbone(IMAGES.double()), host_maps(weights, torch.float64), strict=True):
         assert torch.equal(ours, theirs)
@@ -114,34 +114,34 @@ def test_a_host_plugged_in_with_keep_identity_starts_as_the_host_of_the_file(wei
 
 def test_timms_pretrained_weights_come_by_timms_own_way(weights, monkeypatch):
     monkeypatch.setitem(detect_helpers.OVERLAY, "file", str(weights))
-    backbone = Backbone("tiny_resnet", pretrained=True, keep_identity=True).double().eval()
+    backbone = Backbone("tiny_backbone", pretrained=True, keep_identity=True).double().eval()
     for ours, theirs in zip(backbone(IMAGES.double()), host_maps(weights, torch.float64), strict=True):
         assert torch.equal(ours, theirs)
     assert "layer1.0.conv1.weight" in backbone.loaded and "layer1.shortcut.weights.0" not in backbone.loaded
 
 
 def test_pretrained_weights_that_are_nowhere_are_one_sentence():
-    with pytest.raises(DenseShortcutError, match="no pretrained weights of tiny_resnet"):
-        Backbone("tiny_resnet", pretrained=True)
+    with pytest.raises(DenseShortcutError, match="no pretrained weights of tiny_backbone"):
+        Backbone("tiny_backbone", pretrained=True)
 
 
 def test_a_trained_dsnets_weights_are_loaded_with_their_shortcuts(tmp_path):
     torch.manual_seed(5)
-    trained = ds.plug_in(timm.create_model("tiny_resnet"))
+    trained = ds.plug_in(timm.create_model("tiny_backbone"))
     for _, parameter in ds.shortcut_parameters(trained):
         nn.init.normal_(parameter)
     save_file(trained.state_dict(), tmp_path / "w.safetensors")
-    backbone = Backbone("tiny_resnet", aggregate="stage", weights=tmp_path / "w.safetensors", frozen_stages=1)
+    backbone = Backbone("tiny_backbone", aggregate="stage", weights=tmp_path / "w.safetensors", frozen_stages=1)
     weight = backbone.features.layer1.shortcut.weights[1]
     assert torch.equal(weight, trained.layer1.shortcut.weights[1]) and not weight.requires_grad
     with pytest.raises(DenseShortcutError, match=r"unexpected: layer1\.shortcut"):
-        Backbone("tiny_resnet", weights=tmp_path / "w.safetensors")
+        Backbone("tiny_backbone", weights=tmp_path / "w.safetensors")
     with pytest.raises(DenseShortcutError, match="weights are of another network"):
         Backbone("dsnet18", weights=tmp_path / "w.safetensors")
 
 
 def test_late_stages_that_a_backbone_leaves_out_are_told_not_refused(weights):
-    backbone = Backbone("tiny_resnet", out_indices=(1, 2), weights=weights)
+    backbone = Backbone("tiny_backbone", out_indices=(1, 2), weights=weights)
     assert any("have no place in the backbone" in note and "layer3.0.bn1.bias" in note for note in backbone.notes)
 
 
@@ -169,7 +169,7 @@ def step(backbone: Backbone) -> dict[str, bool]:
 
 
 def test_frozen_stages_keep_what_was_loaded_and_train_what_is_fresh(weights):
-    backbone = Backbone("tiny_resnet", weights=weights, keep_identity=True, frozen_stages=2)
+    backbone = Backbone("tiny_backbone", weights=weights, keep_identity=True, frozen_stages=2)
     changed = step(backbone)
     fresh = {name for name in changed if ".shortcut." in name}
     host = [name for name in changed if name.startswith(("conv1", "bn1", "layer1", "layer2")) and name not in fresh]
@@ -182,7 +182,7 @@ def test_frozen_stages_keep_what_was_loaded_and_train_what_is_fresh(weights):
 
 
 def test_a_fresh_batch_norm_of_a_shortcut_goes_on_in_a_frozen_stage(weights):
-    backbone = Backbone("tiny_resnet", weights=weights, aggregate="stage", norm="batch", frozen_stages=1)
+    backbone = Backbone("tiny_backbone", weights=weights, aggregate="stage", norm="batch", frozen_stages=1)
     backbone.train()
     training = {n: m.training for n, m in backbone.features.named_modules() if isinstance(m, NORMS) and "layer1" in n}
     assert training == {n: ".shortcut." in n for n in training} and any(training.values())
@@ -190,7 +190,7 @@ def test_a_fresh_batch_norm_of_a_shortcut_goes_on_in_a_frozen_stage(weights):
 
 @pytest.mark.parametrize(("stages", "last"), [(-1, None), (0, "bn1"), (1, "layer1"), (3, "layer3")])
 def test_stages_are_counted_with_the_stem_as_0(stages, last, weights):
-    backbone = Backbone("tiny_resnet", weights=weights, frozen_stages=stages).train()
+    backbone = Backbone("tiny_backbone", weights=weights, frozen_stages=stages).train()
     held = {name.split(".")[0] for name, p in backbone.features.named_parameters() if not p.requires_grad}
     order = ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4"]
     assert held == set(order[: order.index(last) + 1] if last else [])
@@ -201,7 +201,7 @@ def test_stages_are_counted_with_the_stem_as_0(stages, last, weights):
 
 def test_nothing_is_frozen_where_nothing_was_loaded_and_it_is_told(caplog):
     with caplog.at_level("INFO", logger="dense_shortcuts"):
-        backbone = Backbone("tiny_resnet", frozen_stages=2, norm_eval=True)
+        backbone = Backbone("tiny_backbone", frozen_stages=2, norm_eval=True)
     changed = step(backbone)
     assert all(changed[name] for name in changed if "running" in name)
     assert changed["conv1.weight"] and changed["layer2.1.bn2.weight"]
@@ -210,30 +210,30 @@ def test_nothing_is_frozen_where_nothing_was_loaded_and_it_is_told(caplog):
 
 def test_more_stages_than_there_are_is_refused():
     with pytest.raises(DenseShortcutError, match="frozen_stages=5 is more than the 4 stages"):
-        Backbone("tiny_resnet", frozen_stages=5)
+        Backbone("tiny_backbone", frozen_stages=5)
     with pytest.raises(DenseShortcutError, match="does not say which modules"):
         Backbone("hrnet_w18_small", frozen_stages=1)
 
 
 def test_norm_eval_keeps_loaded_statistics_while_weights_train(weights):
-    backbone = Backbone("tiny_resnet", weights=weights, keep_identity=True, norm_eval=True)
+    backbone = Backbone("tiny_backbone", weights=weights, keep_identity=True, norm_eval=True)
     changed = step(backbone)
     statistics = {name for name in changed if "running" in name or "num_batches" in name}
     assert statistics and not any(changed[name] for name in statistics)
     assert changed["bn1.weight"] and changed["layer4.1.bn2.bias"]
-    loose = Backbone("tiny_resnet", weights=weights, keep_identity=True)
+    loose = Backbone("tiny_backbone", weights=weights, keep_identity=True)
     assert step(loose)["bn1.running_mean"]
 
 
 def test_a_ready_network_counts_as_loaded_but_for_its_shortcuts():
-    features = ds.plug_in(timm.create_model("tiny_resnet", features_only=True, out_indices=(1, 2)), keep_identity=True)
+    features = ds.plug_in(timm.create_model("tiny_backbone", features_only=True, out_indices=(1, 2)), keep_identity=True)
     backbone = Backbone(features, frozen_stages=1)
     held = {name for name, p in backbone.features.named_parameters() if not p.requires_grad}
     assert "layer1.0.conv1.weight" in held and not any("shortcut" in name for name in held)
 
 
 def test_a_copy_and_one_with_synchronised_norms_hold_still(weights):
-    backbone = Backbone("tiny_resnet", weights=weights, frozen_stages=1, norm_eval=True)
+    backbone = Backbone("tiny_backbone", weights=weights, frozen_stages=1, norm_eval=True)
     for other in (copy.deepcopy(backbone), nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(backbone))):
         other.train()
         norms = [m for m in other.modules() if isinstance(m, NORMS)]

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "detect.md").read_text(encoding="utf-8")
 TINY = [
     *(
-        "--model=tiny_resnet",
+        "--model=tiny_backbone",
         "--detector=fcos",
         "--img-size=64",
         "--fpn-channels=64",
@@ -48,7 +48,7 @@ def place(tmp_path_factory, clean_set) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("docs")
     (folder / "recipes").symlink_to(ROOT / "recipes")
     shutil.copy(clean_set / "val2017" / "000500.png", folder / "IMAGES")
-    save_file(timm.create_model("tiny_resnet").state_dict(), folder / "host.safetensors")
+    save_file(timm.create_model("tiny_backbone").state_dict(), folder / "host.safetensors")
     yield folder
     shutil.rmtree(folder)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from detect_helpers import CATEGORIES, HEIGHT, WIDTH, read_json, tiny_resnet, write_json, write_set  # noqa: F401
+from detect_helpers import CATEGORIES, HEIGHT, WIDTH, read_json, tiny_backbone, write_json, write_set  # noqa: F401
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -26,7 +26,7 @@ from dense_shortcuts.train.loop import read_metrics
 
 DETECTORS = ("fasterrcnn", "retinanet", "fcos", "maskrcnn")
 TINY = [
-    *("--model=tiny_resnet", "--img-size=64", "--fpn-channels=32", "--batch-size=4", "--epochs=2", "--workers=0"),
+    *("--model=tiny_backbone", "--img-size=64", "--fpn-channels=32", "--batch-size=4", "--epochs=2", "--workers=0"),
     *("--warmup-steps=2", "--lr=0.02", "--sched=cosine"),
 ]
 LEARNS = [
@@ -76,7 +76,7 @@ def refused(arguments: list[str], capsys) -> str:
 
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_each_detector_takes_a_step_on_images_of_different_sizes(detector):
-    config = DetectConfig(detector=detector, model="tiny_resnet", img_size=(64,), fpn_channels=64)
+    config = DetectConfig(detector=detector, model="tiny_backbone", img_size=(64,), fpn_channels=64)
     model = build_detector(config, 3).train()
     images = [torch.rand(3, 64, 80), torch.rand(3, 70, 64)]
     targets = [
@@ -101,7 +101,7 @@ def test_each_detector_takes_a_step_on_images_of_different_sizes(detector):
 
 
 def test_the_twins_share_every_weight_but_the_shortcuts():
-    settings = {"model": "tiny_resnet", "img_size": (64,), "fpn_channels": 64, "detector": "fcos"}
+    settings = {"model": "tiny_backbone", "img_size": (64,), "fpn_channels": 64, "detector": "fcos"}
     dense, host = (build_detector(DetectConfig(**settings, aggregate=a), 3).state_dict() for a in ("stage", "identity"))
     assert {name for name in dense if "shortcut" not in name} == host.keys()
     assert all(torch.equal(dense[name], host[name]) for name in host)
@@ -252,7 +252,7 @@ def test_compare_trains_both_twins_with_every_seed_and_tabulates(clean_set, caps
 
 def test_pretrained_weights_from_a_file_are_frozen_and_told(clean_set, capsys):
     torch.manual_seed(9)
-    host = timm.create_model("tiny_resnet")
+    host = timm.create_model("tiny_backbone")
     save_file(host.state_dict(), "host.safetensors")
     own = ["--keep-identity", "--backbone-weights", "host.safetensors", "--frozen-stages", "1"]
     arguments = [
@@ -325,7 +325,7 @@ def test_a_recipe_gives_the_defaults_and_flags_have_the_last_word():
         (["--data-dir", "SET", "--out-indices", "9"], "has the levels 0 to 4"),
         (["--data-dir", "SET", "--frozen-stages", "7"], "is more than the 4 stages"),
         (["--data-dir", "SET", "--backbone-weights", "none.safetensors"], "none.safetensors does not exist"),
-        (["--data-dir", "SET", "--pretrained"], "there are no pretrained weights of tiny_resnet"),
+        (["--data-dir", "SET", "--pretrained"], "there are no pretrained weights of tiny_backbone"),
         (["--data-dir", "SET", "--opt", "sgdx"], "--opt 'sgdx'"),
         (["--data-dir", "SET", "--precision", "fp16"], "--precision fp16 needs a GPU"),
         (["--detector", "fcos", "--fpn-channels", "32"], "does not suit fcos"),
