@@ -8,6 +8,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
+from torch.utils.checkpoint import checkpoint
 
 from . import ops
 from .adapters import has_tokens
@@ -123,7 +124,14 @@ class DenseStage(nn.Module):
             return x, join.remember(x)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """X_L, (N, C, H', W'), from the stage's input (N, C_in, H, W)."""
+        """X_L, (N, C, H', W'), from the stage's input (N, C_in, H, W).
+
+        A container of timm that keeps a switch for activation checkpointing to itself (RegNet's) is held to it.
+        """
+        if getattr(self, "grad_checkpointing", False):
+            for step in self:
+                x = checkpoint(step, x, *args, use_reentrant=False, **kwargs)
+            return x
         memory = Memory()
         for n in range(len(self)):
             x, memory = self.step(n, x, memory, *args, **kwargs)

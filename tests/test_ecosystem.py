@@ -281,8 +281,8 @@ def of_timm(name: str) -> Callable[..., nn.Module]:
 
 @pytest.mark.parametrize(
     "make",
-    [resnet, convnext, vit, of_timm("mobilenetv3_small_050")],
-    ids=["resnet", "convnext", "vit", "mobilenetv3"],
+    [resnet, convnext, vit, of_timm("mobilenetv3_small_050"), of_timm("regnetx_002")],
+    ids=["resnet", "convnext", "vit", "mobilenetv3", "regnet"],
 )
 def test_timms_switch_for_checkpointing_recomputes_and_keeps_every_gradient(make):
     net = shake(ds.plug_in(make()))
