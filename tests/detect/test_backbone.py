@@ -228,8 +228,6 @@ def test_norm_eval_keeps_loaded_statistics_while_weights_train(weights):
 def test_a_ready_network_counts_as_loaded_but_for_its_shortcuts():
     host = timm.create_model("tiny_backbone", features_only=True, out_indices=(1, 2))
     features = ds.plug_in(host, keep_identity=True)
-        timm.create_model("tiny_backbone", features_only=True, out_indices=(1, 2)), keep_identity=True
-    )
     backbone = Backbone(features, frozen_stages=1)
     held = {name for name, p in backbone.features.named_parameters() if not p.requires_grad}
     assert "layer1.0.conv1.weight" in held and not any("shortcut" in name for name in held)
