@@ -177,15 +177,34 @@ def _feeds(cls: Any, iterated: str) -> bool:
 
 
 def _chains(loop: ast.For) -> bool:
-    """Whether a loop's body has `x = block(x, ..)`, or the same through a checkpoint function."""
+    """Whether a loop has `x = block(x, ..)`, or the same through a checkpoint function, and nothing else for x."""
     names = {node.id for node in ast.walk(loop.target) if isinstance(node, ast.Name)}
+    fed: set[str] = set()
+    others: set[str] = set()
     for node in ast.walk(loop):
-        if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Call):
-            continue
-        call = node.value
-        if isinstance(call.func, ast.Name) and call.func.id in names and call.args:
-            return ast.unparse(node.targets[0]) == ast.unparse(call.args[0])
-    return False
+        if isinstance(node, ast.Assign):
+            given = _argument(node.value, names)
+            for target in node.targets:
+                name = ast.unparse(target)
+                (fed if name == given else others).update(_parts(target) if given is None else [name])
+        elif isinstance(node, ast.AugAssign):
+            others.add(ast.unparse(node.target))
+    return len(fed) == 1 and not fed & others
+
+
+def _argument(value: ast.expr, blocks: set[str]) -> str | None:
+    """What a call gives to a block: the first argument of block(x, ..), the second of checkpoint(block, x, ..)."""
+    if not isinstance(value, ast.Call):
+        return None
+    if isinstance(value.func, ast.Name) and value.func.id in blocks and value.args:
+        return ast.unparse(value.args[0])
+    if len(value.args) > 1 and isinstance(value.args[0], ast.Name) and value.args[0].id in blocks:
+        return ast.unparse(value.args[1])
+    return None
+
+
+def _parts(target: ast.expr) -> list[str]:
+    return [ast.unparse(part) for part in (target.elts if isinstance(target, ast.Tuple) else [target])]
 
 
 def _check_unshared(model: nn.Module, found: list[Found]) -> None:

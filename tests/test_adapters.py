@@ -241,6 +241,12 @@ def test_a_list_of_blocks_that_its_owner_does_not_chain_is_refused():
         ds.plug_in(Parallel())
 
 
+def test_a_list_whose_owner_changes_the_map_between_blocks_is_refused():
+    net = timm.create_model("convit_tiny", depth=3, embed_dim=16, num_heads=2, img_size=32, patch_size=8)
+    with pytest.raises(ds.DenseShortcutError, match="does not feed each block to the next"):
+        ds.plug_in(net)  # it adds the class token before one of them
+
+
 def test_a_block_of_a_dense_stage_called_by_itself_says_so():
     net = ds.plug_in(host_of("resnet"))
     for block in (net.layer1[0], ds.plug_in(host_of("convnext")).stages[0].blocks[0]):
