@@ -116,12 +116,12 @@ def device_loader(config: TrainConfig, images: int | None) -> torch.device | Non
     Raises:
         DenseShortcutError: `--loader device` with another data set or augmentation, or too little memory.
     """
-    from accelerate import PartialState
+    from ..processes import make_accelerator
 
     if config.loader == "workers":
         return None
     assert config.img_size is not None
-    device = PartialState().device
+    device = make_accelerator(config).device  # who asks Accelerate first decides whether it knows the processes
     side = max(config.img_size + 2 * (config.crop_padding or 0), config.test_size or 0)
     refused = None
     if images is None or config.data not in SMALL:
@@ -178,10 +178,11 @@ def whole_batch(batch: Any) -> Any:
 
 def stream_loader(stream: Stream, config: TrainConfig) -> DataLoader:
     """A process's share of a stream, on its device. Accelerate takes it as it is: others would read it for all."""
-    from accelerate import PartialState
     from accelerate.data_loader import DataLoaderShard
 
-    state = PartialState()
+    from ..processes import make_accelerator
+
+    state = make_accelerator(config)
     readers = stream.source.readers(state.num_processes)
     if not readers:
         raise DenseShortcutError(
