@@ -17,7 +17,11 @@ from dense_shortcuts.train.loop import read_metrics
 from dense_shortcuts.train.network import build_network, make_loss, make_optimizer
 
 ROOT = Path(__file__).parents[2]
-RECIPES = [path for path in sorted((ROOT / "recipes").glob("*.yaml")) if "model" in yaml.safe_load(path.read_text())]
+RECIPES = [
+    path
+    for path in sorted((ROOT / "recipes").glob("*.yaml"))
+    if "model" in (settings := yaml.safe_load(path.read_text())) and "detector" not in settings
+]
 TINY = [
     *("--limit-train=4", "--limit-test=4", "--batch-size=4", "--epochs=1", "--warmup-epochs=0"),
     *("--img-size=32", "--test-size=40", "--workers=0", "--model=dsnet20"),
