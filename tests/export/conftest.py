@@ -26,7 +26,7 @@ def checkpoint(tmp_path):
         folder = tmp_path / "runs" / "a" / name
         folder.mkdir(parents=True)
         write_text(folder.parent / "config.yaml", write_yaml(config))
-        write_model(folder, config, load_data(config), net.float())
+        write_model(folder, config, load_data(config), net.float().state_dict())
         return folder
 
     return make
