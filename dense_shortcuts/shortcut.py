@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .errors import DenseShortcutError
 from .norms import (
     Norm,
     affine_form,
@@ -95,7 +96,12 @@ class DenseShortcut(nn.Module):
         self.tiling: Tiling | Sparse = Tiling.best(depth) if tiled else Sparse(self.sources)
         self.weighted, self.weighting, self.backend = weighted, weighting, backend
         if weighting == "attention" and norm not in ("auto", "group", "layer", "instance"):
-            self.backend = "plain"  # a weight for each image on maps whose statistics are not each image's: no kernel
+            if backend not in ("auto", "plain"):
+                raise DenseShortcutError(
+                    f"the back end {backend!r} has no kernel for attention where a norm is not each image's own: "
+                    "take backend='auto' or norm='group'."
+                )
+            self.backend = "plain"
         summing = [k for k in range(depth) if self.sources[k]]
         self._weight_of = {k: n for n, k in enumerate(summing)}
         starts = [start_parameter(weighting, init, len(self.sources[k]), channels) for k in summing] if weighted else []
