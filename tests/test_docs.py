@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 import tiny_network  # noqa: F401 (registers it)
-from test_readme import README, TINY, TINY_BENCH, in_folder
-from train.train_helpers import png, write_parquet
+from test_readme import README, TINY, TINY_BENCH, furnish, in_folder
 
 from dense_shortcuts.cli import main, parse
 
@@ -76,13 +75,7 @@ def commands() -> list[str]:
 def place(tmp_path_factory) -> Iterator[Path]:
     """A working folder with the recipes, generated images and a finished comparison of tiny networks in runs/NAME."""
     folder = tmp_path_factory.mktemp("docs")
-    (folder / "recipes").symlink_to(ROOT / "recipes")
-    for part in ("train", "test"):
-        write_parquet(folder / "cifar100", part, [png(i, size=32) for i in range(8)], list(range(8)))
-        for label in ("ants", "bees"):
-            (folder / "imagefolder" / part / label).mkdir(parents=True)
-            for i in range(4):
-                (folder / "imagefolder" / part / label / f"{i}.png").write_bytes(png(i, size=20))
+    furnish(folder)
     assert in_folder(folder, lambda: main(["compare", *TINY, "--model", "tiny_resnet", "--name", "NAME"])) == 0
     yield folder
     shutil.rmtree(folder)

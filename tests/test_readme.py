@@ -65,6 +65,14 @@ def test_the_one_line_adds_as_many_parameters_as_its_comment_says():
 def place(tmp_path_factory) -> Iterator[Path]:
     """A working folder with the recipes, generated images of both kinds, and a finished comparison in runs/NAME."""
     folder = tmp_path_factory.mktemp("readme")
+    furnish(folder)
+    assert in_folder(folder, lambda: main(["compare", *TINY, "--name", "NAME"])) == 0
+    yield folder
+    shutil.rmtree(folder)
+
+
+def furnish(folder: Path) -> None:
+    """Put the recipes and generated images of both kinds into a folder."""
     (folder / "recipes").symlink_to(ROOT / "recipes")
     for part in ("train", "test"):
         write_parquet(folder / "cifar100", part, [png(i, size=32) for i in range(8)], list(range(8)))
@@ -72,9 +80,6 @@ def place(tmp_path_factory) -> Iterator[Path]:
             (folder / "imagefolder" / part / label).mkdir(parents=True)
             for i in range(4):
                 (folder / "imagefolder" / part / label / f"{i}.png").write_bytes(png(i, size=20))
-    assert in_folder(folder, lambda: main(["compare", *TINY, "--name", "NAME"])) == 0
-    yield folder
-    shutil.rmtree(folder)
 
 
 def in_folder(folder: Path, call: Callable[[], int]) -> int:

@@ -2,7 +2,7 @@
 
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
-from torch import Tensor
+from torch import Tensor, nn
 
 from .block import DenseBlock, Join, joined
 
@@ -11,6 +11,10 @@ class _DenseSwin(DenseBlock):
     """Two branches, attention and MLP; the second takes the first one's sum with the block's input."""
 
     tokens = True
+    norm1: nn.LayerNorm
+
+    def out_channels(self) -> int:
+        return self.norm1.normalized_shape[-1]
 
     def attention(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -32,9 +36,6 @@ class _DenseSwin(DenseBlock):
 
 
 class DenseSwinBlock(_DenseSwin, SwinTransformerBlock):
-    def out_channels(self) -> int:
-        return self.norm1.normalized_shape[-1]
-
     def attention(self, x: Tensor) -> Tensor:
         return self.drop_path1(self._attn(self.norm1(x)))
 
@@ -43,9 +44,6 @@ class DenseSwinBlock(_DenseSwin, SwinTransformerBlock):
 
 
 class DenseSwinV2Block(_DenseSwin, SwinTransformerV2Block):
-    def out_channels(self) -> int:
-        return self.norm1.normalized_shape[-1]
-
     def attention(self, x: Tensor) -> Tensor:
         return self.drop_path1(self.norm1(self._attn(x)))
 
