@@ -33,7 +33,13 @@ NOT_RESIDUAL = {
     "vgg": "a chain of convolutions",
     "rdnet": "concatenations in place of shortcuts",
     "hgnet": "concatenations; its residual blocks stand alone",
+    "dpn": "concatenations beside its sums, so that every block is wider than the one before",
+    "nasnet": "cells that concatenate branches",
+    "pnasnet": "cells that concatenate branches",
+    "rexnet": "sums over a part of the channels, for every block is wider than the one before",
+    "selecsls": "concatenations of branches",
 }
+OWN = ("dsnet", "cifar", "small_images")  # modules of this package that register networks
 CHECKS = ("forward", "keeps host", "step", "features", "compile", "state dict", "unplug")
 LARGEST = 120e6  # parameters; a network above it is planned, and not run
 
@@ -115,7 +121,7 @@ def _names() -> Iterator[tuple[str, str, str]]:
 
     for family in list_modules():
         for name in sorted(_module_to_models[family]):
-            if timm.is_model(name) and family not in ("dsnet", "cifar"):
+            if timm.is_model(name) and family not in OWN:
                 yield "timm", family, name
     for name in torchvision.models.list_models(module=torchvision.models):
         family = torchvision.models.get_model_builder(name).__module__.rpartition(".")[2]
