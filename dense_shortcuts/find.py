@@ -198,7 +198,10 @@ def _or_aliases(function: ast.FunctionDef, iterated: str) -> str:
 
 
 def _chains(loop: ast.For) -> bool:
-    """Whether a loop has `x = block(x, ..)`, or the same through a checkpoint function, and nothing else for x."""
+    """Whether a loop has `x = block(x, ..)`, or the same through a checkpoint function, and nothing else for x.
+
+    A block may give back more: `x, size = block(x, size)`.
+    """
     names = {node.id for node in ast.walk(loop.target) if isinstance(node, ast.Name)}
     fed: set[str] = set()
     others: set[str] = set()
@@ -206,8 +209,11 @@ def _chains(loop: ast.For) -> bool:
         if isinstance(node, ast.Assign):
             given = _argument(node.value, names)
             for target in node.targets:
-                name = ast.unparse(target)
-                (fed if name == given else others).update(_parts(target) if given is None else [name])
+                parts = _parts(target)
+                if given is not None and parts[0] == given:
+                    fed.add(given)
+                else:
+                    others.update(parts)
         elif isinstance(node, ast.AugAssign):
             others.add(ast.unparse(node.target))
     return len(fed) == 1 and not fed & others

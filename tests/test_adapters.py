@@ -76,6 +76,17 @@ HOSTS: dict[str, Any] = {
         timm.create_model, "gemma4_vit_167m_enc", embed_dim=32, depth=2, num_heads=2, head_dim=16, img_size=96,
         intermediate_size=48,
     ),
+    "mvitv2, blocks that give back a size": partial(
+        timm.models.mvitv2.MultiScaleVit,
+        timm.models.mvitv2.MultiScaleVitCfg(depths=(2, 2), embed_dim=16, stride_q=((1, 1), (2, 2))), img_size=64,
+    ),
+    "efficientvim, blocks that give back a state": partial(
+        timm.create_model, "efficientvim_m1", embed_dim=(16, 16, 32), depths=(2, 2, 1), state_dim=(8, 8, 4),
+    ),
+    "tnt, blocks of two streams": partial(
+        timm.create_model, "tnt_s_legacy_patch16_224", img_size=32, embed_dim=32, inner_dim=16, depth=2,
+        num_heads_outer=2,
+    ),
     "mixer": partial(timm.models.mlp_mixer.MlpMixer, img_size=32, patch_size=8, num_blocks=2, embed_dim=32),
     "torchvision resnet": partial(torchvision.models.resnet18, num_classes=8),
     "torchvision regnet": partial(torchvision.models.regnet_y_400mf, num_classes=8),
