@@ -104,6 +104,24 @@ def test_openvino_agrees_in_float32(checkpoint, capsys):
     assert "f32" in kinds and "f16" not in kinds
 
 
+def test_executorch_agrees_up_to_the_largest_images_and_refuses_larger_ones(checkpoint, capsys):
+    pytest.importorskip("executorch.runtime")
+    folder = checkpoint()  # group norm: var_mean, which ExecuTorch has not
+    before = names(folder)
+    assert main(["export", str(folder), "--to", "executorch"]) == 0, capsys.readouterr().err
+    assert names(folder) - before == {"model.pte", "model.pte.json"}
+    checks = json.loads((folder / "model.pte.json").read_text())["checks"]
+    assert len(checks) == 6 and max(check["difference"] for check in checks) < 1e-4
+    run_file, net = formats.load_executorch(folder / "model.pte"), read_model(folder)[0].eval()
+    batch, side = formats.LARGEST
+    for shape in ((batch, 3, 24, 9), (1, 3, side, side)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            torch.testing.assert_close(run_file(x), net(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError):
+        run_file(torch.randn(batch + 1, 3, side, side))
+
+
 def off_by(amount: float):
     """A runtime that is wrong in one score of the last case alone."""
 
