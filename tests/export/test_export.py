@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import dense_shortcuts as ds
 from dense_shortcuts.cli import main
-from dense_shortcuts.export import export, formats, graph, proof, run
+from dense_shortcuts.export import export, formats, graph, proof, run, save_for_hub
 from dense_shortcuts.export.images import photographs
 from dense_shortcuts.train.checkpoint import read_model
 from dense_shortcuts.train.run import data_of
@@ -207,7 +207,10 @@ def test_a_network_of_one_size_is_refused():
 
 
 def test_what_is_made_ready_for_export_leaves_the_network_alone():
-    net = ds.plug_in(tiny_resnet(num_classes=5), norm="batch").train()
+    host = tiny_resnet(num_classes=5)
+    host.layer1.insert(1, nn.Conv2d(8, 8, 1))  # between the blocks, so that each is a row with a shortcut of its own
+    net = ds.plug_in(host, norm="batch").train()
+    assert [len(stage.shortcuts) for stage in ds.dense_stages(net).values()] == [2]
     before = {name: value.clone() for name, value in net.state_dict().items()}
     ready = graph.inference_form(net)
     assert net.training and not ready.training
@@ -252,6 +255,10 @@ def test_what_cannot_be_exported_is_refused(checkpoint, tmp_path):
             export(folder, **arguments)
     with pytest.raises(ds.DenseShortcutError, match="is no checkpoint"):
         export(tmp_path / "none", "torch-export")
+    with pytest.raises(ds.DenseShortcutError, match="give --output"):
+        export("shipped", "torch-export")
+    with pytest.raises(ds.DenseShortcutError, match="give --output"):
+        save_for_hub("shipped")
 
 
 def test_photographs_stand_in_where_the_runs_images_are_gone(checkpoint, monkeypatch, tmp_path):
