@@ -233,6 +233,8 @@ class _Join:
         self.memory = later
         if tokens or flat:
             x = from_map(x, tokens, flat)
+        elif activation is None and isinstance(x, torch.fx.Proxy):
+            x = +x  # a last node of the block's own, which feature extractors look for, and not the shortcut's
         return x if relu or activation is None else activation(x)
 
     def remember(self, x: Tensor) -> Memory:
