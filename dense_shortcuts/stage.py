@@ -234,7 +234,7 @@ class _Join:
         if tokens or flat:
             x = from_map(x, tokens, flat)
         elif activation is None and isinstance(x, torch.fx.Proxy):
-            x = +x  # a last node of the block's own, which feature extractors look for, and not the shortcut's
+            x = torch.positive(x)  # type: ignore[arg-type]  # a node of the block's own: feature extractors take its last
         return x if relu or activation is None else activation(x)
 
     def remember(self, x: Tensor) -> Memory:

@@ -4,11 +4,13 @@ A block that is plugged takes the class of its adapter; a class without an adapt
 counts: a subclass may have another forward pass.
 """
 
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
 
-from . import timm_res2net, timm_resnet, timm_swin, torchvision_resnet
+from . import timm_positions, timm_res2net, timm_resnet, timm_swin, torchvision_resnet
 from .block import DenseBlock
 from .trace import NoResidual
 from .traced import Reading, TracedBlock, understand, view
@@ -84,9 +86,11 @@ def has_tokens(block: Any) -> bool:
     return block._dense_trace.layout.tokens if isinstance(block, TracedBlock) else block.tokens
 
 
-for family in (timm_resnet, timm_res2net, timm_swin, torchvision_resnet):
-    for cls in family.BLOCKS:
-        register_adapter(cls)
+_families: list[Any] = [timm_resnet, timm_res2net, timm_swin, timm_positions, torchvision_resnet]
+if find_spec("timm.models.gemma4_vit"):  # not in timm 1.0.20
+    _families.append(import_module(".timm_gemma4", __name__))
+for cls in (cls for family in _families for cls in family.BLOCKS):
+    register_adapter(cls)
 
 __all__ = [
     "DenseBlock",
