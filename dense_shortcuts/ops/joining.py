@@ -148,6 +148,8 @@ def enter(x: Tensor, *, groups: int, eps: float, later: int, rows: int, backend:
     """A map that no `join` made, (N, C, H, W), with what later sums need of it; `rows` are those of their scales."""
     if backend == "plain":
         return Joined(x, _plain_gather(x, groups, eps), (), ())
+    if groups == NONE and not torch.is_grad_enabled():  # nothing to gather, nothing to link
+        return Joined(x, (), (), ())
     own, new = fused.enter(x, groups, eps, later if torch.is_grad_enabled() else 0, rows, backend)
     return Joined(x, own, (), tuple(new))
 
