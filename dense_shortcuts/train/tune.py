@@ -62,7 +62,14 @@ def tune(
         DenseShortcutError: the folder exists.
     """
     config = dataclasses.replace(
-        config, epochs=max(epochs, 1), lr=lr, sched="cosine", warmup_epochs=0, name=name, output=str(output)
+        config,
+        epochs=max(epochs, 1),
+        lr=lr,
+        sched="cosine",
+        warmup_epochs=0,
+        name=name,
+        output=str(output),
+        weights=None,  # the model is what it goes on from
     ).resolved()
     start = accuracy(model, config, data)
     make_folder(output / name, config, environment(config, command, command, data))
