@@ -142,7 +142,7 @@ def prepare(
     split, device = is_split(config, accelerator), accelerator.device
     if model is None:
         model = build_network(config, num_classes)
-        if config.weights is not None and newest_whole(folder) is None:
+        if config.weights is not None and not saved_states(folder):  # else the newest state has them all
             start_from(model, config.weights)
     synchronised = config.sync_bn and accelerator.num_processes > 1
     if synchronised and device.type != "cpu":

@@ -54,7 +54,7 @@ def start_from(model: nn.Module, given: str) -> None:
         _logger.info("started from %s", file)
     else:
         _logger.warning(
-            "started from %s without its classifier (%s), which is of other classes", file, ", ".join(classifier)
+            "started from %s without its classifier (%s), which is of another size", file, ", ".join(classifier)
         )
 
 

@@ -106,7 +106,9 @@ def read_cifar(paths: Sequence[Path], limit: int | None, layout: Layout, wanted:
                 pixels.append(one_size(img.as_py(), where, pixels[0].shape if pixels else None))
                 labels.append(number)
     if not labels:
-        raise DenseShortcutError(f"{paths[0].parent} has parquet files without a row: there is nothing to train on.")
+        raise DenseShortcutError(
+            f"{paths[0].parent} has parquet files without a row of the wanted classes: there is nothing to train on."
+        )
     return Arrays(np.stack(pixels), np.asarray(labels))
 
 
