@@ -59,8 +59,8 @@ def start_from(model: nn.Module, given: str) -> None:
 
 
 def classifier_keys(model: Any) -> list[str]:
-    """Names of the parameters of a timm network's classifier; some have two, for distillation."""
-    given = model.get_classifier()
+    """Names of the parameters of a timm network's classifier, of which it may have two; none where it does not say."""
+    given = model.get_classifier() if hasattr(model, "get_classifier") else ()
     heads = given if isinstance(given, tuple) else (given,)
     names = [name for name, module in model.named_modules() if any(module is head for head in heads)]
     return [key for key in model.state_dict() if key.startswith(tuple(f"{name}." for name in names))]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import tiny_network  # noqa: F401 (registers it)
 import torch
 from safetensors.torch import save_file
 
@@ -95,6 +96,14 @@ def test_a_checkpoint_of_timms_own_goes_into_its_dsnet(tmp_path):
     model = build_network(TrainConfig(model="dsnet18"), 4)
     _, after = state_after(model, str(tmp_path / "resnet18.safetensors"))
     assert all(torch.equal(after[key], value) for key, value in host.state_dict().items() if not key.startswith("fc."))
+
+
+def test_a_network_that_does_not_say_which_its_classifier_is_takes_all_weights_or_none(tmp_path):
+    save_file(timm.create_model("tiny_resnet", num_classes=4).state_dict(), tmp_path / "tiny.safetensors")
+    _, after = state_after(timm.create_model("tiny_resnet", num_classes=4), str(tmp_path / "tiny.safetensors"))
+    assert torch.equal(after["fc.weight"], read_tensors(tmp_path / "tiny.safetensors")[0]["fc.weight"])
+    with pytest.raises(DenseShortcutError, match=r"of another shape: fc\.bias, fc\.weight\.$"):
+        start_from(timm.create_model("tiny_resnet", num_classes=3), str(tmp_path / "tiny.safetensors"))
 
 
 def test_weights_are_found_by_run_network_and_file():
