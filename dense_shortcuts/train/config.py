@@ -58,7 +58,7 @@ class TrainConfig:
     """Blocks of each stage, for ResNets of another depth; () is the model's own."""
     weights: str | None = None
     """Weights to start from: a run's folder, a network's in it, or a safetensors file. A host's go into its DSNet too,
-    and a classifier of another size is left out. Only a network's first epoch reads them."""
+    and a classifier of another size is left out. They are read where training begins, not by --resume."""
 
     data: DataName = "digits"
     """scikit-learn's handwritten digits, CIFAR-10 and -100, Tiny ImageNet, a folder with train/ and val/ or test/,

@@ -19,7 +19,7 @@ def weights_file(given: str) -> Path:
     Raises:
         DenseShortcutError: there is none, or there are several.
     """
-    path = Path(given)
+    path = Path(given).expanduser()
     if path.is_file():
         return path
     found = [path / WEIGHTS] if (path / WEIGHTS).is_file() else sorted(path.glob(f"*/{WEIGHTS}"))
