@@ -66,7 +66,7 @@ def test_the_commands_run_one_after_the_other_and_not_the_second_alone(capsys):
     assert main([*sweep, *small]) == 0, capsys.readouterr().err
     host = read_tensors(Path("runs/pretrain-cpu/identity") / WEIGHTS)[0]
     cells = read_sweep(Path("recipes/pretrained-pair-cpu.yaml")).cells()
-    assert len(cells) == 6
+    assert len(cells) == 7
     for cell in cells:
         (network,) = Path("runs/pretrained-pair-cpu", cell.key).glob(f"*/{WEIGHTS}")
         trained = read_tensors(network)[0]
