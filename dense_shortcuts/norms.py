@@ -22,6 +22,8 @@ NormFactory = Callable[[int], nn.Module]
 Norm = str | NormFactory | None
 
 NORMS = ("auto", "group", "batch", "layer", "instance")
+_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+_KNOWN = (nn.GroupNorm, *_BATCH_NORMS, nn.InstanceNorm2d)
 
 
 def default_groups(channels: int) -> int:
@@ -79,13 +81,12 @@ def make_norm(norm: Norm, channels: int, groups: int | None = None, *, tokens: b
 
 def has_affine_form(norm: nn.Module) -> bool:
     """Whether `affine_form` knows this module; any other norm is called as it stands."""
-    known = type(norm) in (nn.GroupNorm, nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d)
-    return known and not (isinstance(norm, nn.InstanceNorm2d) and norm.track_running_stats)
+    return type(norm) in _KNOWN and not (isinstance(norm, nn.InstanceNorm2d) and norm.track_running_stats)
 
 
 def joins(norm: nn.Module) -> bool:
     """Whether the last norm of a residual branch may be computed by the operator: batch norm on one process."""
-    return type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and not _is_synchronised(norm)
+    return type(norm) in _BATCH_NORMS and not _is_synchronised(norm)
 
 
 @contextlib.contextmanager
@@ -113,13 +114,13 @@ def frozen_statistics(*modules: nn.Module) -> Iterator[None]:
 
 def is_batch_norm(norm: nn.Module) -> bool:
     """Whether statistics are over the batch, so that the affine form is the same for all its images."""
-    return isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
+    return isinstance(norm, _BATCH_NORMS)
 
 
 def uses_running_statistics(norm: nn.Module) -> bool:
     """Whether the norm goes by its running statistics alone: batch norm in eval mode."""
     return (
-        isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
+        isinstance(norm, _BATCH_NORMS)
         and not norm.training
         and norm.running_mean is not None
         and norm.running_var is not None
@@ -130,7 +131,7 @@ def statistics(norm: nn.Module | None) -> tuple[int, float]:
     """What the operator is to gather of a map for this norm, and eps: a number of groups, BATCH, RAW or NONE."""
     if norm is None or uses_running_statistics(norm):
         return NONE, 0.0
-    assert isinstance(norm, nn.GroupNorm | nn.BatchNorm2d | nn.SyncBatchNorm | nn.InstanceNorm2d)
+    assert isinstance(norm, _KNOWN)
     if isinstance(norm, nn.GroupNorm):
         return norm.num_groups, norm.eps
     if isinstance(norm, nn.InstanceNorm2d):
@@ -183,9 +184,9 @@ def _tensor(value: Any) -> Any:
 
 def running_form(norm: nn.Module, x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """r and s of batch norm by its running statistics, both (1, C), for a map x (N, C, H, W)."""
-    mean, var, weight, bias = (_tensor(t) for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias))
-    assert isinstance(norm.eps, float)
-    return _running_form(x, mean, var, norm.eps, weight, bias, backend)
+    assert isinstance(norm, _BATCH_NORMS)
+    mean, var = _tensor(norm.running_mean), _tensor(norm.running_var)
+    return _running_form(x, mean, var, norm.eps, norm.weight, norm.bias, backend)
 
 
 @torch.fx.wrap  # one node of a traced graph, whose buffers stay buffers

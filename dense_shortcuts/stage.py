@@ -35,6 +35,15 @@ class Row(NamedTuple):
     shortcut: str
 
 
+class Place(NamedTuple):
+    """Where a block stands: position k in its row with a shortcut, and the block after it there; else no shortcut."""
+
+    block: nn.Module
+    shortcut: DenseShortcut | None = None
+    k: int = 0
+    following: nn.Module | None = None
+
+
 class DenseStage(nn.Module):
     """A stage whose blocks see all earlier feature maps of the stage.
 
@@ -99,13 +108,23 @@ class DenseStage(nn.Module):
         A block alone cannot stand here, for it needs the earlier maps; timm's checkpoint_seq iterates over stages.
         """
         memories = [Memory()] * (len(self) + 1)
-        return (Step(self, n, memories) for n in range(len(self)))
+        return (Step(self, n, place, memories) for n, place in enumerate(self.places()))
 
-    def step(self, n: int, x: Tensor, memory: Memory, *args: Any, **kwargs: Any) -> tuple[Tensor, Memory]:
-        """Run block n.
+    def places(self) -> list[Place]:
+        """The place of each block. Shortcuts may stand in what PEFT puts around them, which passes all on."""
+        blocks = self.blocks
+        places = [Place(block) for block in blocks]
+        for row, shortcut in self.shortcuts.items():
+            for n in range(row.first, row.stop):
+                following = blocks[n + 1] if n + 1 < row.stop else None
+                places[n] = Place(blocks[n], shortcut, n - row.first, following)
+        return places
+
+    def step(self, place: Place, x: Tensor, memory: Memory, *args: Any, **kwargs: Any) -> tuple[Tensor, Memory]:
+        """Run the block at `place`.
 
         Args:
-            n: position in the container, from 0.
+            place: one of `places`.
             x: the stage's input X_in for the first block, else the output of the one before.
             memory: what the step before gave; an empty one for the first.
             args, kwargs: what the host gives its blocks besides.
@@ -113,14 +132,11 @@ class DenseStage(nn.Module):
         Returns:
             the block's output, and what the stage keeps for the blocks to come.
         """
-        block = self[n]
-        row = next((row for row in self.rows if row.first <= n < row.stop), None)
-        if row is None:
-            return block(x, *args, **kwargs), Memory()
-        k, shortcut = n - row.first, self.shortcuts[row]  # or what PEFT puts around it, which passes all on
-        join = _Join(self, block, shortcut, k, memory if k else Memory())
-        with frozen_statistics(block, shortcut) if _is_recomputing() else contextlib.nullcontext():
-            x = block(x, *args, join=join, **kwargs)  # by name: hooks see the host's own arguments
+        if place.shortcut is None:
+            return place.block(x, *args, **kwargs), Memory()
+        join = _Join(self, place, place.shortcut, memory if place.k else Memory())
+        with frozen_statistics(place.block, place.shortcut) if _is_recomputing() else contextlib.nullcontext():
+            x = place.block(x, *args, join=join, **kwargs)  # by name: hooks see the host's own arguments
             return x, join.remember(x)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -133,8 +149,8 @@ class DenseStage(nn.Module):
                 x = checkpoint(step, x, *args, use_reentrant=False, **kwargs)
             return x
         memory = Memory()
-        for n in range(len(self)):
-            x, memory = self.step(n, x, memory, *args, **kwargs)
+        for place in self.places():
+            x, memory = self.step(place, x, memory, *args, **kwargs)
         return x
 
     def extra_repr(self) -> str:
@@ -147,22 +163,24 @@ class Step:
     Run again, as a checkpoint does, it starts from the same memory.
     """
 
-    def __init__(self, stage: DenseStage, n: int, memories: list[Memory]) -> None:
-        self.stage, self.n, self.memories = stage, n, memories
+    def __init__(self, stage: DenseStage, n: int, place: Place, memories: list[Memory]) -> None:
+        self.stage, self.n, self.place, self.memories = stage, n, place, memories
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        x, self.memories[self.n + 1] = self.stage.step(self.n, x, self.memories[self.n], *args, **kwargs)
+        x, self.memories[self.n + 1] = self.stage.step(self.place, x, self.memories[self.n], *args, **kwargs)
         return x
 
 
 class _Join:
     """What a stage does at the end of block l = k + 1: makes X_l from the block's parts and the earlier maps."""
 
-    def __init__(self, stage: DenseStage, block: nn.Module, shortcut: DenseShortcut, k: int, memory: Memory) -> None:
-        self.stage, self.block, self.shortcut, self.k, self.memory = stage, block, shortcut, k, memory
-        self.last = k == shortcut.depth - 1
+    def __init__(self, stage: DenseStage, place: Place, shortcut: DenseShortcut, memory: Memory) -> None:
+        self.stage, self.block, self.following, self.k = stage, place.block, place.following, place.k
+        self.shortcut, self.memory = shortcut, memory
+        self.tokens = has_tokens(place.block)
+        self.last = place.following is None
         # a block that is not chosen keeps what its host does
-        self.keep_identity = stage.keep_identity or not shortcut.sources[k]
+        self.keep_identity = stage.keep_identity or not shortcut.sources[place.k]
         self.entered = False  # whether the memory has X_l already, from the pass that made it
 
     def __call__(
@@ -174,7 +192,7 @@ class _Join:
         *,
         whole: bool = False,
     ) -> Tensor:
-        tokens, flat = has_tokens(self.block), is_flat(branch)
+        tokens, flat = self.tokens, is_flat(branch)
         if tokens or flat:
             branch, identity = as_map(branch, tokens), as_map(identity, tokens)
         shortcut, k, memory = self.shortcut, self.k, self.memory
@@ -215,6 +233,8 @@ class _Join:
         self.memory = later
         if tokens or flat:
             x = from_map(x, tokens, flat)
+        elif activation is None and isinstance(x, torch.fx.Proxy):
+            x = +x  # a last node of the block's own, which feature extractors look for, and not the shortcut's
         return x if relu or activation is None else activation(x)
 
     def remember(self, x: Tensor) -> Memory:
@@ -223,7 +243,7 @@ class _Join:
             return Memory()
         if self.entered:
             return self.memory
-        x = as_map(x, has_tokens(self.block))
+        x = as_map(x, self.tokens)
         backend = ops.choose(x, self.shortcut.backend)
         return self.memory.add(self.shortcut.enter(self.k + 1, x, backend))
 
@@ -247,8 +267,7 @@ class _Join:
         """Whether a hook may take X_l: on its block, or on the next one or a layer in it, as their input."""
         if not torch.is_grad_enabled():
             return False
-        row = next(row for row, shortcut in self.stage.shortcuts.items() if shortcut is self.shortcut)
-        return _observed(self.block) or _has_hooks(self.stage[row.first + self.k + 1])
+        return _observed(self.block) or (self.following is not None and _has_hooks(self.following))
 
 
 def as_map(x: Tensor, tokens: bool) -> Tensor:
@@ -284,12 +303,14 @@ def _has_own_hooks(module: nn.Module) -> bool:
 
 def _has_hooks(module: nn.Module) -> bool:
     """Whether a hook may look at the output of the module or of one in it."""
-    return any(_GLOBAL_HOOKS) or _any_has_own_hooks(module)
-
-
-def _any_has_own_hooks(module: nn.Module) -> bool:
-    children = [child for child in module._modules.values() if child is not None]
-    return _has_own_hooks(module) or any(map(_any_has_own_hooks, children))
+    if any(_GLOBAL_HOOKS):
+        return True
+    inside = [module]
+    for one in inside:  # grows as it goes
+        if _has_own_hooks(one):
+            return True
+        inside += [child for child in one._modules.values() if child is not None]
+    return False
 
 
 def _is_recomputing() -> bool:

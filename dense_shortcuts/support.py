@@ -6,7 +6,7 @@ import fnmatch
 import json
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,13 @@ NOT_RESIDUAL = {
     "vgg": "a chain of convolutions",
     "rdnet": "concatenations in place of shortcuts",
     "hgnet": "concatenations; its residual blocks stand alone",
+    "dpn": "concatenations beside its sums, so that every block is wider than the one before",
+    "nasnet": "cells that concatenate branches",
+    "pnasnet": "cells that concatenate branches",
+    "rexnet": "sums over a part of the channels, for every block is wider than the one before",
+    "selecsls": "concatenations of branches",
 }
+OWN = ("dsnet", "cifar", "small_images")  # modules of this package that register networks
 CHECKS = ("forward", "keeps host", "step", "features", "compile", "state dict", "unplug")
 LARGEST = 120e6  # parameters; a network above it is planned, and not run
 
@@ -72,28 +78,39 @@ def architectures(pattern: str = "*") -> list[tuple[str, str, str]]:
     """(library, family, name) of one network for each architecture: the smallest of a family with the same blocks.
 
     Blocks are the classes that a plan finds; networks where it finds none count by the classes of all their layers.
+    Planning takes longest, so it is done once for all networks of a family that have the same classes of layers.
     """
+    places = [place for place in _names() if fnmatch.fnmatch(place[2], pattern)]
+    return sorted(_smallest(_blocks, _smallest(_layers, places)))
+
+
+def _smallest(
+    kind: Callable[[nn.Module], frozenset[type[nn.Module]]], places: Iterable[tuple[str, str, str]]
+) -> list[tuple[str, str, str]]:
+    """The network with the fewest parameters of each family and kind."""
     smallest: dict[Any, tuple[int, tuple[str, str, str]]] = {}
-    for library, family, name in _names():
-        if not fnmatch.fnmatch(name, pattern):
-            continue
+    for library, family, name in places:
         try:
             model = _build(library, name, torch.device("meta"))
         except Exception:  # some networks cannot be built without data; the sweep builds those on the CPU
             smallest[library, name] = (0, (library, family, name))
             continue
-        key = (library, family, _blocks(model))
+        key = (library, family, kind(model))
         size = sum(p.numel() for p in model.parameters())
         if key not in smallest or size < smallest[key][0]:
             smallest[key] = (size, (library, family, name))
-    return sorted(place for _, place in smallest.values())
+    return [place for _, place in smallest.values()]
+
+
+def _layers(model: nn.Module) -> frozenset[type[nn.Module]]:
+    return frozenset(type(m) for m in model.modules())
 
 
 def _blocks(model: nn.Module) -> frozenset[type[nn.Module]]:
     try:
         return frozenset(stage.blocks for stage in plan(model).stages)
     except DenseShortcutError:
-        return frozenset(type(m) for m in model.modules())
+        return _layers(model)
 
 
 def _names() -> Iterator[tuple[str, str, str]]:
@@ -104,7 +121,7 @@ def _names() -> Iterator[tuple[str, str, str]]:
 
     for family in list_modules():
         for name in sorted(_module_to_models[family]):
-            if timm.is_model(name) and family not in ("dsnet", "cifar"):
+            if timm.is_model(name) and family not in OWN:
                 yield "timm", family, name
     for name in torchvision.models.list_models(module=torchvision.models):
         family = torchvision.models.get_model_builder(name).__module__.rpartition(".")[2]

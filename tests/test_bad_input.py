@@ -55,6 +55,28 @@ WRAPPERS: dict[str, tuple[Callable[[nn.Module], nn.Module], str]] = {
 }
 
 
+COMPILED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "network": lambda net: net,
+    "stage": stage_of,
+    "block": lambda net: stage_of(net)[1],
+}
+
+
+@pytest.mark.parametrize("part", COMPILED)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_compiled_in_place_runs_the_plugged_network(kind, part):
+    torch._dynamo.reset()
+    net = host_of(kind).eval()
+    twin = ds.plug_in(copy.deepcopy(net), norm="group")
+    COMPILED[part](net).compile(backend="eager")
+    with torch.no_grad():
+        net(X)
+        ds.plug_in(net, norm="group")
+        for (_, weight), (_, other) in zip(ds.shortcut_parameters(net), ds.shortcut_parameters(twin), strict=True):
+            weight.copy_(other.uniform_(0.5, 1))
+        assert_close(net(X), twin(X).double(), 1e-5, "output")
+
+
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_wrapped_network_is_refused_and_left_as_it_was(kind, wrapper):

@@ -337,7 +337,10 @@ def torchvision_convnext() -> nn.Module:
 
 CUT = {
     "resnet": (lambda: torchvision.models.resnet18(num_classes=3), {"layer1": "a", "layer2.0": "b", "layer3": "c"}),
-    "convnext": (torchvision_convnext, {"features.1": "a", "features.3": "c"}),
+    "convnext": (
+        torchvision_convnext,
+        {"features.1.0": "d", "features.1": "a", "features.3.0": "b", "features.3": "c"},
+    ),
 }
 
 

@@ -163,7 +163,42 @@ def AsksForDimensions(self, x):
     return x + self.f(x).reshape(n, c, h * w).softmax(-1).reshape(n, c, h, w)
 
 
+class Residual(nn.Module):
+    """The wrapper that many hosts put around the layers of a branch."""
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch, self.scale = branch, 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale * self.branch(x)
+
+
+class Wrapped(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixer = Residual(nn.Sequential(self.conv1, self.norm1))
+        self.mlp = nn.Sequential(Residual(nn.Sequential(nn.GELU(), self.conv2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.mlp(self.mixer(x)))
+
+
+class WrappedFirst(Block):
+    """The block's input is an addend only inside its first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = Residual(nn.Sequential(self.conv1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.position(x)
+        return x + self.norm2(self.conv2(x))
+
+
 UNDERSTOOD = [
+    Wrapped,
+    WrappedFirst,
     Plain,
     BranchFirst,
     InPlaceOnTheBranch,
@@ -489,6 +524,33 @@ def test_a_change_of_a_blocks_attributes_after_plugging_acts_as_in_the_host(chan
     expected = run(host)
     assert not torch.allclose(expected["output"], before)
     assert_runs_agree(run(plugged), expected)
+
+
+WRAPPER_CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "a number": lambda block: setattr(block.mixer, "scale", 3.0),
+    "a layer": lambda block: setattr(block.mixer, "branch", nn.Tanh()),
+    "a layer in a sequence": lambda block: block.mlp.append(nn.Tanh()),
+}
+
+
+@pytest.mark.parametrize("change", WRAPPER_CHANGES)
+def test_a_change_in_a_wrapper_after_plugging_acts_as_in_the_host(change):
+    host, plugged = network(Wrapped).eval(), ds.plug_in(network(Wrapped), keep_identity=True).eval()
+    before = run(plugged)["output"]
+    for each in (host[1][1], plugged[1][1]):
+        WRAPPER_CHANGES[change](each)
+    expected = run(host)
+    assert not torch.allclose(expected["output"], before)
+    assert_runs_agree(run(plugged), expected)
+
+
+def test_a_hook_on_a_wrapper_that_is_not_called_any_more_is_refused():
+    plugged = ds.plug_in(network(Wrapped))
+    plugged[1][0].mixer.branch.register_forward_hook(lambda *_: None)
+    run(plugged)  # its layers are called as ever
+    plugged[1][0].mlp.register_forward_hook(lambda *_: None)
+    with pytest.raises(ds.DenseShortcutError, match="is not understood as it is now set"):
+        run(plugged)
 
 
 def test_a_change_that_leaves_no_residual_block_is_an_error_of_one_sentence():

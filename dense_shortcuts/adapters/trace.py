@@ -1,7 +1,8 @@
 """The fallback where no adapter is written: a torch.fx trace of the block finds the add that joins branch and shortcut.
 
 What is looked for is an output that is a sum, perhaps with an activation behind it, one of whose addends is the block's
-input (an identity shortcut) or a few layers of it (a projection shortcut). Nothing is executed: the trace cuts the
+input (an identity shortcut) or a few layers of it (a projection shortcut). Children are taken as they are, but for
+those that hide this sum, such as a `Residual` around the layers of a branch. Nothing is executed: the trace cuts the
 block's own forward pass in pieces, which call the block's own modules. A run on tensors without data then shows whether
 the pieces do all that the block does (`verify.py`).
 """
@@ -18,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx
@@ -85,6 +86,7 @@ class Parts:
         after: what follows the add: a module's name, a piece, or None for nothing.
         conv_norms: names of each convolution and of the norm that follows it directly.
         last_conv: name of the convolution whose output, but for its norm, is the branch.
+        opened: names of the children whose own forward passes were cut too, so that they are not called.
     """
 
     split: Piece
@@ -95,19 +97,20 @@ class Parts:
     after: str | Piece | None
     conv_norms: list[tuple[str, str]]
     last_conv: str | None
+    opened: tuple[str, ...]
 
 
 class _Tracer(torch.fx.Tracer):
-    """Every child is a leaf: only the block's own forward pass is looked into."""
+    """Looks into the block's own forward pass, and into those of the children by the names in `opened`."""
 
     proxy_buffer_attributes = True  # what is computed from a buffer is no constant
 
-    def __init__(self) -> None:
+    def __init__(self, opened: frozenset[str]) -> None:
         super().__init__()
-        self.switches = _switches()
+        self.opened, self.switches = opened, _switches()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
+        return module_qualified_name not in self.opened
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> Node:
         if kind != "output" and _switches() != self.switches:  # a trace would leave the switch out
@@ -131,11 +134,7 @@ def trace(block: nn.Module, example: Example, call: Call = Call()) -> Parts:
         NoResidual: the forward pass cannot be traced or has no such add; its text says which.
     """
     block = copy.copy(block)
-    graph, inputs = _graph(block, call)
-    output = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
-    if not isinstance(output, Node):
-        raise NoResidual("it returns something other than one tensor")
-    add, after = _find_add(output)
+    graph, inputs, add, after, opened = _look(block, call)
     before = _ancestors(add)
     if any(user not in after and user.op != "output" for user in add.users):
         raise NoResidual("its sum is used twice")
@@ -151,10 +150,82 @@ def trace(block: nn.Module, example: Example, call: Call = Call()) -> Parts:
     seen = verify(block, graph, inputs, example(), dict(call.settings))
     _check_shapes(seen, add, rest, shortcut)
     _check_writes(seen, add, after, inputs[0])
-    return _cut(block, graph, inputs, add, rest, shortcut, after)
+    return _cut(block, graph, inputs, add, rest, shortcut, after, opened)
 
 
-def _graph(block: nn.Module, call: Call) -> tuple[Graph, list[Node]]:
+class _Seen(NamedTuple):
+    """A traced forward pass: its inputs, the add, what follows that, and the children that were opened."""
+
+    graph: Graph
+    inputs: list[Node]
+    add: Node
+    after: list[Node]
+    opened: frozenset[str]
+
+    def adds_input(self) -> bool:
+        return self.inputs[0] in _terms(self.add)
+
+
+def _look(block: nn.Module, call: Call) -> _Seen:
+    """The traced forward pass with those children opened that hide the add, or the input among its addends."""
+    seen = trial = _look_at(block, call, frozenset())
+    while not trial.adds_input():
+        fed = [term for term in _terms(trial.add) if term.all_input_nodes == trial.inputs[:1]]
+        new = {str(term.target) for term in fed if _may_open(_module(block, term))}
+        if not new:
+            return seen  # what was opened on the way is a projection, which stays closed
+        trial = _look_at(block, call, trial.opened | new)
+    return trial
+
+
+def _look_at(block: nn.Module, call: Call, opened: frozenset[str]) -> _Seen:
+    """The forward pass with these children opened, and with those that the add nearest to the output is in."""
+    while True:
+        graph, inputs = _graph(block, call, opened)
+        output = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
+        if not isinstance(output, Node):
+            raise NoResidual("it returns something other than one tensor")
+        node, after = _find_add(output)
+        if _is_add(node):
+            return _Seen(graph, inputs, node, after, opened)
+        hiding = next((step for step in [*reversed(after), node] if not _is_plain(_module(block, step))), node)
+        if not _may_open(_module(block, hiding)):
+            raise NoResidual("its output is not a sum with an activation behind it")
+        opened |= {str(hiding.target)}
+
+
+def _is_plain(module: nn.Module | None) -> bool:
+    """Whether a step is a function, or a module with nothing in it, such as an activation."""
+    return module is None or next(module.children(), next(module.parameters(), None)) is None
+
+
+def _may_open(module: nn.Module | None) -> bool:
+    """Whether a child's forward pass is somebody's own, and no hook asks that the child be called."""
+    if module is None or (type(module).__module__.startswith("torch.nn.") and type(module) is not nn.Sequential):
+        return False
+    return next(module.children(), None) is not None and not any(_hooks(module))
+
+
+def _hooks(module: nn.Module) -> tuple[Any, ...]:
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
+def state_of(block: nn.Module, opened: tuple[str, ...], training: bool | None = None) -> list[tuple[str, Any]]:
+    """What a cut depends on in the children whose own forward passes were cut: attributes, layers, which numbers.
+
+    `training` stands for the children's own mode.
+    """
+    state: list[tuple[str, Any]] = []
+    for child in map(block.get_submodule, opened):
+        state += [(n, value) for n, value in vars(child).items() if type(value) is not dict and n != "training"]
+        state.append(("training", child.training if training is None else training))
+        state += child._modules.items()
+        numbers = [*child._parameters.items(), *child._buffers.items()]
+        state += [(name, number is None) for name, number in numbers] + [("hooks", any(_hooks(child)))]
+    return state
+
+
+def _graph(block: nn.Module, call: Call, opened: frozenset[str]) -> tuple[Graph, list[Node]]:
     """The traced forward pass, and the nodes of its input and of those that it is called with besides."""
     parameters = list(inspect.signature(type(block).forward).parameters.values())[1:]
     if not parameters:
@@ -171,7 +242,7 @@ def _graph(block: nn.Module, call: Call) -> tuple[Graph, list[Node]]:
     attributes = dict(vars(block))
     try:
         with _no_randomness():
-            graph = _Tracer().trace(block, concrete_args=concrete)
+            graph = _Tracer(opened).trace(block, concrete_args=concrete)
     except NoResidual:
         raise
     except Exception as error:  # a forward pass is anybody's code: whatever it raises on a proxy says the same
@@ -221,13 +292,13 @@ def _drop_default(graph: Graph, node: Node) -> None:
 
 
 def _find_add(output: Node) -> tuple[Node, list[Node]]:
-    """The add nearest to the output, and what follows it, a chain of operations on one tensor each."""
+    """The add nearest to the output, else where the search for it ends; and the chain of operations from there on."""
     after: list[Node] = []
     node = output
     while not _is_add(node):
         inputs = node.all_input_nodes
         if node.op not in ("call_module", "call_function", "call_method") or len(inputs) != 1 or len(after) > 2:
-            raise NoResidual("its output is not a sum with an activation behind it")
+            break
         after.append(node)
         node = inputs[0]
     return node, after[::-1]
@@ -315,6 +386,7 @@ def _cut(
     rest: list[Node],
     shortcut: Node,
     after: list[Node],
+    opened: frozenset[str],
 ) -> Parts:
     branch, norm = rest[-1], None
     last = block.get_submodule(str(branch.target)) if branch.op == "call_module" else None
@@ -331,6 +403,7 @@ def _cut(
         after=_after(block, add, after),
         conv_norms=_conv_norms(block, graph),
         last_conv=str(rest[0].target) if type(conv) is nn.Conv2d else None,
+        opened=tuple(sorted(opened)),
     )
 
 

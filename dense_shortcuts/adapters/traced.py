@@ -6,7 +6,7 @@ have an attribute or child of any name.
 """
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import DenseShortcutError
 from .block import Join, joined
 from .probe import Layout, probe
-from .trace import RELU, Call, NoResidual, Parts, Piece, trace
+from .trace import RELU, Call, NoResidual, Parts, Piece, state_of, trace
 
 Settings = tuple[tuple[str, Any], ...]
 
@@ -31,11 +31,13 @@ class Trace:
         host: the host's block class.
         layout: the channels of its output and where they are.
         parts: the cut, by training mode and by how the block is called.
+        states: what each cut that opened children was made for (`state_of`).
     """
 
     host: Any
     layout: Layout
     parts: dict[tuple[bool, Call], Parts]
+    states: dict[tuple[bool, Call], list[tuple[str, Any]]] = field(default_factory=dict)
 
     def of(self, block: Any, call: Call, *inputs: Any) -> Parts:
         """The cut for the mode a block is in, called in this way, with these inputs; none stands for an example.
@@ -44,16 +46,29 @@ class Trace:
             DenseShortcutError: the block was changed, or is called, in a way that the trace does not understand.
         """
         key = (block.training, call)
+        if key in self.states and not torch.compiler.is_compiling() and self._is_stale(block, key):
+            del self.parts[key], self.states[key]
         if key not in self.parts:
             example = tuple(map(_without_data, inputs)) or self.layout.example()
             try:
                 self.parts[key] = trace(view(block, self.host), lambda: example, call)
+                self.note(block, key, None)
             except NoResidual as reason:
                 name = self.host.__name__
                 raise DenseShortcutError(
                     f"a plugged {name} is not understood as it is now set or called: {reason}."
                 ) from reason
         return self.parts[key]
+
+    def _is_stale(self, block: Any, key: tuple[bool, Call]) -> bool:
+        state, before = state_of(block, self.parts[key].opened), self.states[key]
+        pairs = zip(state, before, strict=False)
+        return len(state) != len(before) or any(a != c or b is not d for (a, b), (c, d) in pairs)
+
+    def note(self, block: Any, key: tuple[bool, Call], training: bool | None) -> None:
+        """Remember what a cut was made for, in the children that it opened."""
+        if opened := self.parts[key].opened:
+            self.states[key] = state_of(block, opened, training)
 
 
 def _without_data(value: Any) -> Any:
@@ -81,6 +96,7 @@ class TracedBlock:
         numbers = isinstance(value, Tensor) and isinstance(getattr(self, name, None), Tensor)
         if name not in ("training", "__class__") and not numbers:
             self._dense_trace.parts.clear()
+            self._dense_trace.states.clear()
         super().__setattr__(name, value)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -181,7 +197,10 @@ def understand(block: nn.Module) -> Reading:
         parts[training, Call(needed)] = trace(_in_mode(block, training), lambda: layout().example(), Call(needed))
     if parts[True, Call(needed)].identity != parts[False, Call(needed)].identity:
         raise NoResidual("its shortcut is another one in training than in evaluation")
-    return Reading(block, Trace(host, layout(), parts))
+    traced = Trace(host, layout(), parts)
+    for key in parts:
+        traced.note(block, key, key[0])
+    return Reading(block, traced)
 
 
 def _in_mode(module: nn.Module, training: bool) -> nn.Module:

@@ -127,9 +127,9 @@ class _Run(torch.fx.Interpreter):
 
 
 def shadow(module: nn.Module) -> nn.Module:
-    """The same module, in the same mode, with tensors without data and no hooks."""
+    """The same module, in the same mode, with tensors without data, no hooks and not compiled."""
     other = module.__class__.__new__(module.__class__)
-    other.__dict__.update(module.__dict__)
+    other.__dict__.update(module.__dict__, _compiled_call_impl=None)
     other.__dict__["_parameters"] = {name: _empty(p) for name, p in module._parameters.items()}
     other.__dict__["_buffers"] = {name: _empty(b) for name, b in module._buffers.items()}
     other.__dict__["_modules"] = {n: None if m is None else shadow(m) for n, m in module._modules.items()}

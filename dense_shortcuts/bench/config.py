@@ -53,6 +53,8 @@ class BenchConfig:
     """Sides of the square images in pixels, in a depth sweep those of the feature maps."""
     precision: Literal["no", "bf16"] | None = None
     """Mixed precision; `no` is float32."""
+    folded: bool = False
+    """Fold batch norms into convolutions first, as for deployment: `ds.fuse`, and for hosts torch.fx's `fuse`."""
     threads: int | None = None
     """Threads of the CPU; None is PyTorch's own number."""
     rounds: int | None = None
@@ -86,5 +88,7 @@ def _check(config: BenchConfig) -> None:
         raise DenseShortcutError(
             "--batch-size 1 at --image-size 32 leaves a batch norm one pixel: take 2 images or more."
         )
+    if config.folded and "train" in config.what:
+        raise DenseShortcutError("--folded leaves networks that only infer: add --what infer.")
     if not config.what:
         raise DenseShortcutError("--what is empty: take train, infer or both.")

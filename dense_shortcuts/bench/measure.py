@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import DenseShortcutError
+from ..fuse import fuse
+from ..plug import dense_stages
 from ..profiling import kernels, peak_bytes
 from .config import BenchConfig, Mode
 from .models import Comparison, Entry
@@ -58,11 +60,11 @@ class Result:
 class Contender:
     """A network that is timed: its step, its input and how many calls make a turn."""
 
-    def __init__(self, entry: Entry, mode: Mode, images: Tensor, labels: Tensor, precision: str) -> None:
+    def __init__(self, entry: Entry, mode: Mode, images: Tensor, labels: Tensor, config: BenchConfig) -> None:
         self.entry, self.compiled = entry, mode == "compiled"
-        self.images, self.labels, self.precision = images, labels, precision
+        self.images, self.labels, self.precision = images, labels, config.precision
         self.device = images.device
-        self.model = self._placed(entry.build())
+        self.model = self._placed(folded(entry.build()) if config.folded else entry.build())
         self.network: Any = torch.compile(self.model) if self.compiled else self.model
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
         self.calls: dict[str, int] = {}
@@ -129,6 +131,13 @@ class Contender:
         self.row.seconds[what].append(timed(call, self.calls[what], self.device))
 
 
+def folded(model: nn.Module) -> nn.Module:
+    """A copy for inference alone, with batch norms in the convolutions before them."""
+    from torch.fx.experimental.optimization import fuse as fold
+
+    return fuse(model) if dense_stages(model) else fold(model.eval())
+
+
 def timed(call: Callable[[], Any], calls: int, device: torch.device) -> float:
     """Seconds of one of so many calls in a row."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -189,7 +198,7 @@ def compare(
 def warmed_up(entry: Entry, mode: Mode, images: Tensor, labels: Tensor, config: BenchConfig) -> Contender:
     """A network ready for its turns, with what is measured only once."""
     torch.manual_seed(0)
-    contender = Contender(entry, mode, images, labels, config.precision or "no")
+    contender = Contender(entry, mode, images, labels, config)
     for what in config.what:
         contender.warm_up(what)
         contender.measure_once(what)

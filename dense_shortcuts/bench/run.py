@@ -92,7 +92,8 @@ def heading(config: BenchConfig, about: dict[str, Any], folder: Path) -> str:
     where = about["device"] if config.device == "cuda" else f"{about['processor']}, {about['threads']} threads"
     versions = ", ".join(f"{name} {about['packages'][name]}" for name in ("torch", "torchvision", "timm"))
     precision = "float32" if config.precision == "no" else f"{config.precision} autocast"
-    return f"{where}; {versions}; {precision}, channels_last, {config.rounds} rounds\nfolder: {folder}"
+    folded = ", norms folded" if config.folded else ""
+    return f"{where}; {versions}; {precision}, channels_last{folded}, {config.rounds} rounds\nfolder: {folder}"
 
 
 def closing_tables(config: BenchConfig, about: dict[str, Any], results: Sequence[Result]) -> dict[str, report.Cells]:

@@ -2,8 +2,8 @@
 
 from . import fused  # registers the operators and their formulas, before any counter of operations begins
 from .dispatch import BACKENDS, choose
-from .forms import BATCH, form, pool
-from .joining import NONE, RAW, Branch, Joined, ahead, close, enter, join, running_form
+from .forms import BATCH, NONE, RAW, form, pool
+from .joining import Branch, Joined, ahead, close, enter, join, running_form
 from .reference import accumulation_dtype, dense_sum, moments
 
 __all__ = [

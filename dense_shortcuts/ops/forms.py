@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .reference import accumulation_dtype
 
-BATCH = 0  # in place of a number of groups: each channel is normalised over all images
+# In place of a number of groups: each channel is normalised over all images; no statistics; each channel's moments.
+BATCH, NONE, RAW = 0, -1, -2
 
 
 def form(

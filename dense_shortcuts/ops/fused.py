@@ -17,7 +17,7 @@ Source: the affine form in docs/paper-map.md; `reference.py` is what these opera
 """
 
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import cache, wraps
 from importlib import import_module
 from itertools import accumulate, pairwise
 from typing import Any
@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from . import flops, forms, reference
-from .forms import BATCH, unnormalised_scales
-from .joining import NONE, RAW
+from .forms import BATCH, NONE, RAW, unnormalised_scales
 from .reference import accumulation_dtype
 
 
+@cache
 def kernels(backend: str) -> Any:
     """The module of a back end's kernels, imported when first used: triton is not everywhere."""
     return import_module(f".{backend}", __package__)

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from ..errors import DenseShortcutError
-from .forms import form
+from . import fused, native
+from .forms import NONE, RAW, form
 from .reference import accumulation_dtype, dense_sum, moments
-
-NONE, RAW = -1, -2  # in place of a number of groups: no statistics; the moments of each channel as they are
 
 
 class Branch(NamedTuple):
@@ -82,8 +81,6 @@ def join(
         y = _plain_sum(addends, maps, weight, rates, shifts)
         y = torch.relu(y) if relu else y
         return Joined(y, _plain_gather(y, groups, eps), (), ())
-    from . import fused
-
     if torch.is_grad_enabled() and not all(links):
         raise DenseShortcutError(
             "a stage ran in part without gradients, so its shortcuts would get none: run it whole under one mode "
@@ -114,8 +111,6 @@ def running_form(
 
     They are worked out at each use, for the buffers may change in between.
     """
-    from . import fused, native
-
     asked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias))
     if backend == "native" and not asked and fused.is_eager(mean):
         return native.running_form(mean, var, eps, weight, bias)
@@ -153,8 +148,6 @@ def enter(x: Tensor, *, groups: int, eps: float, later: int, rows: int, backend:
     """A map that no `join` made, (N, C, H, W), with what later sums need of it; `rows` are those of their scales."""
     if backend == "plain":
         return Joined(x, _plain_gather(x, groups, eps), (), ())
-    from . import fused
-
     own, new = fused.enter(x, groups, eps, later if torch.is_grad_enabled() else 0, rows, backend)
     return Joined(x, own, (), tuple(new))
 
@@ -167,8 +160,6 @@ def close(
     The list holds for each later group a tensor a block and one for the scales; it is empty where no gradient is asked
     for. `ahead` takes those of one group from every earlier `close`.
     """
-    from . import fused
-
     if not torch.is_grad_enabled():
         return []
     return fused.close(x, [t for link in links for t in link], counts, rows, backend)
@@ -192,8 +183,6 @@ def ahead(
         sizes: number of maps of each earlier `close`.
         backend: from `choose`, any but "plain".
     """
-    from . import fused
-
     if scales is None:
         x = maps[0]
         scales = x.new_ones((blocks, len(maps), 1, x.shape[1]), dtype=accumulation_dtype(x.dtype))

@@ -654,11 +654,14 @@ void enter(const Shape& shape, const Map& x, const Form<A>& form, int threads) {
   }
 }
 
-// s(addends + norm of the branch + sum of pairs); `norm` is that of the branch where it goes by this batch.
+// s(addends + norm of the branch + sum of pairs); `norm` is that of the branch where it goes by this batch. Scales and
+// bias that are to be made stay here.
 template <class A>
-void block(const Shape& shape, const Map* addends, int64_t addend_count, const Form<A>* norm, const Pairs<A>& pairs,
-           bool relu, void* y, int32_t kind, const Form<A>& own, int threads) {
-  const int64_t c = shape.channels;
+void block(const Shape& shape, const Map* addends, int64_t addend_count, const Form<A>* norm, Pairs<A> pairs, bool relu,
+           void* y, int32_t kind, const Form<A>& own, int threads) {
+  const int64_t c = shape.channels, made = pairs.rates == nullptr ? 0 : pairs.rows * c;
+  std::vector<A> scales(pairs.count * made), bias(made);
+  if (made) pairs.scales = scales.data(), pairs.bias = bias.data();
   const std::vector<A> zeros(pairs.bias == nullptr ? c : 0), ones(c, A(1));
   Sum<A> sum{shape, pairs.bias == nullptr ? zeros.data() : pairs.bias, pairs.bias == nullptr ? 1 : pairs.rows};
   sum.relu = relu;
@@ -779,8 +782,12 @@ void mix(const Shape& shape, const Map* maps, int64_t count, const A* scales, in
 // The form of a batch norm by its running statistics.
 template <class A>
 void running(int64_t c, const A* mean, const A* var, double eps, const A* weight, const A* bias, A* rate, A* shift) {
-  const Form<A> form{BATCH, eps, weight, bias, rate, shift, nullptr, nullptr};
-  for (int64_t j = 0; j < c; ++j) write_form(form, j, j, mean[j], var[j]);
+#pragma omp simd
+  for (int64_t j = 0; j < c; ++j) {
+    const double t = 1 / std::sqrt(var[j] + eps), r = weight == nullptr ? t : weight[j] * t;
+    rate[j] = A(r);
+    shift[j] = A((bias == nullptr ? 0 : double(bias[j])) - mean[j] * r);
+  }
 }
 
 template <class A>

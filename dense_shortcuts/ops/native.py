@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .forms import BATCH, unnormalised_scales
-from .joining import NONE, RAW
+from .forms import BATCH, NONE, RAW, unnormalised_scales
 from .reference import accumulation_dtype
 
 CACHE_VARIABLE = "DENSE_SHORTCUTS_CACHE"
@@ -299,10 +298,7 @@ def block(
         found = _new_statistics(branch, BATCH)
         norm = _Form(BATCH, branch_eps, *_pair(given, affine), *[t.data_ptr() for t in found])
     if rates:
-        rows, c = rates[0].shape
-        scales = first.new_empty((len(summed), rows, c), dtype=given.dtype)
-        bias = first.new_empty((rows, c), dtype=given.dtype)
-        pairs = _paired(given, summed, weight, rates, shifts, fixed or found[:2], scales, bias)
+        pairs = _paired(given, summed, weight, rates, shifts, fixed or found[:2])
     else:
         pairs = _given_scales(given, summed, unnormalised_scales(weight, maps, first), None)
     y, own = _run_block(given, first, addends, norm, pairs, relu, groups, eps, out)
@@ -331,10 +327,8 @@ def _paired(
     rates: Sequence[Tensor],
     shifts: Sequence[Tensor],
     branch: Sequence[Tensor],
-    scales: Tensor,
-    bias: Tensor,
 ) -> _Pairs:
-    """The terms of a sum whose scales are to be made: the branch, if it has rate and shift, and maps."""
+    """The terms of a sum whose scales and bias are to be made: the branch, if it has rate and shift, and maps."""
     return _Pairs(
         given.maps(summed),
         len(summed),
@@ -345,8 +339,6 @@ def _paired(
         given.tables(shifts),
         *_pair(given, branch),
         rates[0].shape[0],
-        given.numbers(scales),
-        given.numbers(bias),
     )
 
 
@@ -512,7 +504,8 @@ def pull_block(
     assert weight is not None
     scales, to_weight = room(len(summed), rows, c), room(*weight.shape)
     to_rates, to_shifts, to_form = room(len(maps), rows, c), room(len(shifts), rows, c), room(2, 1, c)
-    pairs = _paired(given, summed, weight, rates, shifts, fixed or branch_norm[:2], scales, room(rows, c))
+    pairs = _paired(given, summed, weight, rates, shifts, fixed or branch_norm[:2])
+    pairs.scales, pairs.bias = given.numbers(scales), given.numbers(room(rows, c))
     to = _PairGradients(*(t.data_ptr() for t in (to_scales, to_bias, to_weight, to_rates, to_shifts, *to_form)))
     to_branch = [] if branch is None else [torch.empty_like(branch, memory_format=given.layout)]
     to_affine, back = [], None

@@ -27,6 +27,24 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+def test_folded_networks_have_no_batch_norm_left_and_cannot_be_trained(capsys):
+    config = BenchConfig(models=("dsnet50/batch/plain", "public_dsnet50"), what=("infer",), folded=True, rounds=1)
+    config = config.resolved("cpu")
+    for comparison in comparisons(config, "cpu")[0][:1]:
+        images = torch.randn(1, 3, 32, 32)
+        for entry in comparison.entries:
+            torch.manual_seed(0)
+            host = entry.build().eval()
+            torch.manual_seed(0)
+            contender = measure.Contender(entry, "eager", images, torch.zeros(1, dtype=torch.long), config)
+            left = [m for m in contender.model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+            assert not left or entry.name == "public_dsnet50"  # its shortcuts' norms follow no convolution
+            with torch.no_grad():
+                torch.testing.assert_close(contender.model(images), host(images), rtol=1e-3, atol=1e-3)
+    assert main(["bench", *TINY, "--models", "dsnet50/batch/plain", "--folded"]) == 2
+    assert "add --what infer" in capsys.readouterr().err
+
+
 def test_bench_leaves_json_tables_and_a_plot():
     command = ["bench", *TINY, "--models", "dsnet50/batch/plain", "--output", "a", "--threads", "1"]
     done = subprocess.run([DSNET, *command], capture_output=True, text=True, check=True)
