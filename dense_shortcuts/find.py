@@ -166,18 +166,42 @@ def _feeds(cls: Any, iterated: str) -> bool:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     except (OSError, TypeError, SyntaxError):
         return False
-    functions = [f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) and f.name.startswith("forward")]
     loops = [
         loop
-        for function in functions
+        for function in _run_by_forward(tree)
         for loop in ast.walk(function)
-        if isinstance(loop, ast.For) and re.search(iterated, ast.unparse(loop.iter))
+        if isinstance(loop, ast.For) and re.search(_or_aliases(function, iterated), ast.unparse(loop.iter))
     ]
     return bool(loops) and all(_chains(loop) for loop in loops)
 
 
+def _run_by_forward(tree: ast.AST) -> list[ast.FunctionDef]:
+    """The methods of a class whose names begin with forward, and those that they call on self."""
+    methods = {f.name: f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)}
+    run = [name for name in methods if name.startswith("forward")]
+    for name in run:  # grows as it goes
+        called = re.findall(r"\bself\.(\w+)\(", ast.unparse(methods[name]))
+        run += [other for other in dict.fromkeys(called) if other in methods and other not in run]
+    return [methods[name] for name in run]
+
+
+def _or_aliases(function: ast.FunctionDef, iterated: str) -> str:
+    """The pattern `iterated`, or a local name for what it matches."""
+    names = [
+        target.id
+        for node in ast.walk(function)
+        if isinstance(node, ast.Assign) and re.match(iterated, ast.unparse(node.value))
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    ]
+    return "|".join([iterated, *(rf"\b{name}\b" for name in names)])
+
+
 def _chains(loop: ast.For) -> bool:
-    """Whether a loop has `x = block(x, ..)`, or the same through a checkpoint function, and nothing else for x."""
+    """Whether a loop has `x = block(x, ..)`, or the same through a checkpoint function, and nothing else for x.
+
+    A block may give back more: `x, size = block(x, size)`.
+    """
     names = {node.id for node in ast.walk(loop.target) if isinstance(node, ast.Name)}
     fed: set[str] = set()
     others: set[str] = set()
@@ -185,8 +209,11 @@ def _chains(loop: ast.For) -> bool:
         if isinstance(node, ast.Assign):
             given = _argument(node.value, names)
             for target in node.targets:
-                name = ast.unparse(target)
-                (fed if name == given else others).update(_parts(target) if given is None else [name])
+                parts = _parts(target)
+                if given is not None and parts[0] == given:
+                    fed.add(given)
+                else:
+                    others.update(parts)
         elif isinstance(node, ast.AugAssign):
             others.add(ast.unparse(node.target))
     return len(fed) == 1 and not fed & others

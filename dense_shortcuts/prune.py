@@ -15,6 +15,7 @@ from .pattern import Sources
 from .plug import dense_stages
 from .shortcut import DenseShortcut
 from .train.checkpoint import CARD, read_json, read_model, write_text
+from .train.config import TuneConfig
 from .train.measure import inference_speed
 from .train.run import checkpoint_folder
 from .train.tune import Tuned, accuracy, settings, tune
@@ -142,28 +143,13 @@ def _with_fewer(old: DenseShortcut, sources: Sources) -> DenseShortcut:
     return new.train(old.training)
 
 
-def prune(
-    checkpoint: Path | str,
-    keep: float,
-    *,
-    epochs: int = 0,
-    lr: float = 0.02,
-    name: str | None = None,
-    output: Path | str = "runs",
-    data_dir: str | None = None,
-    limit_train: int | None = None,
-    limit_test: int | None = None,
-) -> Pruned:
-    """Drop the pairs with the least mean |w| of a trained network; leaves a run in output/name.
+def prune(checkpoint: Path | str, keep: float, how: TuneConfig) -> Pruned:
+    """Drop the pairs with the least mean |w| of a trained network; leaves a run in a folder of its own.
 
     Args:
-        checkpoint: a network's folder in a run, or the model.safetensors in it.
+        checkpoint: a network's folder in a run, the model.safetensors in it, or `shipped`.
         keep: share of the pairs that stay, ranked over the whole network; each block keeps one at least.
-        epochs: passes over the training images afterwards; 0 leaves the weights as they are.
-        lr: highest learning rate of these.
-        name: of the new run; None is the run's own name and the share.
-        output: where its folder is made.
-        data_dir, limit_train, limit_test: None takes the run's own.
+        how: the further training, without which the weights stay as they are, and the images.
 
     Raises:
         DenseShortcutError: a network without weights to rank, a share outside (0, 1], images that are not there, a
@@ -174,16 +160,14 @@ def prune(
     ranked = pairs(model)
     kept = choose(ranked, keep)
     sources = sources_of(kept, model)
-    given = {"data_dir": data_dir, "limit_train": limit_train, "limit_test": limit_test}
-    config, data = settings(folder, card, **given)
+    config, data = settings(folder, card, how)
     before = accuracy(model, config, data)
     smaller = with_sources(model, sources)
     speeds = inference_speed([model, smaller], config)
 
-    name = f"{folder.parent.name}-keep-{keep:g}" if name is None else name
-    tuned = tune(smaller, config, data, epochs=epochs, lr=lr, name=name, output=Path(output), command="prune")
+    tuned = tune(smaller, config, data, how, name=f"{folder.parent.name}-keep-{keep:g}", command="prune")
     write_text(tuned.folder / CARD, json.dumps(read_json(tuned.folder / CARD) | {"sources": sources}, indent=2) + "\n")
     done = Pruned(len(ranked), len(kept), before, tuned, *speeds)
     figures = dataclasses.asdict(done) | {"tuned": dataclasses.asdict(tuned) | {"folder": tuned.folder.name}}
-    write_text(tuned.folder.parent / "prune.json", json.dumps(figures | {"epochs": epochs}, indent=2) + "\n")
+    write_text(tuned.folder.parent / "prune.json", json.dumps(figures | {"epochs": how.epochs}, indent=2) + "\n")
     return done

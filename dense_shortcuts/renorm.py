@@ -11,6 +11,7 @@ from .errors import DenseShortcutError
 from .norms import is_batch_norm
 from .plug import dense_stages
 from .train.checkpoint import read_model, write_text
+from .train.config import TuneConfig
 from .train.network import build_network
 from .train.run import checkpoint_folder
 from .train.tune import Tuned, accuracy, recalibrate, settings, tune
@@ -24,30 +25,15 @@ class Renormed:
     tuned: Tuned
 
 
-def renorm(
-    checkpoint: Path | str,
-    norm: str = "batch",
-    *,
-    epochs: int = 5,
-    lr: float = 0.02,
-    name: str | None = None,
-    output: Path | str = "runs",
-    data_dir: str | None = None,
-    limit_train: int | None = None,
-    limit_test: int | None = None,
-) -> Renormed:
-    """Give a trained network's dense shortcuts another norm and train it on; leaves a run in output/name.
+def renorm(checkpoint: Path | str, norm: str, how: TuneConfig) -> Renormed:
+    """Give a trained network's dense shortcuts another norm and train it on; leaves a run in a folder of its own.
 
     The weights stay. Batch norm starts from the statistics of training images, since it has none of its own.
 
     Args:
-        checkpoint: a network's folder in a run, or the model.safetensors in it.
+        checkpoint: a network's folder in a run, the model.safetensors in it, or `shipped`.
         norm: "batch", "group", "layer" or "instance".
-        epochs: passes over the training images; 0 changes the norm alone.
-        lr: highest learning rate.
-        name: of the new run; None is the run's own name and the norm's.
-        output: where its folder is made.
-        data_dir, limit_train, limit_test: None takes the run's own.
+        how: the further training, without which the norm alone is changed, and the images.
 
     Raises:
         DenseShortcutError: a network without dense shortcuts or with this norm, images that are not there, a folder
@@ -59,8 +45,7 @@ def renorm(
         raise DenseShortcutError(f"{folder} has no dense shortcuts: there is no norm to change.")
     if card["shortcut"]["norm"] == norm:
         raise DenseShortcutError(f"{folder} has norm={norm} already: choose another norm.")
-    given = {"data_dir": data_dir, "limit_train": limit_train, "limit_test": limit_test}
-    config, data = settings(folder, card, **given)
+    config, data = settings(folder, card, how)
     before = accuracy(model, config, data)
 
     config = dataclasses.replace(config, norm=norm, groups=None)  # type: ignore[arg-type]
@@ -68,9 +53,12 @@ def renorm(
     started = take_weights(changed, model)
     if len(started):
         recalibrate(changed, started, config, data)
-    name = f"{folder.parent.name}-{norm}" if name is None else name
-    tuned = tune(changed, config, data, epochs=epochs, lr=lr, name=name, output=Path(output), command="renorm")
-    figures = {"before": before, **{key: getattr(tuned, key) for key in ("start", "end", "images")}, "epochs": epochs}
+    tuned = tune(changed, config, data, how, name=f"{folder.parent.name}-{norm}", command="renorm")
+    figures = {
+        "before": before,
+        **{key: getattr(tuned, key) for key in ("start", "end", "images")},
+        "epochs": how.epochs,
+    }
     write_text(tuned.folder.parent / "renorm.json", json.dumps(figures, indent=2) + "\n")
     return Renormed(before, tuned)
 

@@ -11,7 +11,7 @@ from torch.nn.modules import module as _module
 from torch.utils.checkpoint import checkpoint
 
 from . import ops
-from .adapters import has_tokens
+from .adapters import has_tokens, map_of
 from .norms import frozen_statistics, joins
 from .shortcut import DenseShortcut, Memory, as_branch
 
@@ -120,7 +120,7 @@ class DenseStage(nn.Module):
                 places[n] = Place(blocks[n], shortcut, n - row.first, following)
         return places
 
-    def step(self, place: Place, x: Tensor, memory: Memory, *args: Any, **kwargs: Any) -> tuple[Tensor, Memory]:
+    def step(self, place: Place, x: Tensor, memory: Memory, *args: Any, **kwargs: Any) -> tuple[Any, Memory]:
         """Run the block at `place`.
 
         Args:
@@ -130,14 +130,14 @@ class DenseStage(nn.Module):
             args, kwargs: what the host gives its blocks besides.
 
         Returns:
-            the block's output, and what the stage keeps for the blocks to come.
+            what the block gives back, its map or a tuple with it, and what the stage keeps for the blocks to come.
         """
         if place.shortcut is None:
             return place.block(x, *args, **kwargs), Memory()
         join = _Join(self, place, place.shortcut, memory if place.k else Memory())
         with frozen_statistics(place.block, place.shortcut) if _is_recomputing() else contextlib.nullcontext():
-            x = place.block(x, *args, join=join, **kwargs)  # by name: hooks see the host's own arguments
-            return x, join.remember(x)
+            result = place.block(x, *args, join=join, **kwargs)  # by name: hooks see the host's own arguments
+            return result, join.remember(map_of(place.block, result))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """X_L, (N, C, H', W'), from the stage's input (N, C_in, H, W).
@@ -234,7 +234,7 @@ class _Join:
         if tokens or flat:
             x = from_map(x, tokens, flat)
         elif activation is None and isinstance(x, torch.fx.Proxy):
-            x = +x  # a last node of the block's own, which feature extractors look for, and not the shortcut's
+            x = torch.positive(x)  # type: ignore[arg-type]  # a node of the block's own: feature extractors take its last
         return x if relu or activation is None else activation(x)
 
     def remember(self, x: Tensor) -> Memory:

@@ -27,6 +27,7 @@ NOT_RESIDUAL = {
     "inception_v3": "concatenations of branches",
     "inception_v4": "concatenations of branches",
     "mobileone": "parallel branches that fold into one convolution",
+    "repvit": "the sum with a block's input is normalised again before anything else is added",
     "repvgg": "parallel branches that fold into one convolution",
     "squeezenet": "concatenations of branches",
     "shufflenetv2": "concatenations of halves in place of shortcuts",

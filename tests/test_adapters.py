@@ -59,6 +59,34 @@ HOSTS: dict[str, Any] = {
         timm.create_model, "swinv2_tiny_window8_256", img_size=32, window_size=4, embed_dim=16, depths=(2, 2),
         num_heads=(2, 2),
     ),
+    "swinv2 cr": partial(
+        timm.create_model, "swinv2_cr_tiny_224", img_size=32, window_size=4, embed_dim=16, depths=(2, 2),
+        num_heads=(2, 2), extra_norm_period=2,
+    ),
+    "sam": partial(
+        timm.create_model, "samvit_base_patch16_224", img_size=64, patch_size=8, embed_dim=32, depth=3, num_heads=2,
+        window_size=3, global_attn_indexes=(1,), neck_chans=16, num_classes=8,
+    ),
+    "davit": partial(timm.create_model, "davit_tiny", depths=(1, 1), embed_dims=(16, 32), num_heads=(2, 2)),
+    "coat": partial(
+        timm.create_model, "coat_lite_tiny", img_size=64, embed_dims=(16, 16, 32, 32), serial_depths=(2, 1, 1, 2),
+        num_heads=8,
+    ),
+    "gemma4, blocks that take positions": partial(
+        timm.create_model, "gemma4_vit_167m_enc", embed_dim=32, depth=2, num_heads=2, head_dim=16, img_size=96,
+        intermediate_size=48,
+    ),
+    "mvitv2, blocks that give back a size": partial(
+        timm.models.mvitv2.MultiScaleVit,
+        timm.models.mvitv2.MultiScaleVitCfg(depths=(2, 2), embed_dim=16, stride_q=((1, 1), (2, 2))), img_size=64,
+    ),
+    "efficientvim, blocks that give back a state": partial(
+        timm.create_model, "efficientvim_m1", embed_dim=(16, 16, 32), depths=(2, 2, 1), state_dim=(8, 8, 4),
+    ),
+    "tnt, blocks of two streams": partial(
+        timm.create_model, "tnt_s_legacy_patch16_224", img_size=32, embed_dim=32, inner_dim=16, depth=2,
+        num_heads_outer=2,
+    ),
     "mixer": partial(timm.models.mlp_mixer.MlpMixer, img_size=32, patch_size=8, num_blocks=2, embed_dim=32),
     "torchvision resnet": partial(torchvision.models.resnet18, num_classes=8),
     "torchvision regnet": partial(torchvision.models.regnet_y_400mf, num_classes=8),

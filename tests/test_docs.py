@@ -28,6 +28,7 @@ RUN_BY = {
     "dsnet export runs/NAME/stage-group --to onnx --int8": "tests/export/test_export.py",
     "dsnet export runs/NAME/stage-group --to torch-export --int8": "tests/export/test_export.py",
     "dsnet export runs/NAME/stage-group --to openvino": "tests/export/test_export.py",
+    "dsnet export runs/NAME/stage-group --to executorch": "tests/export/test_export.py",
 }
 
 # Pages whose commands need images of their own; the test beside them runs them.

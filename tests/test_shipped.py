@@ -13,6 +13,7 @@ from dense_shortcuts.cli import main
 from dense_shortcuts.train.checkpoint import CARD, WEIGHTS, read_json, read_model
 from dense_shortcuts.train.config import read_yaml
 from dense_shortcuts.train.loop import METRICS, read_metrics
+from dense_shortcuts.train.run import checkpoint_folder
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,6 +57,6 @@ def test_eval_scores_it_by_its_name(tmp_path, monkeypatch, capsys):
 
 def test_a_file_of_that_name_goes_before_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert shipped.checkpoint(Path("shipped")) == shipped.folder()
+    assert shipped.checkpoint(Path("shipped")) == checkpoint_folder(Path("shipped")) == shipped.folder()
     Path("shipped").mkdir()
     assert shipped.checkpoint(Path("shipped")) == Path("shipped")

@@ -4,11 +4,13 @@ A block that is plugged takes the class of its adapter; a class without an adapt
 counts: a subclass may have another forward pass.
 """
 
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from . import timm_res2net, timm_resnet, timm_swin, torchvision_resnet
+from . import timm_positions, timm_res2net, timm_resnet, timm_swin, torchvision_resnet
 from .block import DenseBlock
 from .trace import NoResidual
 from .traced import Reading, TracedBlock, understand, view
@@ -79,14 +81,23 @@ def host_of(reading: Any) -> type[nn.Module]:
     return reading.traced.host if isinstance(reading, Reading) else type(reading).__bases__[-1]
 
 
+def map_of(block: Any, result: Any) -> Tensor:
+    """X_l among what a plugged block gives back."""
+    found: Tensor = block.map_of(result) if isinstance(block, DenseBlock) else result
+    return found
+
+
 def has_tokens(block: Any) -> bool:
     """Whether the channels of a plugged block's maps are the last axis."""
     return block._dense_trace.layout.tokens if isinstance(block, TracedBlock) else block.tokens
 
 
-for family in (timm_resnet, timm_res2net, timm_swin, torchvision_resnet):
-    for cls in family.BLOCKS:
-        register_adapter(cls)
+_families: list[Any] = [timm_resnet, timm_res2net, timm_swin, timm_positions, torchvision_resnet]
+for needed, name in (("gemma4_vit", ".timm_gemma4"), ("efficientvim", ".timm_pairs")):  # not all in timm 1.0.20
+    if find_spec(f"timm.models.{needed}"):
+        _families.append(import_module(name, __name__))
+for cls in (cls for family in _families for cls in family.BLOCKS):
+    register_adapter(cls)
 
 __all__ = [
     "DenseBlock",
@@ -94,6 +105,7 @@ __all__ = [
     "has_adapter",
     "has_tokens",
     "host_of",
+    "map_of",
     "plug",
     "read",
     "register_adapter",

@@ -1,7 +1,7 @@
 """What every adapter is made of."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -78,6 +78,11 @@ class DenseBlock:
     def last_conv(self) -> nn.Conv2d | None:
         """The convolution whose output, but for its norm, is the branch's in evaluation mode; None if there is more."""
         return None
+
+    def map_of(self, result: Any) -> Tensor:
+        """X_l among what the block gives back: the first tensor, where a host's block gives several."""
+        first: Tensor = result[0] if isinstance(result, tuple) else result
+        return first
 
     def forward(self, x: Tensor, join: Join | None = None) -> Tensor:
         """X_l from X_{l-1}, where join(branch, norm, identity, activation) is what the stage makes of them."""

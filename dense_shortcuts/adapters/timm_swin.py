@@ -1,13 +1,16 @@
-"""timm's Swin blocks, whose maps are (N, H, W, C): a trace cannot follow the windows they are cut into."""
+"""timm's Swin and SAM blocks, whose maps are (N, H, W, C): a trace cannot follow the windows they are cut into."""
 
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
+from timm.models.swin_transformer_v2_cr import SwinTransformerV2CrBlock
+from timm.models.vision_transformer_sam import Block as SamBlock
+from timm.models.vision_transformer_sam import window_partition, window_unpartition
 from torch import Tensor, nn
 
 from .block import DenseBlock, Join, joined
 
 
-class _DenseSwin(DenseBlock):
+class _DenseWindows(DenseBlock):
     """Two branches, attention and MLP; the second takes the first one's sum with the block's input."""
 
     tokens = True
@@ -31,11 +34,11 @@ class _DenseSwin(DenseBlock):
         second = self.mixed(hidden.flatten(1, 2)).reshape(x.shape)
 
         if join.keep_identity:
-            return join(hidden + second, None, x, None, whole=True)
-        return join(first + second, None, x, None)
+            return join(hidden + second, None, x, self.activation(), whole=True)
+        return join(first + second, None, x, self.activation())
 
 
-class DenseSwinBlock(_DenseSwin, SwinTransformerBlock):
+class DenseSwinBlock(_DenseWindows, SwinTransformerBlock):
     def attention(self, x: Tensor) -> Tensor:
         return self.drop_path1(self._attn(self.norm1(x)))
 
@@ -43,7 +46,7 @@ class DenseSwinBlock(_DenseSwin, SwinTransformerBlock):
         return self.drop_path2(self.mlp(self.norm2(x)))
 
 
-class DenseSwinV2Block(_DenseSwin, SwinTransformerV2Block):
+class DenseSwinV2Block(_DenseWindows, SwinTransformerV2Block):
     def attention(self, x: Tensor) -> Tensor:
         return self.drop_path1(self.norm1(self._attn(x)))
 
@@ -51,4 +54,30 @@ class DenseSwinV2Block(_DenseSwin, SwinTransformerV2Block):
         return self.drop_path2(self.norm2(self.mlp(x)))
 
 
-BLOCKS = (DenseSwinBlock, DenseSwinV2Block)
+class DenseSwinV2CrBlock(_DenseWindows, SwinTransformerV2CrBlock):
+    def attention(self, x: Tensor) -> Tensor:
+        return self.drop_path1(self.norm1(self._shifted_window_attn(x)))
+
+    def mixed(self, x: Tensor) -> Tensor:
+        return self.drop_path2(self.norm2(self.mlp(x)))
+
+    def activation(self) -> nn.Module | None:
+        return None if type(self.norm3) is nn.Identity else self.norm3
+
+
+class DenseSamBlock(_DenseWindows, SamBlock):
+    def attention(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+
+        x, padded = self.norm1(x), None
+        if self.window_size > 0:
+            x, padded = window_partition(x, self.window_size)
+        x = self.drop_path1(self.ls1(self.attn(x)))
+
+        return x if padded is None else window_unpartition(x, self.window_size, (height, width), padded)
+
+    def mixed(self, x: Tensor) -> Tensor:
+        return self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+BLOCKS = (DenseSwinBlock, DenseSwinV2Block, DenseSwinV2CrBlock, DenseSamBlock)

@@ -12,7 +12,7 @@ class Export:
     """Write a trained network for another runtime, once that runtime agrees with PyTorch on real images."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A network's folder in a run, or the model.safetensors in it."""
+    """A network's folder in a run, or the model.safetensors in it; `shipped` is the network in the package."""
     to: Literal["onnx", "torch-export", "executorch", "openvino", "hub"]
     """Format; `hub` is a folder for the Hugging Face hub, with a model card."""
     output: Path | None = None

@@ -66,10 +66,9 @@ class Eval:
     """Worker processes that prepare images; None is the run's own."""
 
     def run(self, line: str) -> None:
-        from .. import shipped
         from ..train import run as runs
 
-        print_figures(runs.evaluate(**vars(self) | {"checkpoint": shipped.checkpoint(self.checkpoint)}))
+        print_figures(runs.evaluate(**vars(self)))
 
 
 def print_figures(figures: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ CSS = """
 .ds-card rect:hover, .ds-card circle:hover { stroke: var(--body-text-color); stroke-width: 1.5; }
 .ds-scroll { overflow-x: auto; }
 .ds-card table { border: 0; border-collapse: collapse; width: 100%; font-size: .9rem; }
+.ds-card .ds-scroll tr { border: 0; }
 .ds-card .ds-scroll :is(th, td) { text-align: right; padding: .25rem .5rem; border: 0;
   border-top: 1px solid var(--border-color-primary); }
 .ds-card .ds-scroll :is(th, td):first-child { text-align: left; }

@@ -1,7 +1,7 @@
 """Class activation maps by the `grad-cam` package, with the layer from timm and nothing left behind in the network."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from ..errors import DenseShortcutError
 from ..stage import DenseStage
+from .layout import Layout, find_layout
+
+Hook = Callable[[nn.Module, Any, Tensor], Tensor]
 
 # What a user says -> the class of `pytorch_grad_cam`.
 METHODS = {
@@ -48,6 +51,9 @@ def methods(asked: str) -> tuple[str, ...]:
 def find_layer(model: nn.Module, name: str | None = None) -> tuple[str, nn.Module]:
     """A layer with its name: the one asked for, else where timm's `feature_info` says that the last stage ends.
 
+    Where a class token alone is classified, the last block's patches have no part in the score: then it is the norm
+    that this block begins with.
+
     Raises:
         DenseShortcutError: no such layer, or no `feature_info` to go by.
     """
@@ -58,6 +64,8 @@ def find_layer(model: nn.Module, name: str | None = None) -> tuple[str, nn.Modul
                 f"{type(model).__name__} has no feature_info to find its last stage by: name a layer."
             )
         name = info[-1]["module"]
+        if getattr(model, "global_pool", None) == "token" and f"{name}.norm1" in dict(model.named_modules()):
+            name = f"{name}.norm1"
     modules = dict(model.named_modules())
     if not name or name not in modules:
         near = [known for known in modules if known and known.count(".") == 0]
@@ -77,7 +85,8 @@ def cam_maps(
         images: normalised, (N, 3, H, W).
         targets: a class for each image.
         method: a key of METHODS.
-        layer: name of the module whose output is looked at; None is timm's last stage. FullGrad looks at every bias.
+        layer: name of the module whose output is looked at; None is timm's last stage. Its channels may be the second
+            axis or the last (`layout.py`). FullGrad looks at every bias.
 
     Raises:
         DenseShortcutError: unknown method or layer, a layer whose output is no feature map or has one place only,
@@ -92,19 +101,49 @@ def cam_maps(
         )
     # ShapleyCAM alone differentiates the gradient, which depends on nothing but the last weights in a linear head.
     with _as_it_was(model, frozen=method != "shapleycam"), contextlib.ExitStack() as stack:
-        make = _camera(METHODS[method])
-        camera = make(model, [] if method == "fullgrad" else [module])
+        if method == "fullgrad":
+            camera = _camera(METHODS[method])(model, [])
+            for hooked in camera.target_layers:
+                _hook(stack, hooked, _copy)
+        else:
+            layout = find_layout(model, name, images)
+            before, after = _in_maps(layout)
+            _hook(stack, module, before)
+            camera = _camera(METHODS[method], layout.channels_last)(model, [module])
+            _hook(stack, module, after)
         base = getattr(camera, "base_cam", camera)
         stack.callback(base.activations_and_grads.release)
-        for hooked in base.target_layers:
-            # After grad-cam's hooks: what follows gets a copy, so that no later step in place changes what they saw.
-            hook = hooked.register_forward_hook(lambda _, __, output: _checked(output, name).clone())
-            stack.callback(hook.remove)
         inputs = images.detach().requires_grad_()
         if method == "finercam":  # chooses the rival classes itself, for one class at a time
             pairs = zip(inputs.split(1), targets, strict=True)
             return np.concatenate([camera(image, None, target_idx=target) for image, target in pairs])
         return camera(inputs, [_Score(target) for target in targets])
+
+
+def _hook(stack: contextlib.ExitStack, module: nn.Module, hook: Hook) -> None:
+    stack.callback(module.register_forward_hook(hook).remove)
+
+
+def _copy(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+    """What follows gets a copy, so that no later step in place changes what grad-cam's hooks saw."""
+    return output.clone()
+
+
+def _in_maps(layout: Layout) -> tuple[Hook, Hook]:
+    """Hooks before and after those of grad-cam, which take channels to be the second axis; what follows gets a copy."""
+    outputs: list[Tensor] = []
+
+    def before(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        outputs.append(output)
+        maps = layout.maps(output).clone()
+        if maps.requires_grad:
+            maps.register_hook(torch.clone)  # grad-cam detaches in place what it has kept, which a view forbids
+        return maps
+
+    def after(_module: nn.Module, _inputs: Any, maps: Tensor) -> Tensor:
+        return layout.output(maps, outputs.pop()).clone()
+
+    return before, after
 
 
 class _Score:
@@ -117,7 +156,7 @@ class _Score:
         return output[..., self.target]
 
 
-def _camera(name: str) -> Any:
+def _camera(name: str, channels_last: bool = False) -> Any:
     try:
         import pytorch_grad_cam
     except ImportError as error:
@@ -128,7 +167,9 @@ def _camera(name: str) -> Any:
     if name == "AblationCAM":  # whose default layer is one for all, and would keep the last maps
         from functools import partial
 
-        return partial(made, ablation_layer=pytorch_grad_cam.AblationLayer())
+        ablation = pytorch_grad_cam.ablation_layer
+        layer = ablation.AblationLayerVit() if channels_last else ablation.AblationLayer()
+        return partial(made, ablation_layer=layer)
     return made
 
 
@@ -162,12 +203,3 @@ def _as_it_was(model: nn.Module, *, frozen: bool) -> Iterator[None]:
         for parameter, asked, grad in before:
             parameter.requires_grad_(asked)
             parameter.grad = grad
-
-
-def _checked(output: Any, layer: str) -> Tensor:
-    if not isinstance(output, Tensor) or output.ndim != 4:
-        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise DenseShortcutError(f"{layer} gives no feature map (N, C, H, W) but {shape}: choose another layer.")
-    if output.shape[-1] * output.shape[-2] == 1:
-        raise DenseShortcutError(f"{layer} gives maps of one place only for such images: choose an earlier layer.")
-    return output

@@ -117,8 +117,15 @@ def load_openvino(path: Path) -> Runner:
 def write_executorch(program: ExportedProgram, path: Path) -> None:
     exir = needs("executorch.exir")
     xnnpack = needs("executorch.backends.xnnpack.partition.xnnpack_partitioner")
+    known = {torch.ops.aten.var_mean.correction: _var_and_mean}
+    program = program.run_decompositions({**torch.export.default_decompositions(), **known})
     lowered = exir.to_edge_transform_and_lower(program, partitioner=[xnnpack.XnnpackPartitioner()])
     path.write_bytes(lowered.to_executorch().buffer)
+
+
+def _var_and_mean(x: Tensor, dim: Any, *, correction: Any, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    """aten::var_mean, of which ExecuTorch knows the two halves alone."""
+    return torch.var(x, dim, correction=correction, keepdim=keepdim), torch.mean(x, dim, keepdim=keepdim)
 
 
 def load_executorch(path: Path) -> Runner:
@@ -150,7 +157,7 @@ FORMATS = {
         write_executorch,
         load_executorch,
         libraries=("executorch.exir", "executorch.runtime"),
-        advice="pip install 'dense-shortcuts[executorch]' into an environment of its own, for it pins its own PyTorch",
+        advice="pip install 'dense-shortcuts[executorch]'",
         largest=LARGEST,
     ),
     "openvino": Format(".xml", write_openvino, load_openvino, libraries=(*_ONNX, "openvino"), beside=(".bin",)),

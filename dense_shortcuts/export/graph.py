@@ -24,9 +24,8 @@ def inference_form(model: nn.Module) -> nn.Module:
     else:
         net = copy.deepcopy(model).eval().requires_grad_(False)
     for stage in dense_stages(net).values():
-        stage.shortcut.backend = (
-            "plain"  # goes before DENSE_SHORTCUTS_BACKEND: other runtimes know no operators of ours
-        )
+        for shortcut in stage.shortcuts.values():
+            shortcut.backend = "plain"  # before DENSE_SHORTCUTS_BACKEND: other runtimes know no operators of ours
     return net.cpu()
 
 

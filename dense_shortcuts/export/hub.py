@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 from torch import nn
 
+from .. import shipped
 from ..errors import DenseShortcutError
 from ..models import list_models
 from ..train.checkpoint import CARD, WEIGHTS, read_json, read_model, write_text
@@ -34,6 +35,8 @@ def save_for_hub(checkpoint: Path | str, folder: Path | str | None = None) -> Pa
         DenseShortcutError: no or a broken checkpoint, or a folder that holds other files.
     """
     source = checkpoint_folder(Path(checkpoint))
+    if folder is None and source == shipped.folder():
+        raise DenseShortcutError("the network of the package is no place for files: give --output.")
     model, card = read_model(source)
     folder = source / "hub" if folder is None else Path(folder)
     if folder.is_dir() and {path.name for path in folder.iterdir()} - set(FILES):
@@ -60,18 +63,23 @@ def push_to_hub(
         api: a huggingface_hub.HfApi; None makes one.
 
     Raises:
-        DenseShortcutError: no or a broken checkpoint.
-        huggingface_hub.errors.HfHubHTTPError: the hub refused.
+        DenseShortcutError: no or a broken checkpoint, a name that is none, no connection, or the hub refused.
     """
     import tempfile
 
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, HTTPError  # the latter of the HTTP library it uses
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = save_for_hub(checkpoint, Path(temporary) / "hub")
         api = HfApi(token=token, library_name="dense-shortcuts") if api is None else api
-        api.create_repo(repository, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message="Add a network"))
+        try:
+            api.create_repo(repository, private=private, exist_ok=True)
+            return str(api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message="Add a network"))
+        except (HTTPError, OSError, HFValidationError) as error:
+            raise DenseShortcutError(
+                f"the hub refused {repository} ({_reason(error)}): check name and token."
+            ) from error
 
 
 def from_pretrained(name: Path | str, *, revision: str | None = None, token: str | None = None) -> nn.Module:
@@ -105,8 +113,13 @@ def _downloaded(name: str, revision: str | None, token: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=list(FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(". ")
-        raise DenseShortcutError(f"{name} is no folder and cannot be had from the hub ({reason}): check it.") from error
+        raise DenseShortcutError(
+            f"{name} is no folder and cannot be had from the hub ({_reason(error)}): check it."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(". ")
 
 
 def loads_by_timm(card: dict[str, Any]) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import shipped
 from ..errors import DenseShortcutError
 from ..train.checkpoint import read_model, write_text
 from ..train.run import checkpoint_folder
@@ -70,7 +71,7 @@ def export(
     """Write a trained network for another runtime, proven there on real images, and on request in int8 as well.
 
     Args:
-        checkpoint: a network's folder in a run, or the model.safetensors in it.
+        checkpoint: a network's folder in a run, the model.safetensors in it, or `shipped`.
         to: "onnx", "torch-export", "executorch" or "openvino".
         output: the file; None takes model.onnx, .pt2, .pte or .xml in the network's folder. Beside it come what was
             compared, under the file's name with ".json" behind it, and int8 under the name with "-int8".
@@ -91,6 +92,8 @@ def export(
     if int8 and to == "torch-export":
         needs("torchao")
     folder = checkpoint_folder(Path(checkpoint))
+    if output is None and folder == shipped.folder():
+        raise DenseShortcutError("the network of the package is no place for files: give --output.")
     model, card = read_model(folder)
     path = folder / f"model{form.suffix}" if output is None else Path(output)
     path = path if path.suffix == form.suffix else path.with_name(path.name + form.suffix)

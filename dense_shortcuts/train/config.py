@@ -220,6 +220,26 @@ DATA_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclass(frozen=True)
+class TuneConfig:
+    """How a network that was changed is trained on; everything else is as in its own run."""
+
+    epochs: int = 0
+    """Passes over the training images; 0 leaves the network as it was changed."""
+    lr: float = 0.02
+    """Highest learning rate; it falls to zero by a cosine."""
+    name: str | None = None
+    """Name of the new run; None is the run's own name and what was changed."""
+    output: Path = Path("runs")
+    """Folder in which the run's folder is made."""
+    data_dir: str | None = None
+    """Folder of the data; None is the run's own."""
+    limit_train: int | None = None
+    """Use only so many training images; None is the run's own."""
+    limit_test: int | None = None
+    """Use only so many test images; None is the run's own."""
+
+
 def _data_dir(config: TrainConfig) -> str | None:
     if config.data_dir is not None:
         return absolute(config.data_dir)

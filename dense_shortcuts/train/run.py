@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from .. import ops
+from .. import ops, shipped
 from ..errors import DenseShortcutError
 from ..machine import machine
 from . import report
@@ -291,11 +291,12 @@ def evaluate(checkpoint: Path, **given: Any) -> dict[str, Any]:
 
 
 def checkpoint_folder(checkpoint: Path) -> Path:
-    """The folder of a network, from that or the weights in it.
+    """The folder of a network, from that, the weights in it, or `shipped` for the network in the package.
 
     Raises:
-        DenseShortcutError: neither.
+        DenseShortcutError: none of them.
     """
+    checkpoint = shipped.checkpoint(checkpoint)
     if not checkpoint.is_dir() and (checkpoint.name != WEIGHTS or not checkpoint.is_file()):
         raise DenseShortcutError(f"{checkpoint} is no checkpoint: give a network's folder or the {WEIGHTS} in it.")
     return checkpoint if checkpoint.is_dir() else checkpoint.parent

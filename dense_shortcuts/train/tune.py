@@ -9,8 +9,9 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from ..errors import DenseShortcutError
 from .checkpoint import write_model
-from .config import TrainConfig
+from .config import TrainConfig, TuneConfig
 from .data import Data
 from .display import Display
 from .loop import METRICS, make_accelerator, make_loader, placed, read_metrics, test_network, train_network
@@ -36,50 +37,35 @@ class Tuned:
     end: float
 
 
-def tune(
-    model: nn.Module,
-    config: TrainConfig,
-    data: Data,
-    *,
-    epochs: int,
-    lr: float,
-    name: str,
-    output: Path,
-    command: str,
-) -> Tuned:
+def tune(model: nn.Module, config: TrainConfig, data: Data, how: TuneConfig, *, name: str, command: str) -> Tuned:
     """Train a changed network on, and leave it in a new run's folder.
 
     Args:
         model: what to go on from.
         config: the configuration that builds such a network, with the run's settings.
         data: its images.
-        epochs: passes over the training images; 0 leaves the network as it is.
-        lr: highest learning rate; it falls to zero by a cosine.
-        name, output: the run's folder is output/name.
+        how: the settings of the further training.
+        name: of the run where `how` has none.
         command: what made it, for the run's records.
 
     Raises:
         DenseShortcutError: the folder exists.
     """
-    config = dataclasses.replace(
-        config,
-        epochs=max(epochs, 1),
-        lr=lr,
-        sched="cosine",
-        warmup_epochs=0,
-        name=name,
-        output=str(output),
-        weights=None,  # the model is what it goes on from
-    ).resolved()
+    run = how.output / (name if how.name is None else how.name)
+    if run.exists():
+        raise DenseShortcutError(f"{run} exists already: choose another --name.")
+    schedule: dict[str, Any] = {"epochs": max(how.epochs, 1), "lr": how.lr, "sched": "cosine", "warmup_epochs": 0}
+    schedule["weights"] = None  # the model is what it goes on from
+    config = dataclasses.replace(config, **schedule, name=run.name, output=str(how.output)).resolved()
     start = accuracy(model, config, data)
-    make_folder(output / name, config, environment(config, command, command, data))
-    folder = output / name / network_label(config)
+    make_folder(run, config, environment(config, command, command, data))
+    folder = run / network_label(config)
     folder.mkdir()
-    if not epochs:
+    if not how.epochs:
         write_model(folder, config, data, model.state_dict())
         return Tuned(folder, config.data, len(data.test), start, start)
     console = Console()
-    with Display([network_label(config)], epochs, console) as display:
+    with Display([network_label(config)], how.epochs, console) as display:
         train_network(config, data, folder, display, model)
     return Tuned(folder, config.data, len(data.test), start, read_metrics(folder / METRICS)[-1]["test_top1"])
 
@@ -92,8 +78,9 @@ def accuracy(model: nn.Module, config: TrainConfig, data: Data) -> float:
     return float(figures["top1"])
 
 
-def settings(folder: Path, card: dict[str, Any], **given: Any) -> tuple[TrainConfig, Data]:
-    """The configuration and images to go on with: those of the network's run, but for what is given."""
+def settings(folder: Path, card: dict[str, Any], how: TuneConfig) -> tuple[TrainConfig, Data]:
+    """The configuration and images to go on with: those of the network's run, but for what `how` says of the images."""
+    given = {"data_dir": how.data_dir, "limit_train": how.limit_train, "limit_test": how.limit_test}
     config, data = data_of(folder, card, training=True, **given)
     shortcut = {field: card["shortcut"][field] for field in card["shortcut"]}
     return dataclasses.replace(config, model=card["model"], **shortcut), data

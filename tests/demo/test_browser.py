@@ -125,6 +125,11 @@ def test_shortcut_maps_tell_their_numbers(tab, shoot):
     assert len(says) == 18 and re.fullmatch(r"block 3 from map X_2: mean \|w\| [01](\.\d+)?", says[5])
     page.get_by_text("Numbers").first.click()
     assert page.locator(".ds-card").first.locator("tbody tr").count() == 6
+
+    page.get_by_label("Network", exact=True).click()
+    page.get_by_role("option", name="shipped DSNet-20").filter(visible=True).click()
+    page.get_by_role("button", name="Show its shortcuts").click()
+    page.get_by_role("img", name="mean |w| by epoch").first.wait_for(state="detached")
     shoot(page, "shortcuts")
 
 
@@ -140,6 +145,7 @@ def test_curves_and_benchmarks_are_drawn(tab, shoot):
     row = page.get_by_role("row", name="public_dsnet50")
     row.wait_for()
     assert row.locator("td").nth(3).inner_text() == "1.31x" and row.locator(".ds-bar").count() == 3
+    shoot(page, "speed")
 
 
 def test_a_narrow_screen_needs_no_scrolling_sideways(tab, shoot, digit):

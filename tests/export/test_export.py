@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import dense_shortcuts as ds
 from dense_shortcuts.cli import main
-from dense_shortcuts.export import export, formats, graph, proof, run
+from dense_shortcuts.export import export, formats, graph, proof, run, save_for_hub
 from dense_shortcuts.export.images import photographs
 from dense_shortcuts.train.checkpoint import read_model
 from dense_shortcuts.train.run import data_of
@@ -104,6 +104,24 @@ def test_openvino_agrees_in_float32(checkpoint, capsys):
     assert "f32" in kinds and "f16" not in kinds
 
 
+def test_executorch_agrees_up_to_the_largest_images_and_refuses_larger_ones(checkpoint, capsys):
+    pytest.importorskip("executorch.runtime")
+    folder = checkpoint()  # group norm: var_mean, which ExecuTorch has not
+    before = names(folder)
+    assert main(["export", str(folder), "--to", "executorch"]) == 0, capsys.readouterr().err
+    assert names(folder) - before == {"model.pte", "model.pte.json"}
+    checks = json.loads((folder / "model.pte.json").read_text())["checks"]
+    assert len(checks) == 6 and max(check["difference"] for check in checks) < 1e-4
+    run_file, net = formats.load_executorch(folder / "model.pte"), read_model(folder)[0].eval()
+    batch, side = formats.LARGEST
+    for shape in ((batch, 3, 24, 9), (1, 3, side, side)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            torch.testing.assert_close(run_file(x), net(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError):
+        run_file(torch.randn(batch + 1, 3, side, side))
+
+
 def off_by(amount: float):
     """A runtime that is wrong in one score of the last case alone."""
 
@@ -189,7 +207,10 @@ def test_a_network_of_one_size_is_refused():
 
 
 def test_what_is_made_ready_for_export_leaves_the_network_alone():
-    net = ds.plug_in(tiny_resnet(num_classes=5), norm="batch").train()
+    host = tiny_resnet(num_classes=5)
+    host.layer1.insert(1, nn.Conv2d(8, 8, 1))  # between the blocks, so that each is a row with a shortcut of its own
+    net = ds.plug_in(host, norm="batch").train()
+    assert [len(stage.shortcuts) for stage in ds.dense_stages(net).values()] == [2]
     before = {name: value.clone() for name, value in net.state_dict().items()}
     ready = graph.inference_form(net)
     assert net.training and not ready.training
@@ -234,6 +255,10 @@ def test_what_cannot_be_exported_is_refused(checkpoint, tmp_path):
             export(folder, **arguments)
     with pytest.raises(ds.DenseShortcutError, match="is no checkpoint"):
         export(tmp_path / "none", "torch-export")
+    with pytest.raises(ds.DenseShortcutError, match="give --output"):
+        export("shipped", "torch-export")
+    with pytest.raises(ds.DenseShortcutError, match="give --output"):
+        save_for_hub("shipped")
 
 
 def test_photographs_stand_in_where_the_runs_images_are_gone(checkpoint, monkeypatch, tmp_path):

@@ -7,24 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from train_helpers import png, write_parquet
+from train_helpers import load, one_sentence, png, write_parquet
 
 from dense_shortcuts import DenseShortcutError
 from dense_shortcuts.train.config import TrainConfig
 from dense_shortcuts.train.data import EpochSampler, load_data
 from dense_shortcuts.train.loop import batches, make_loader
-
-
-def load(**settings):
-    return load_data(TrainConfig(**settings).resolved())
-
-
-def one_sentence(**settings) -> str:
-    with pytest.raises(DenseShortcutError) as caught:
-        load(**settings)
-    text = str(caught.value)
-    assert "\n" not in text and text.endswith(".")
-    return text
 
 
 def test_digits_are_all_used_once_and_a_fifth_of_each_class_is_held_out():

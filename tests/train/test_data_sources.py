@@ -9,24 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from train_helpers import number_image, png, write_shard
+from train_helpers import load, number_image, one_sentence, png, write_shard
 
-from dense_shortcuts import DenseShortcutError
-from dense_shortcuts.train.config import TrainConfig
-from dense_shortcuts.train.data import load_data
 from dense_shortcuts.train.data.parquet import parts_of
-
-
-def load(**settings):
-    return load_data(TrainConfig(**settings).resolved())
-
-
-def one_sentence(**settings) -> str:
-    with pytest.raises(DenseShortcutError) as caught:
-        load(**settings)
-    text = str(caught.value)
-    assert "\n" not in text and text.endswith(".")
-    return text
 
 
 def jpeg(seed: int, size: int = 64) -> bytes:

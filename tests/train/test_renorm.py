@@ -9,7 +9,7 @@ import dense_shortcuts as ds
 from dense_shortcuts.cli import main
 from dense_shortcuts.renorm import renorm, take_weights
 from dense_shortcuts.train.checkpoint import read_model, write_text
-from dense_shortcuts.train.config import TrainConfig, write_yaml
+from dense_shortcuts.train.config import TrainConfig, TuneConfig, write_yaml
 from dense_shortcuts.train.network import build_network
 
 
@@ -39,7 +39,7 @@ def test_batch_norm_takes_the_place_of_group_norm_and_training_goes_on(trained, 
 
 def test_without_epochs_the_weights_stay_and_statistics_are_those_of_the_images(trained, tmp_path):
     before, _ = read_model(trained)
-    done = renorm(trained, epochs=0, name="b")
+    done = renorm(trained, "batch", TuneConfig(name="b"))
     assert done.tuned.start == done.tuned.end
     after, _ = read_model(tmp_path / "runs" / "b" / "stage-batch")
     state = after.state_dict()
@@ -49,9 +49,9 @@ def test_without_epochs_the_weights_stay_and_statistics_are_those_of_the_images(
 
 
 def test_what_cannot_change_its_norm_is_refused(trained):
-    for arguments, fault in (({"norm": "group"}, "has norm=group already"), ({"name": "a"}, "exists already")):
+    for norm, name, fault in (("group", "b", "has norm=group already"), ("batch", "a", "exists already")):
         with pytest.raises(ds.DenseShortcutError, match=fault):
-            renorm(trained, **arguments)
+            renorm(trained, norm, TuneConfig(name=name))
     host = build_network(TrainConfig(aggregate="identity"), 10)
     with pytest.raises(ds.DenseShortcutError, match="differ in more than their norms"):
         take_weights(build_network(TrainConfig(), 10), host)

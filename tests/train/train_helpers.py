@@ -1,4 +1,4 @@
-"""Generated images, and metrics without what a clock says."""
+"""Generated images, metrics without what a clock says, and images as a configuration loads or refuses them."""
 
 import io
 import tarfile
@@ -7,8 +7,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
 from PIL import Image
+
+from dense_shortcuts import DenseShortcutError
+from dense_shortcuts.train.config import TrainConfig
+from dense_shortcuts.train.data import Data, load_data
 
 CLOCKED = ("seconds", "images_per_second", "data_wait_share")
 
@@ -61,3 +66,17 @@ def number_image(number: int, size: int = 8) -> bytes:
 def numbers_in(images: torch.Tensor) -> list[int]:
     """The numbers of `number_image`s after normalisation with ImageNet's mean and deviation, (B, 3, S, S)."""
     return ((images[:, 0].mean((1, 2)) * 0.229 + 0.485) * 255).round().long().tolist()
+
+
+def load(**settings) -> Data:
+    """The images of a configuration."""
+    return load_data(TrainConfig(**settings).resolved())
+
+
+def one_sentence(**settings) -> str:
+    """What is said of images that cannot be loaded."""
+    with pytest.raises(DenseShortcutError) as caught:
+        load(**settings)
+    text = str(caught.value)
+    assert "\n" not in text and text.endswith(".")
+    return text
