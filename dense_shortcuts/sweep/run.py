@@ -13,6 +13,7 @@ from ..train.config import TrainConfig
 from ..train.data import load_data
 from ..train.loop import METRICS, read_metrics
 from ..train.network import network_label
+from ..train.pretrained import weights_file
 from ..train.run import CONFIG, execute, resume
 from . import report
 from .costs import saved_costs, with_budgets
@@ -32,6 +33,9 @@ def sweep(asked: Sweep, folder: Path) -> None:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise DenseShortcutError("a sweep's workers are separate processes: start `dsnet sweep` once for each GPU.")
+    for row in asked.rows:  # weights that are not there are told before hours of other rows
+        if row.config.weights is not None:
+            weights_file(row.config.weights)
     classes = number_of_classes(asked)
     make_folder(folder)
     store = Store(folder, asked.cells())

@@ -149,6 +149,7 @@ def write_model(folder: Path, config: TrainConfig, data: Data, tensors: Mapping[
         "shortcut": {field: getattr(config, field) for field in SHORTCUT_FIELDS},
         "num_classes": len(data.classes),
         "classes": list(data.classes),
+        "class_numbers": config.classes,
         "in_chans": 3,
         "img_size": config.test_size or config.img_size,
         "crop_pct": config.crop_pct,

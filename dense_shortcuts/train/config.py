@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import os
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ DATA_FOLDER_VARIABLE = "DENSE_SHORTCUTS_DATA"
 DataName = Literal[
     "digits", "cifar10", "cifar100", "tiny-imagenet", "imagefolder", "parquet", "streaming", "webdataset"
 ]
+
+STREAMS = ("streaming", "webdataset")
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,9 @@ class TrainConfig:
     """Width of each stage before expansion, for ResNets of another width; () is the model's own."""
     layers: tuple[int, ...] = ()
     """Blocks of each stage, for ResNets of another depth; () is the model's own."""
+    weights: str | None = None
+    """Weights to start from: a run's folder, a network's in it, or a safetensors file. A host's go into its DSNet too,
+    and a classifier of another size is left out. They are read where training begins, not by --resume."""
 
     data: DataName = "digits"
     """scikit-learn's handwritten digits, CIFAR-10 and -100, Tiny ImageNet, a folder with train/ and val/ or test/,
@@ -83,6 +89,8 @@ class TrainConfig:
     """Share of a test image's side that the crop in its middle keeps; None is 0.875 for photographs, else 1."""
     interpolation: Literal["bilinear", "bicubic"] | None = None
     """How images are resized; None is bicubic for photographs, else bilinear."""
+    classes: str | None = None
+    """Use only these classes, by their numbers, such as 0-79 or 3,5,8-9; they are numbered anew from 0. None is all."""
     limit_train: int | None = None
     """Use only so many training images (a fixed sample; of a stream, so many an epoch)."""
     limit_test: int | None = None
@@ -180,7 +188,8 @@ class TrainConfig:
         _check(self)
         own = DATA_DEFAULTS[self.data]
         chosen = {key: value for key, value in own.items() if getattr(self, key) is None}
-        return dataclasses.replace(self, **chosen, data_dir=_data_dir(self))
+        weights = absolute(self.weights) if self.weights is not None else None
+        return dataclasses.replace(self, **chosen, data_dir=_data_dir(self), weights=weights)
 
     def options(self) -> dict[str, Any]:
         """The keywords of `plug_in`; those at None are left out."""
@@ -233,10 +242,31 @@ class TuneConfig:
 
 def _data_dir(config: TrainConfig) -> str | None:
     if config.data_dir is not None:
-        return str(Path(config.data_dir).expanduser().resolve())
+        return absolute(config.data_dir)
     root = os.environ.get(DATA_FOLDER_VARIABLE)
     named = config.data in ("cifar10", "cifar100", "tiny-imagenet")
-    return str(Path(root).expanduser().resolve() / config.data) if root and named else None
+    return str(Path(absolute(root)) / config.data) if root and named else None
+
+
+def absolute(path: str) -> str:
+    """A path that stands for the same place in every working folder."""
+    return str(Path(path).expanduser().resolve())
+
+
+def class_numbers(text: str) -> tuple[int, ...]:
+    """The numbers, rising, in a text such as 0-79 or 3,5,8-9.
+
+    Raises:
+        DenseShortcutError: another form, a range that falls, or a single class.
+    """
+    parts = [re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip()) for part in text.split(",")]
+    ranges = [range(int(part[1]), int(part[2] or part[1]) + 1) for part in parts if part is not None]
+    if None in parts or not all(ranges):
+        raise DenseShortcutError(f"--classes {text!r} is not of the form 0-79 or 3,5,8-9: give numbers and ranges.")
+    numbers = tuple(sorted({number for each in ranges for number in each}))
+    if len(numbers) < 2:
+        raise DenseShortcutError(f"--classes {text!r} is one class: give at least two, there is nothing to tell apart.")
+    return numbers
 
 
 def _check(config: TrainConfig) -> None:
@@ -266,6 +296,13 @@ def _check(config: TrainConfig) -> None:
         raise DenseShortcutError(f"--crop-pct {config.crop_pct} is above 1: the crop cannot be larger than the image.")
     if config.hub is not None and (config.data != "streaming" or config.data_dir is not None):
         raise DenseShortcutError("--hub goes with --data streaming and stands in for --data-dir: give one of them.")
+    if config.classes is not None:
+        class_numbers(config.classes)
+        if config.data in STREAMS:
+            raise DenseShortcutError(
+                f"--classes does not go with --data {config.data}, whose labels are known only as they come: "
+                "leave the other classes out of the files, or take --data parquet or imagefolder."
+            )
     if config.bce_threshold is not None and config.loss != "bce":
         raise DenseShortcutError("--bce-threshold goes with --loss bce: give both or none.")
     if (config.mixup or config.cutmix) and config.batch_size % 2:

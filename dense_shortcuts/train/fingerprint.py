@@ -36,6 +36,12 @@ def stream_fingerprint(stream: Stream) -> str:
     return digest([repr((len(stream), stream.classes)).encode(), *(described(Path(path)) for path in paths)])
 
 
+def file_fingerprint(path: Path) -> str:
+    """Of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
 def described(path: Path) -> bytes:
     """A file's name, its folder's and its size."""
     return "/".join((*path.parts[-2:], str(path.stat().st_size))).encode()

@@ -23,6 +23,7 @@ from .data import Data, EpochSampler, epochs_of, make_loader, mixed_seed, worker
 from .data.stream import StreamShare
 from .display import Display
 from .network import Loss, build_network, make_loss, make_optimizer, make_scheduler, network_label
+from .pretrained import start_from
 from .processes import average_statistics, gradients_stay, is_split, make_accelerator, shard, synchronise_on_cpu
 from .states import (
     epoch_of,
@@ -139,7 +140,10 @@ def prepare(
     train_loader = make_loader(data.train, config, training=True)
     test_loader = make_loader(data.test, config)
     split, device = is_split(config, accelerator), accelerator.device
-    model = build_network(config, num_classes) if model is None else model
+    if model is None:
+        model = build_network(config, num_classes)
+        if config.weights is not None and not saved_states(folder):  # else the newest state has them all
+            start_from(model, config.weights)
     synchronised = config.sync_bn and accelerator.num_processes > 1
     if synchronised and device.type != "cpu":
         model = convert_sync_batchnorm(model)

@@ -69,7 +69,7 @@ def rerun(folder: Path, name: str | None = None, line: str = "") -> tuple[Path, 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What a run depends on besides its configuration and was not the same, a sentence each."""
     pairs = [(key, before.get(key), now.get(key)) for key in SURROUNDINGS]
-    for part in ("packages", "data"):
+    for part in ("packages", "data", "weights"):
         then, since = before.get(part) or {}, now.get(part) or {}
         pairs += [(f"{part}: {key}", then.get(key), since.get(key)) for key in sorted({*then, *since})]
     git = [each.get("git") or {} for each in (before, now)]

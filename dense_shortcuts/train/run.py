@@ -21,11 +21,12 @@ from .checkpoint import CARD, WEIGHTS, read_json, read_model, write_text
 from .config import TrainConfig, read_yaml, write_yaml
 from .data import Data, load_data
 from .display import Display
-from .fingerprint import fingerprints
+from .fingerprint import file_fingerprint, fingerprints
 from .log import run_log
 from .loop import METRICS, make_loader, placed, read_metrics, test_network, train_network
 from .measure import images_at_once, inference_speed, multiply_adds, parameters, training_step_memory
 from .network import build_network, make_optimizer, network_label, twin
+from .pretrained import start_from, weights_file
 from .processes import make_accelerator, repeatable, told_when_lost
 from .states import read_predicted, remove
 from .tracking import chosen_tracker
@@ -94,7 +95,10 @@ def execute(config: TrainConfig, command: str, resumed: Path | None, line: str =
     accelerator = make_accelerator(config)
     data = load_data(config)
     for each in networks:  # what cannot work is refused before the folder is made
-        make_optimizer(each, build_network(each, len(data.classes)))
+        model = build_network(each, len(data.classes))
+        make_optimizer(each, model)
+        if each.weights is not None and resumed is None:
+            start_from(model, each.weights)
     make_loader(data.train, config, training=True)
 
     folder = resumed or Path(config.output) / (config.name or default_name(config))
@@ -184,7 +188,11 @@ def make_folder(folder: Path, config: TrainConfig, about: dict[str, Any]) -> Non
 
 def environment(config: TrainConfig, command: str, line: str, data: Data) -> dict[str, Any]:
     """What a run depends on besides its configuration."""
-    return {"command": command, "line": line, "seed": config.seed, **machine(), "data": fingerprints(data)}
+    about = {"command": command, "line": line, "seed": config.seed, **machine(), "data": fingerprints(data)}
+    if config.weights is not None:
+        file = weights_file(config.weights)
+        about["weights"] = {"file": str(file), "content": file_fingerprint(file)}
+    return about
 
 
 def heading(config: TrainConfig, data: Data, labels: Sequence[str], folder: Path, device: torch.device) -> str:
@@ -308,7 +316,7 @@ def data_of(folder: Path, card: dict[str, Any], training: bool = False, **given:
     """
     changes = {key: value for key, value in given.items() if value is not None}
     if changes.get("data", card["data"]) != card["data"]:
-        changes = {"data_dir": None, "workers": None, "loader": "auto"} | changes
+        changes = {"data_dir": None, "workers": None, "loader": "auto", "classes": None} | changes
     config = dataclasses.replace(run_config(folder, card), **changes, test_size=card["img_size"]).resolved()
     data = load_data(config if training else dataclasses.replace(config, limit_train=1))
     if list(data.classes) != card["classes"]:
@@ -322,4 +330,6 @@ def data_of(folder: Path, card: dict[str, Any], training: bool = False, **given:
 def run_config(folder: Path, card: dict[str, Any]) -> TrainConfig:
     """The configuration of the run that a network's folder is part of, else one of the card's data."""
     path = folder.parent / CONFIG
-    return read_yaml(path) if path.is_file() else TrainConfig(model=card["model"], data=card["data"])
+    if path.is_file():
+        return read_yaml(path)
+    return TrainConfig(model=card["model"], data=card["data"], classes=card.get("class_numbers"))

@@ -55,6 +55,7 @@ def tune(model: nn.Module, config: TrainConfig, data: Data, how: TuneConfig, *, 
     if run.exists():
         raise DenseShortcutError(f"{run} exists already: choose another --name.")
     schedule: dict[str, Any] = {"epochs": max(how.epochs, 1), "lr": how.lr, "sched": "cosine", "warmup_epochs": 0}
+    schedule["weights"] = None  # the model is what it goes on from
     config = dataclasses.replace(config, **schedule, name=run.name, output=str(how.output)).resolved()
     start = accuracy(model, config, data)
     make_folder(run, config, environment(config, command, command, data))

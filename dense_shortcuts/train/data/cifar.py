@@ -1,6 +1,6 @@
 """CIFAR-10 and CIFAR-100: parquet files as on the Hugging Face hub, else torchvision's download."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 
 from ...errors import DenseShortcutError
 from ..config import TrainConfig
-from .images import Arrays, decode, existing_folder
+from .images import Arrays, chosen_classes, decode, existing_folder
 from .parquet import read_columns
 
 
@@ -54,8 +54,9 @@ def load_cifar(config: TrainConfig) -> tuple[Arrays, Arrays, tuple[str, ...]]:
     for part, found in files.items():
         if not found:
             raise DenseShortcutError(f"{folder} has no {part}-*.parquet: put the {part} images beside the others.")
-    train = read_cifar(files["train"], config.limit_train, layout)
-    test = read_cifar(files["test"], config.limit_test, layout)
+    wanted = frozenset(chosen_classes(config, layout.classes))
+    train = read_cifar(files["train"], config.limit_train, layout, wanted)
+    test = read_cifar(files["test"], config.limit_test, layout, wanted)
     return train, test, class_names(folder / "classes.txt", layout)
 
 
@@ -82,8 +83,8 @@ def download(folder: Path, config: TrainConfig, layout: Layout) -> tuple[Arrays,
     return parts[0].head(config.limit_train), parts[1].head(config.limit_test), tuple(train.classes)
 
 
-def read_cifar(paths: Sequence[Path], limit: int | None, layout: Layout) -> Arrays:
-    """The first `limit` images of parquet files with the columns of the Hugging Face hub's copy.
+def read_cifar(paths: Sequence[Path], limit: int | None, layout: Layout, wanted: Container[int]) -> Arrays:
+    """The first `limit` images of the wanted classes in parquet files with the columns of the Hugging Face hub's copy.
 
     A broken image is refused here and not replaced, for every copy of the set has the same ones.
 
@@ -96,14 +97,18 @@ def read_cifar(paths: Sequence[Path], limit: int | None, layout: Layout) -> Arra
     for path in paths:
         known = f"the layout of {layout.hub}, img{{bytes, path}} and {layout.label}"
         table = read_columns(path, ("img", layout.label), known)
-        wanted = len(table) if limit is None else min(len(table), limit - len(labels))
-        rows = zip(table["img"][:wanted], table[layout.label][:wanted], strict=True)
-        for row, (img, label) in enumerate(rows):
+        for row, (img, label) in enumerate(zip(table["img"], table[layout.label], strict=True)):
+            if len(labels) == limit:
+                break
             where = f"row {row} of {path}"
-            pixels.append(one_size(img.as_py(), where, pixels[0].shape if pixels else None))
-            labels.append(checked_label(label.as_py(), where, layout))
+            number = checked_label(label.as_py(), where, layout)
+            if number in wanted:
+                pixels.append(one_size(img.as_py(), where, pixels[0].shape if pixels else None))
+                labels.append(number)
     if not labels:
-        raise DenseShortcutError(f"{paths[0].parent} has parquet files without a row: there is nothing to train on.")
+        raise DenseShortcutError(
+            f"{paths[0].parent} has parquet files without a row of the wanted classes: there is nothing to train on."
+        )
     return Arrays(np.stack(pixels), np.asarray(labels))
 
 

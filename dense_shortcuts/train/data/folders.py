@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ...errors import DenseShortcutError
 from ..config import TrainConfig
-from .images import Files, Images, existing_folder, first_line, sample
+from .images import Files, Kept, existing_folder, first_line, sample
 
 ANNOTATIONS = "val_annotations.txt"
 
@@ -45,7 +45,7 @@ def read_folder(folder: Path, limit: int | None) -> tuple[Files, tuple[str, ...]
     return Files([found.samples[i] for i in sample(limit, len(found.samples))]), tuple(found.classes)
 
 
-def load_tiny_imagenet(config: TrainConfig) -> tuple[Images, Images, tuple[str, ...]]:
+def load_tiny_imagenet(config: TrainConfig) -> tuple[Kept, Kept, tuple[str, ...]]:
     """Tiny ImageNet: the unpacked zip, the same sorted into class folders, or the hub's parquet files.
 
     Raises:

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ...errors import DenseShortcutError
+from ..config import TrainConfig, class_numbers
 
 # Whatever PIL raises for a file that is not an image, cut short, or made to overflow, and the system for a lost one.
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
@@ -30,6 +31,14 @@ class Images(Protocol):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]: ...
 
 
+class Kept(Images, Protocol):
+    """Images at hand, of which some can be taken."""
+
+    def take(self, places: np.ndarray, labels: np.ndarray) -> "Kept":
+        """Those at the places, with other labels."""
+        ...
+
+
 @dataclass(frozen=True)
 class Arrays:
     """Images held in memory as (N, H, W, 3) uint8, with labels (N,)."""
@@ -42,6 +51,9 @@ class Arrays:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return Image.fromarray(self.pixels[index]), int(self.labels[index])
+
+    def take(self, places: np.ndarray, labels: np.ndarray) -> "Arrays":
+        return Arrays(self.pixels[places], labels)
 
     def head(self, limit: int | None) -> "Arrays":
         """The first `limit` images of an already shuffled set."""
@@ -68,6 +80,9 @@ class Files:
         except IMAGE_ERRORS as error:
             raise BrokenImage(f"{path} is not a whole image ({first_line(error)}): replace or remove it.") from error
 
+    def take(self, places: np.ndarray, labels: np.ndarray) -> "Files":
+        return Files([(self.samples[i][0], label) for i, label in zip(places, labels.tolist(), strict=True)])
+
 
 def decode(content: Any, where: str) -> Image.Image:
     """The RGB image in a file's bytes.
@@ -92,6 +107,28 @@ def sample(limit: int | None, length: int) -> np.ndarray:
     """Places of a fixed random sample, in order; all of them without a limit."""
     places = np.arange(length)
     return places if limit is None or limit >= length else np.sort(np.random.default_rng(0).permutation(length)[:limit])
+
+
+def chosen_classes(config: TrainConfig, count: int) -> Sequence[int]:
+    """The numbers, rising, of the classes that a configuration uses of so many.
+
+    Raises:
+        DenseShortcutError: there are no such classes.
+    """
+    numbers = range(count) if config.classes is None else class_numbers(config.classes)
+    if numbers[-1] >= count:
+        raise DenseShortcutError(
+            f"--classes {config.classes!r} names class {numbers[-1]}: {config.data} has the classes 0 to {count - 1}."
+        )
+    return numbers
+
+
+def of_classes(images: Kept, numbers: Sequence[int], limit: int | None) -> Kept:
+    """A fixed random sample of the images of some classes (rising numbers), whose labels become their places in it."""
+    labels = np.asarray(images.labels)
+    places = np.flatnonzero(np.isin(labels, numbers))
+    places = places[sample(limit, len(places))]
+    return images.take(places, np.searchsorted(numbers, labels[places]))
 
 
 def existing_folder(path: str | None, what: str) -> Path:

@@ -1,5 +1,6 @@
 """The data set that a configuration asks for, and the loaders of its batches."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -8,13 +9,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from ...errors import DenseShortcutError
-from ..config import TrainConfig
+from ..config import STREAMS, TrainConfig
 from .broken import BrokenImages
 from .cifar import load_cifar
 from .device import DeviceImages, free_memory
 from .digits import load_digits
 from .folders import load_folder, load_tiny_imagenet
-from .images import Images
+from .images import Kept, chosen_classes, of_classes
 from .parquet import load_parquet
 from .stream import Stream, StreamShare
 from .transformed import EpochSampler, TransformedImages, eval_transform, resize, train_transform
@@ -39,13 +40,13 @@ class Data:
 
 
 # Sets of small images that are all of one size, which a device can hold.
-SMALL: dict[str, Callable[[TrainConfig], tuple[Images, Images, tuple[str, ...]]]] = {
+SMALL: dict[str, Callable[[TrainConfig], tuple[Kept, Kept, tuple[str, ...]]]] = {
     "digits": load_digits,
     "cifar10": load_cifar,
     "cifar100": load_cifar,
     "tiny-imagenet": load_tiny_imagenet,
 }
-LARGE: dict[str, Callable[[TrainConfig], tuple[Images, Images, tuple[str, ...]]]] = {
+LARGE: dict[str, Callable[[TrainConfig], tuple[Kept, Kept, tuple[str, ...]]]] = {
     "imagefolder": load_folder,
     "parquet": load_parquet,
 }
@@ -61,10 +62,10 @@ def load_data(config: TrainConfig) -> Data:
     assert config.interpolation is not None
     transforms = train_transform(config, mean, std), eval_transform(config, mean, std)
     about = (mean, std, config.interpolation)
-    if config.data in ("streaming", "webdataset"):
+    if config.data in STREAMS:
         device_loader(config, None)
         return streamed(config, transforms, about)
-    train, test, classes = (SMALL | LARGE)[config.data](config)
+    train, test, classes = read_images(config)
     broken = broken_images(config, len(train)), broken_images(config, len(test), "test images")
     device = device_loader(config, len(train) + len(test))
     if device is not None:
@@ -78,6 +79,24 @@ def load_data(config: TrainConfig) -> Data:
         classes,
         *about,
     )
+
+
+def read_images(config: TrainConfig) -> tuple[Kept, Kept, tuple[str, ...]]:
+    """Training images, test images and the names of the classes, of all or of the chosen ones.
+
+    Raises:
+        DenseShortcutError: as `load_data`; no such classes, or no image of them.
+    """
+    read = (SMALL | LARGE)[config.data]
+    if config.classes is None:
+        return read(config)
+    train, test, names = read(dataclasses.replace(config, limit_train=None, limit_test=None))
+    numbers = chosen_classes(config, len(names))
+    train, test = of_classes(train, numbers, config.limit_train), of_classes(test, numbers, config.limit_test)
+    if not len(train) or not len(test):
+        missing = "test" if len(train) else "training"
+        raise DenseShortcutError(f"{config.data} has no {missing} image of --classes {config.classes!r}: take others.")
+    return train, test, tuple(names[number] for number in numbers)
 
 
 def channels(config: TrainConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -37,9 +37,10 @@ class Encoded:
     def sample(self, limit: int | None) -> "Encoded":
         """A fixed random sample of so many images."""
         places = sample(limit, len(self))
-        if len(places) == len(self):
-            return self
-        return Encoded(self.content.take(places), self.labels[places], [self.origins[i] for i in places])
+        return self if len(places) == len(self) else self.take(places, self.labels[places])
+
+    def take(self, places: np.ndarray, labels: np.ndarray) -> "Encoded":
+        return Encoded(self.content.take(places), labels, [self.origins[i] for i in places])
 
 
 @dataclass(frozen=True)
