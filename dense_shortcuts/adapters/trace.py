@@ -12,6 +12,7 @@ import copy
 import importlib
 import inspect
 import operator
+import pickle
 import random
 import re
 import sys
@@ -271,7 +272,7 @@ def _no_randomness() -> Iterator[None]:
     try:
         yield
         drawn = [random.getstate() != python, not torch.equal(torch.get_rng_state(), own)]
-        drawn += [numpy and repr(numpy.random.get_state(legacy=False)) != repr(of_numpy)]
+        drawn += [numpy and pickle.dumps(numpy.random.get_state(legacy=False)) != pickle.dumps(of_numpy)]
     finally:
         random.setstate(python)
         torch.set_rng_state(own)
