@@ -100,9 +100,11 @@ def _stage(model: nn.Module, name: str, module: nn.Module, refused: list[Refused
 
 
 def _may_be_block(module: nn.Module) -> bool:
-    """Whether a child may be a residual block: PyTorch's own layers and containers are none."""
+    """Whether a child may be a residual block: PyTorch's own layers and containers are none, nor what runs children."""
     own = type(module).__module__.startswith(("torch.nn.", "torch.ao."))
-    return not own and next(module.children(), None) is not None
+    if own or next(module.children(), None) is None:
+        return False
+    return has_adapter(type(module)) or not (type(module).forward is nn.Sequential.forward or _runs_children(module))
 
 
 def _rows(views: dict[int, Any]) -> Iterator[Row]:

@@ -178,7 +178,7 @@ class Wrapped(Block):
     def __init__(self) -> None:
         super().__init__()
         self.mixer = Residual(nn.Sequential(self.conv1, self.norm1))
-        self.mlp = nn.Sequential(Residual(nn.Sequential(nn.GELU(), self.conv2)))
+        self.mlp = Residual(nn.Sequential(nn.GELU(), self.conv2))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.gelu(self.mlp(self.mixer(x)))
@@ -529,7 +529,7 @@ def test_a_change_of_a_blocks_attributes_after_plugging_acts_as_in_the_host(chan
 WRAPPER_CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "a number": lambda block: setattr(block.mixer, "scale", 3.0),
     "a layer": lambda block: setattr(block.mixer, "branch", nn.Tanh()),
-    "a layer in a sequence": lambda block: block.mlp.append(nn.Tanh()),
+    "a layer in a sequence": lambda block: block.mlp.branch.append(nn.Tanh()),
 }
 
 
@@ -542,6 +542,30 @@ def test_a_change_in_a_wrapper_after_plugging_acts_as_in_the_host(change):
     expected = run(host)
     assert not torch.allclose(expected["output"], before)
     assert_runs_agree(run(plugged), expected)
+
+
+class Stage(nn.Module):
+    """Not a block, though it ends with a sum, and with one of its input where its blocks project nothing."""
+
+    def __init__(self, first: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(first, globals()["_Plain"]())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
+
+class Chain(nn.Sequential):
+    """A sequence under a name of its own."""
+
+
+@pytest.mark.parametrize("first", [Plain, lambda: nn.Conv2d(C, C, 1)], ids=["residual", "layer"])
+def test_a_stage_is_not_taken_for_a_block(first):
+    for stage in (Stage(first()), Chain(first(), Plain())):
+        net = nn.Sequential(nn.Sequential(stage, nn.Sequential(Plain())))
+        rows = [(s.name, s.depth) for s in ds.plan(net).stages]
+        inner = "0.0.blocks" if isinstance(stage, Stage) else "0.0"
+        assert rows == [(f"{inner}", 2 if first is Plain else 1), ("0.1", 1)], rows
 
 
 def test_a_hook_on_a_wrapper_that_is_not_called_any_more_is_refused():

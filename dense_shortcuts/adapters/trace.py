@@ -168,12 +168,17 @@ class _Seen(NamedTuple):
 
 
 def _look(block: nn.Module, call: Call) -> _Seen:
-    """The traced forward pass with those children opened that hide the add, or the input among its addends."""
+    """The traced forward pass with those children opened that hide the add, or the input among its addends.
+
+    What was opened must add the input itself, for a stage of blocks ends with a sum in its last block too.
+    """
     seen = trial = _look_at(block, call, frozenset())
     while not trial.adds_input():
         fed = [term for term in _terms(trial.add) if term.all_input_nodes == trial.inputs[:1]]
         new = {str(term.target) for term in fed if _may_open(_module(block, term))}
         if not new:
+            if seen.opened:
+                raise NoResidual("none of the addends at its end is its input or a projection of it")
             return seen  # what was opened on the way is a projection, which stays closed
         trial = _look_at(block, call, trial.opened | new)
     return trial
@@ -202,7 +207,7 @@ def _is_plain(module: nn.Module | None) -> bool:
 
 def _may_open(module: nn.Module | None) -> bool:
     """Whether a child's forward pass is somebody's own, and no hook asks that the child be called."""
-    if module is None or (type(module).__module__.startswith("torch.nn.") and type(module) is not nn.Sequential):
+    if module is None or isinstance(module, nn.Sequential) or type(module).__module__.startswith("torch.nn."):
         return False
     return next(module.children(), None) is not None and not any(_hooks(module))
 
