@@ -303,7 +303,7 @@ def plug_in(
             that takes a channel count and returns a module. "auto" is "group", and "layer" for tokens.
         groups: groups of the group norm; None takes 32, fewer where a group would have under four channels.
         init: start of the weights: "nearest" (1 for the nearest map, 0 for the rest), "uniform" (1/l each), "ones",
-            "zeros". None takes "nearest", or "zeros" with keep_identity.
+            "zeros", "random" (-1 to 1). None takes "nearest", or "zeros" with keep_identity.
         weighting: "channel", the paper's; "softmax", "gate" or "attention" for its relatives (`weighting.py`).
         pattern: "all" earlier maps, or those a power of two back ("powers", log2 L maps a block).
         window: sum only so many of the nearest maps; None is all.

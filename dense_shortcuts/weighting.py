@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .errors import DenseShortcutError
 
-INITS = ("nearest", "uniform", "ones", "zeros")
+INITS = ("nearest", "uniform", "ones", "zeros", "random")
 WEIGHTINGS = ("channel", "softmax", "gate", "attention")
 
 _FAR = 4.0  # logit between the nearest map and the rest: softmax leaves it 98 % of two maps, a gate 98 % against 2 %
@@ -28,6 +28,8 @@ _FAR = 4.0  # logit between the nearest map and the rest: softmax leaves it 98 %
 
 def start_weight(init: str, maps: int, channels: int) -> Tensor:
     """w_{l,0} .. w_{l,l-1} at the start, (maps, channels).
+
+    "random" is uniform between -1 and 1, as a depthwise 1x1 convolution of PyTorch starts in public code.
 
     Raises:
         DenseShortcutError: unknown name.
@@ -39,6 +41,8 @@ def start_weight(init: str, maps: int, channels: int) -> Tensor:
         weight.fill_(1.0 / maps)
     elif init == "ones":
         weight.fill_(1.0)
+    elif init == "random":
+        weight.uniform_(-1, 1)
     elif init != "zeros":
         raise DenseShortcutError(f"unknown init {init!r}: choose one of {', '.join(INITS)}.")
     return weight

@@ -9,6 +9,7 @@ from torch import nn
 
 import dense_shortcuts as ds
 from dense_shortcuts.ops import dense_sum
+from dense_shortcuts.shortcut import DenseShortcut
 
 
 def plugged_stage(depth: int = 4, channels: int = 8, **variant) -> ds.DenseStage:
@@ -37,6 +38,19 @@ def test_weights_start_where_asked(aggregate, variant, rows):
         expected = torch.tensor(rows(k + 1)).reshape(k + 1, 1).expand(k + 1, 8)
         assert torch.equal(weight.detach(), expected)
         assert isinstance(weight, nn.Parameter) and weight.requires_grad
+
+
+def test_the_random_start_is_that_of_a_depthwise_1x1_convolution_and_follows_the_seed():
+    def made() -> torch.Tensor:
+        torch.manual_seed(3)
+        return DenseShortcut(3, 512, init="random").weights[2].detach()
+
+    weight = made()
+    assert weight.shape == (3, 512) and weight.abs().max() <= 1 and torch.equal(weight, made())
+    torch.manual_seed(3)
+    convolution = torch.nn.Conv2d(512, 512, 1, groups=512, bias=False).weight
+    for found in (weight, convolution.detach()):
+        assert abs(found.mean()) < 0.1 and abs(found.std() - 3**-0.5) < 0.05
 
 
 def test_dense_identity_has_neither_weight_nor_norm():

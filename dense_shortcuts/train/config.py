@@ -36,7 +36,7 @@ class TrainConfig:
     """Normalisation of each summed feature map."""
     groups: int | None = None
     """Groups of the group norm; None takes at most 32, four channels each at least."""
-    init: Literal["nearest", "uniform", "ones", "zeros"] | None = None
+    init: Literal["nearest", "uniform", "ones", "zeros", "random"] | None = None
     """Start of the shortcut weights; None is `nearest`, or `zeros` with keep-identity."""
     inner: bool | None = None
     """DS2: a shortcut inside each bottleneck too; None is the model's own."""
