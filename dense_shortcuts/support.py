@@ -205,6 +205,7 @@ def _input(host: nn.Module) -> Tensor | None:
 
 
 def _flops(model: nn.Module, x: Tensor) -> int:
+    model = copy.deepcopy(model).requires_grad_(False)  # the counter fails on modules that are given a parameter
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(x)
     return counter.get_total_flops()
