@@ -6,7 +6,7 @@ import fnmatch
 import json
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,42 +76,41 @@ class Row:
 
 
 def architectures(pattern: str = "*") -> list[tuple[str, str, str]]:
-    """(library, family, name) of one network for each architecture: the smallest of a family with the same blocks.
+    """(library, family, name) of one network for each architecture: a small one of a family with the same blocks.
 
     Blocks are the classes that a plan finds; networks where it finds none count by the classes of all their layers.
-    Planning takes longest, so it is done once for all networks of a family that have the same classes of layers.
+    Planning takes longest, so of all networks of a family with the same classes of layers only the smallest is planned,
+    and the largest where the smallest has too few blocks.
     """
-    places = [place for place in _names() if fnmatch.fnmatch(place[2], pattern)]
-    return sorted(_smallest(_blocks, _smallest(_layers, places)))
-
-
-def _smallest(
-    kind: Callable[[nn.Module], frozenset[type[nn.Module]]], places: Iterable[tuple[str, str, str]]
-) -> list[tuple[str, str, str]]:
-    """The network with the fewest parameters of each family and kind."""
-    smallest: dict[Any, tuple[int, tuple[str, str, str]]] = {}
-    for library, family, name in places:
+    alike: dict[Any, list[tuple[int, tuple[str, str, str]]]] = defaultdict(list)
+    for library, family, name in _names():
+        if not fnmatch.fnmatch(name, pattern):
+            continue
         try:
             model = _build(library, name, torch.device("meta"))
         except Exception:  # some networks cannot be built without data; the sweep builds those on the CPU
-            smallest[library, name] = (0, (library, family, name))
+            alike[library, family, name].append((0, (library, family, name)))
             continue
-        key = (library, family, kind(model))
         size = sum(p.numel() for p in model.parameters())
-        if key not in smallest or size < smallest[key][0]:
-            smallest[key] = (size, (library, family, name))
-    return [place for _, place in smallest.values()]
+        alike[library, family, frozenset(type(m) for m in model.modules())].append((size, (library, family, name)))
+    smallest: dict[Any, tuple[int, tuple[str, str, str]]] = {}
+    for (library, family, layers), members in alike.items():
+        blocks, chosen = frozenset[type[nn.Module]](), min(members)
+        for member in dict.fromkeys((min(members), max(members))):
+            if blocks := _blocks(member[1]):
+                chosen = member
+                break
+        key = (library, family, blocks or layers)
+        smallest[key] = min(chosen, smallest.get(key, chosen))
+    return sorted(place for _, place in smallest.values())
 
 
-def _layers(model: nn.Module) -> frozenset[type[nn.Module]]:
-    return frozenset(type(m) for m in model.modules())
-
-
-def _blocks(model: nn.Module) -> frozenset[type[nn.Module]]:
+def _blocks(place: tuple[str, str, str]) -> frozenset[type[nn.Module]]:
+    """The classes of blocks that a plan finds in a network; none where it is refused or needs data."""
     try:
-        return frozenset(stage.blocks for stage in plan(model).stages)
-    except DenseShortcutError:
-        return _layers(model)
+        return frozenset(stage.blocks for stage in plan(_build(place[0], place[2], torch.device("meta"))).stages)
+    except Exception:  # the sweep says why
+        return frozenset()
 
 
 def _names() -> Iterator[tuple[str, str, str]]:

@@ -129,7 +129,9 @@ class _Run(torch.fx.Interpreter):
 def shadow(module: nn.Module) -> nn.Module:
     """The same module, in the same mode, with tensors without data, no hooks and not compiled."""
     other = module.__class__.__new__(module.__class__)
-    other.__dict__.update(module.__dict__, _compiled_call_impl=None)
+    for name, value in module.__dict__.items():  # a cache in a dict or list is not to be filled with such tensors
+        other.__dict__[name] = value.copy() if type(value) in (dict, list) else value
+    other.__dict__["_compiled_call_impl"] = None
     other.__dict__["_parameters"] = {name: _empty(p) for name, p in module._parameters.items()}
     other.__dict__["_buffers"] = {name: _empty(b) for name, b in module._buffers.items()}
     other.__dict__["_modules"] = {n: None if m is None else shadow(m) for n, m in module._modules.items()}
