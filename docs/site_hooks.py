@@ -17,6 +17,7 @@ SECTIONS: dict[str, list[tuple[str, str]]] = {
     "Start": [("In five minutes", "index.md"), ("In ten minutes", "ten-minutes.md")],
     "Use": [
         ("Plug into your network", "plug-in.md"),
+        ("What is understood", "support.md"),
         ("Data", "data.md"),
         ("Train", "train.md"),
         ("Tune", "sweeps.md"),
