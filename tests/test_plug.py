@@ -247,7 +247,7 @@ def fails_for_wide(channels: int) -> nn.Module:
 FAULTY: list[tuple[dict[str, Any], str]] = [
     ({"aggregate": "sum"}, "'sum'"),
     ({"norm": "grup"}, "'grup'"),
-    ({"init": "random"}, "'random'"),
+    ({"init": "best"}, "'best'"),
     ({"groups": 3}, "3"),
     ({"groups": 0}, "0"),
     ({"groups": -4}, "-4"),
