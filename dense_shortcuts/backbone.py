@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .errors import DenseShortcutError
-from .loading import load
+from .loading import load, shortcut_keys
 from .models import list_models
 from .plug import plug_in, unplug
 from .shortcut import DenseShortcut, InnerShortcut
@@ -76,7 +76,7 @@ class Backbone(nn.Module):
             tensors, _ = read_tensors(Path(weights))
             self.loaded = self._load(tensors, str(weights))
         elif pretrained or not isinstance(model, str):
-            self.loaded = frozenset(features.state_dict().keys() - fresh_keys(features))
+            self.loaded = frozenset(features.state_dict().keys() - shortcut_keys(features))
         self.frozen, self.norm_eval = (frozen_modules(features, frozen_stages) if frozen_stages >= 0 else []), norm_eval
         if frozen_stages >= 0:
             self._freeze()
@@ -243,16 +243,6 @@ def frozen_modules(features: nn.Module, frozen_stages: int) -> list[str]:
 def _is_stem(name: str, module: nn.Module) -> bool:
     """Whether a level is the stem's: by its name, or because it is one layer and not a stage of blocks."""
     return "stem" in name or not any(True for child in module.children() for _ in child.children())
-
-
-def fresh_keys(features: nn.Module) -> set[str]:
-    """Names in the state dict of what `plug_in` added."""
-    return {
-        f"{prefix}.{key}"
-        for prefix, module in features.named_modules()
-        if isinstance(module, DenseShortcut | InnerShortcut)
-        for key in module.state_dict()
-    }
 
 
 def flat(name: str) -> str:

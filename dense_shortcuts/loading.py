@@ -42,7 +42,7 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, shortcu
             _logger.warning("left out %d shortcut keys: %s", len(dropped), ", ".join(dropped))
 
     missing = sorted(own.keys() - state.keys())
-    fillable = _shortcut_keys(model)
+    fillable = shortcut_keys(model)
     started = [key for key in missing if key in fillable]
     # Shortcuts may all be absent (a host's weights) or all be there; a part of them comes from another plan.
     partial = bool(started) and bool(fillable & state.keys())
@@ -77,7 +77,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise DenseShortcutError(f"{path} is not a whole safetensors file ({error}): save it again.") from error
 
 
-def _shortcut_keys(model: nn.Module) -> set[str]:
+def shortcut_keys(model: nn.Module) -> set[str]:
+    """Names in the state dict of what `plug_in` added."""
     return {
         f"{prefix}.{key}"
         for prefix, module in model.named_modules()

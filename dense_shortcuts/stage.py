@@ -7,20 +7,13 @@ from typing import Any, NamedTuple, overload
 import torch
 import torch.fx
 from torch import Tensor, nn
-from torch.nn.modules import module as _module
 from torch.utils.checkpoint import checkpoint
 
 from . import ops
 from .adapters import has_tokens, map_of
+from .hooks import has_hooks, observed
 from .norms import frozen_statistics, joins
 from .shortcut import DenseShortcut, Memory, as_branch
-
-_GLOBAL_HOOKS = (
-    _module._global_forward_hooks,
-    _module._global_forward_pre_hooks,
-    _module._global_backward_hooks,
-    _module._global_backward_pre_hooks,
-)
 
 
 class Row(NamedTuple):
@@ -211,7 +204,7 @@ class _Join:
         if self.stage.aggregate == "block" and not self.last:
             later, self.entered = memory.add(shortcut.enter(k + 1, branch, backend)), True
 
-        relu = fused and type(activation) is nn.ReLU and not _observed(activation)
+        relu = fused and type(activation) is nn.ReLU and not observed(activation)
         finish = (
             fused and (relu or activation is None) and not self.entered and not self.last and not self._is_observed()
         )
@@ -254,11 +247,11 @@ class _Join:
         for bit, which the other order of additions would break.
         """
         exact = self.keep_identity or not self.shortcut.normalised
-        return not exact and (self.stage.aggregate != "block" or self.last) and joins(norm) and not _observed(norm)
+        return not exact and (self.stage.aggregate != "block" or self.last) and joins(norm) and not observed(norm)
 
     def _is_own(self, branch: Tensor, identity: Tensor) -> bool:
         """Whether nobody but this block has the branch's memory: no hook may have seen it, and it is no other map's."""
-        if _has_hooks(self.block):
+        if has_hooks(self.block):
             return False
         others = {term.map.untyped_storage().data_ptr() for term in self.memory.terms}
         return branch.untyped_storage().data_ptr() not in {*others, identity.untyped_storage().data_ptr()}
@@ -267,7 +260,7 @@ class _Join:
         """Whether a hook may take X_l: on its block, or on the next one or a layer in it, as their input."""
         if not torch.is_grad_enabled():
             return False
-        return _observed(self.block) or (self.following is not None and _has_hooks(self.following))
+        return observed(self.block) or (self.following is not None and has_hooks(self.following))
 
 
 def as_map(x: Tensor, tokens: bool) -> Tensor:
@@ -285,32 +278,6 @@ def from_map(x: Tensor, tokens: bool, flat: bool) -> Tensor:
     """The view of a map that `as_map` was given."""
     x = x.squeeze(2) if flat else x
     return x.movedim(1, -1) if tokens else x
-
-
-def _observed(module: nn.Module) -> bool:
-    """Whether a hook may look at the module's output or its gradient.
-
-    Such an output must be a tensor to which all later gradients come; where X_l and its statistics are made in one pass
-    they do not all come to X_l (`ops/fused.py`).
-    """
-    return any(_GLOBAL_HOOKS) or _has_own_hooks(module)
-
-
-def _has_own_hooks(module: nn.Module) -> bool:
-    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether a hook may look at the output of the module or of one in it."""
-    if any(_GLOBAL_HOOKS):
-        return True
-    inside = [module]
-    for one in inside:  # grows as it goes
-        if _has_own_hooks(one):
-            return True
-        inside += [child for child in one._modules.values() if child is not None]
-    return False
 
 
 def _is_recomputing() -> bool:

@@ -67,11 +67,8 @@ class DenseEfficientViMBlock(DenseSum, EfficientViMBlock):
         def share(n: int, layers: Any, folded: bool = False) -> Any:
             return lambda x: layers(x) - x if folded else self.drop_path(shares[n] * (layers(x) - x))
 
-        branches = [
-            *(share(0, self.dwconv1, self.fused), share(1, mix), share(2, self.dwconv2, self.fused)),
-            share(3, self.ffn),
-        ]
-        return self.joined_branches(x, join, *branches), states[0]
+        first, third = share(0, self.dwconv1, self.fused), share(2, self.dwconv2, self.fused)
+        return self.joined_branches(x, join, first, share(1, mix), third, share(3, self.ffn)), states[0]
 
 
 class DenseTntBlock(DenseSum, TntBlock):

@@ -27,6 +27,7 @@ import torch.fx
 from torch import nn
 from torch.fx import Graph, Node
 
+from ..hooks import has_own_hooks
 from .verify import Facts, NoResidual, verify
 
 Example = Callable[[], tuple[Any, ...]]
@@ -209,11 +210,7 @@ def _may_open(module: nn.Module | None) -> bool:
     """Whether a child's forward pass is somebody's own, and no hook asks that the child be called."""
     if module is None or isinstance(module, nn.Sequential) or type(module).__module__.startswith("torch.nn."):
         return False
-    return next(module.children(), None) is not None and not any(_hooks(module))
-
-
-def _hooks(module: nn.Module) -> tuple[Any, ...]:
-    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return next(module.children(), None) is not None and not has_own_hooks(module)
 
 
 def state_of(block: nn.Module, opened: tuple[str, ...], training: bool | None = None) -> list[tuple[str, Any]]:
@@ -227,7 +224,7 @@ def state_of(block: nn.Module, opened: tuple[str, ...], training: bool | None = 
         state.append(("training", child.training if training is None else training))
         state += child._modules.items()
         numbers = [*child._parameters.items(), *child._buffers.items()]
-        state += [(name, number is None) for name, number in numbers] + [("hooks", any(_hooks(child)))]
+        state += [(name, number is None) for name, number in numbers] + [("hooks", has_own_hooks(child))]
     return state
 
 

@@ -1,0 +1,38 @@
+"""Whether anybody looks at what a module gives: hooks of all modules, of one, and of those in it."""
+
+from torch import nn
+from torch.nn.modules import module as _module
+
+_GLOBAL_HOOKS = (
+    _module._global_forward_hooks,
+    _module._global_forward_pre_hooks,
+    _module._global_backward_hooks,
+    _module._global_backward_pre_hooks,
+)
+
+
+def observed(module: nn.Module) -> bool:
+    """Whether a hook may look at the module's output or its gradient.
+
+    Such an output must be a tensor to which all later gradients come; where X_l and its statistics are made in one pass
+    they do not all come to X_l (`ops/fused.py`).
+    """
+    return any(_GLOBAL_HOOKS) or has_own_hooks(module)
+
+
+def has_own_hooks(module: nn.Module) -> bool:
+    """Whether a hook was registered on the module itself."""
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a hook may look at the output of the module or of one in it."""
+    if any(_GLOBAL_HOOKS):
+        return True
+    inside = [module]
+    for one in inside:  # grows as it goes
+        if has_own_hooks(one):
+            return True
+        inside += [child for child in one._modules.values() if child is not None]
+    return False
