@@ -13,7 +13,7 @@ from torch import Tensor
 
 import dense_shortcuts as ds
 from dense_shortcuts import ops
-from dense_shortcuts.ops import cpu, forms, fused, native, reference
+from dense_shortcuts.ops import compiled, cpu, forms, fused, native, reference
 from dense_shortcuts.tiling import Tiling
 
 
@@ -33,8 +33,8 @@ def maps(count: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) 
 )
 @pytest.mark.parametrize("rows", ["one", "each"])
 def test_kernels_match_the_plain_form(shape, rows, dtype, tolerance, channels_last, kernels, monkeypatch):
-    if kernels == "native" and not native.supports(dtype):
-        pytest.skip(f"no compiled kernels for {dtype}: {native.library()[1]}")
+    if kernels == "native" and not compiled.supports(dtype):
+        pytest.skip(f"no compiled kernels for {dtype}: {compiled.library()[1]}")
     monkeypatch.setattr(cpu, "PIECE_BYTES", 1 if kernels == "cpu in pieces" else 2**21)
     k = native if kernels == "native" else cpu
     layout = torch.channels_last if channels_last else torch.contiguous_format

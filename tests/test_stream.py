@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import dense_shortcuts as ds
 from dense_shortcuts import ops
-from dense_shortcuts.ops import native
+from dense_shortcuts.ops import compiled
 
-pytestmark = pytest.mark.skipif(native.library()[0] is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(compiled.library()[0] is None, reason="no C++ compiler")
 
 
 @pytest.fixture

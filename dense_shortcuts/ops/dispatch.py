@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DenseShortcutError
-from . import native
+from . import compiled
 
 BACKENDS = ("auto", "plain", "cpu", "native", "triton")
 VARIABLE = "DENSE_SHORTCUTS_BACKEND"
@@ -46,7 +46,7 @@ def own_backend(device: str, dtype: torch.dtype = torch.float32) -> tuple[str, s
     if device in ("cpu", "meta"):
         fault = unusable("native", device, dtype)
         if fault is None:
-            return "native", f"kernels {native.library()[1]}"
+            return "native", f"kernels {compiled.library()[1]}"
         return "cpu", f"in-place sums over pieces that stay in cache; no compiled kernels: {fault}"
     fault = unusable("triton", device, dtype)
     return ("triton", "kernels by Triton") if fault is None else ("plain", fault)
@@ -63,8 +63,8 @@ def unusable(backend: str, device: str, dtype: torch.dtype = torch.float32) -> s
         return _without_triton(device)
     if device not in ("cpu", "meta"):
         return f"maps are on {device}"
-    if backend == "native" and not native.supports(dtype):
-        built, reason = native.library()
+    if backend == "native" and not compiled.supports(dtype):
+        built, reason = compiled.library()
         return f"the compiler does not know {dtype}" if built is not None else reason
     return None
 

@@ -1,4 +1,5 @@
-// The kernels of the operator for the CPU: see reference.py for what each one computes and native.py for how it is built.
+// The kernels of the operator for the CPU: see reference.py for what each one computes and compiled.py for how they are
+// built.
 //
 // A map is (N, C, P) or, channels_last, (N, P, C), with P = H * W. Work is cut into chunks of at most CHUNK pixels of
 // one image, each done by one thread row by row: every map is read from memory once and every output written once. Sums

@@ -1,208 +1,26 @@
-"""The kernels on the CPU, compiled: `native.cpp`, built once with the machine's own C++ compiler and kept in a cache.
+"""The kernels on the CPU, compiled (`compiled.py`), as functions of tensors.
 
 Each map is read from memory once and each output written once, by as many threads as PyTorch uses. Maps are taken
 channels_last or contiguous, in float32, float64, bfloat16 and (where the compiler knows it) float16, mixed if need be.
 """
 
 import ctypes
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .compiled import KINDS, Form, Map, PairGradients, Pairs, Pull, Through, is_last, kernel, shape_of, threads
 from .forms import BATCH, NONE, RAW, RUNNING, unnormalised_scales
 from .reference import accumulation_dtype
-
-CACHE_VARIABLE = "DENSE_SHORTCUTS_CACHE"
-
-_FLAGS = ["-O3", "-std=c++17", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-_LINK = ["-shared", "-fPIC"]
-KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_SMALL = 2**15  # elements of a map below which a second thread costs more than it gains
-
-_logger = logging.getLogger(__name__)
-
-
-class Map(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("kind", ctypes.c_int32))
-
-
-class _Shape(ctypes.Structure):
-    _fields_ = (
-        ("images", ctypes.c_int64),
-        ("channels", ctypes.c_int64),
-        ("pixels", ctypes.c_int64),
-        ("last", ctypes.c_bool),
-    )
-
-
-_long, _pointer, _int = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32
-
-
-class Form(ctypes.Structure):
-    _fields_ = (
-        ("groups", _long),
-        ("eps", ctypes.c_double),
-        *((name, _pointer) for name in ("weight", "bias", "rate", "shift", "pooled", "variance")),
-    )
-
-
-class _Through(ctypes.Structure):
-    _fields_ = (
-        ("groups", _long),
-        ("eps", ctypes.c_double),
-        *((name, _pointer) for name in ("weight", "pooled", "variance", "grad_rate", "grad_shift")),
-        ("count", ctypes.c_double),
-        ("rows", _long),
-        *((name, _pointer) for name in ("offset", "slope", "grad_weight", "grad_bias")),
-    )
-
-
-class Pairs(ctypes.Structure):
-    _fields_ = (
-        ("maps", _pointer),
-        ("count", _long),
-        ("branch", ctypes.c_bool),
-        ("weight", _pointer),
-        ("total", _long),
-        *((name, _pointer) for name in ("rates", "shifts", "branch_rate", "branch_shift")),
-        ("rows", _long),
-        ("scales", _pointer),
-        ("bias", _pointer),
-    )
-
-
-class _PairGradients(ctypes.Structure):
-    _fields_ = tuple(
-        (name, _pointer) for name in ("scales", "bias", "weight", "rates", "shifts", "branch_rate", "branch_shift")
-    )
-
-
-class _Pull(ctypes.Structure):
-    _fields_ = (
-        ("x", Map),
-        ("grad", _pointer),
-        ("own", _Through),
-        *((name, _pointer) for name in ("later", "later_scales", "later_rows")),
-        ("later_count", _long),
-        ("relu", ctypes.c_bool),
-        ("out", _pointer),
-        ("kind", _int),
-    )
-
-
-_FORM, _PULL, _PAIRS = (ctypes.POINTER(struct) for struct in (Form, _Pull, Pairs))
-_ARGUMENTS: dict[str, list[type]] = {
-    "enter": [_Shape, Map, _FORM, _FORM, ctypes.c_int],
-    "block": [_Shape, _pointer, _long, _FORM, _PAIRS, ctypes.c_bool, _pointer, _int, _FORM, ctypes.c_int],
-    "pull": [_Shape, _PULL, _pointer, _long, _long, _pointer, _pointer, ctypes.c_int],
-    "pull_block": [
-        *(_Shape, _PULL, _PAIRS, ctypes.POINTER(_PairGradients), ctypes.POINTER(_Through), _pointer, ctypes.c_int)
-    ],
-    "mix": [_Shape, _pointer, _long, _pointer, _long, _long, _pointer, _int, ctypes.c_int],
-    "dots": [_Shape, _pointer, _long, _pointer, _long, _long, _pointer, ctypes.c_int],
-    "running": [_long, _FORM],
-}
-
-
-@cache
-def library() -> tuple[ctypes.CDLL | None, str]:
-    """The compiled kernels, or None, and why. The first call on a machine compiles them, which takes some seconds."""
-    compiler = next((found for name in _compilers() if (found := shutil.which(name))), None)
-    if compiler is None:
-        return None, "no C++ compiler found"
-    try:
-        loaded = ctypes.CDLL(str(_built(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
-        told = getattr(error, "stderr", None) or str(error)
-        _logger.warning("the compiled kernels could not be built by %s: %s", compiler, told.strip())
-        return None, f"{Path(compiler).name} could not build them"
-    for name, arguments in _ARGUMENTS.items():
-        for suffix in ("f32", "f64"):
-            function = getattr(loaded, f"{name}_{suffix}")
-            function.argtypes, function.restype = arguments, None
-    return loaded, f"compiled by {Path(compiler).name}"
-
-
-def supports(dtype: torch.dtype) -> bool:
-    """Whether the kernels take maps of this dtype."""
-    loaded, _ = library()
-    if loaded is None or dtype not in KINDS:
-        return False
-    return dtype != torch.float16 or bool(loaded.dense_shortcuts_has_half())
-
-
-def _compilers() -> list[str]:
-    return [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-
-
-def _built(compiler: str) -> Path:
-    """Path of the shared library for this source, compiler and processor, built if it is not there yet."""
-    source = Path(__file__).with_name("native.cpp")
-    identity = "\n".join([source.read_text(), compiler, *_FLAGS, torch.__version__, _processor()])
-    name = f"native-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-    folder = _cache_folder()
-    target = folder / name
-    if target.is_file():
-        return target
-    _logger.info("compiling the kernels for the CPU with %s into %s", compiler, folder)
-    # Another process may be building the same file: each writes its own and the last one stands.
-    handle, temporary = tempfile.mkstemp(suffix=".so", dir=folder)
-    os.close(handle)
-    try:
-        _compile(compiler, source, temporary)
-        os.replace(temporary, target)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return target
-
-
-def _compile(compiler: str, source: Path, target: str) -> None:
-    command = [compiler, *_FLAGS, *_LINK, str(source), "-o", target]
-    try:
-        subprocess.run([*command, "-fopenmp"], check=True, capture_output=True, text=True)
-    except subprocess.CalledProcessError:  # Apple's compiler has no OpenMP: one thread then
-        subprocess.run([*command, "-Wno-unknown-pragmas"], check=True, capture_output=True, text=True)
-
-
-def _cache_folder() -> Path:
-    """The user's cache, or where it cannot be written a folder of this process's own."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    folder = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dense_shortcuts"
-    folder = folder.expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="dense_shortcuts-"))
-
-
-def _processor() -> str:
-    """What -march=native depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() + platform.machine()
-    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
 
 
 class _Given:
     """What a compiled function is given, in the layout and accumulation type of one map; kept until it returns."""
 
     def __init__(self, first: Tensor) -> None:
-        self.layout = torch.channels_last if _is_last(first) else torch.contiguous_format
+        self.layout = torch.channels_last if is_last(first) else torch.contiguous_format
         self.dtype = accumulation_dtype(first.dtype)
         self.kept: list[object] = []
 
@@ -223,10 +41,10 @@ class _Given:
         return x.data_ptr()
 
     def tables(self, tensors: Sequence[Tensor]) -> int:
-        return self._table((_pointer * len(tensors))(*[self.numbers(t) for t in tensors]))
+        return self._table((ctypes.c_void_p * len(tensors))(*[self.numbers(t) for t in tensors]))
 
     def integers(self, values: Sequence[int]) -> int:
-        return self._table((_long * len(values))(*values))
+        return self._table((ctypes.c_int64 * len(values))(*values))
 
     def _table(self, table: "ctypes.Array[Any]") -> int:
         self.kept.append(table)
@@ -377,9 +195,9 @@ def pull(
     """See `reference.pull`."""
     x = _standard(x)
     given = _Given(x)
-    own = _Through()
+    own = Through()
     if offset is not None:
-        own = _Through(rows=offset.shape[0], offset=given.numbers(offset), slope=given.numbers(slope))
+        own = Through(rows=offset.shape[0], offset=given.numbers(offset), slope=given.numbers(slope))
     pulled = torch.empty_like(x)
     scales = x.new_empty((len(maps), rows, x.shape[1]), dtype=given.dtype)
     bias = x.new_empty((rows, x.shape[1]), dtype=given.dtype)
@@ -393,13 +211,13 @@ def _pull(
     given: _Given,
     x: Tensor,
     grad: Tensor | None,
-    own: _Through,
+    own: Through,
     later_grads: Sequence[Tensor],
     later_scales: Sequence[Tensor],
     relu: bool,
     out: Tensor,
-) -> _Pull:
-    return _Pull(
+) -> Pull:
+    return Pull(
         given.map(x),
         None if grad is None else given.maps([grad]),
         own,
@@ -421,17 +239,17 @@ def _through(
     eps: float,
     grad_rate: Tensor | None,
     grad_shift: Tensor | None,
-) -> _Through:
+) -> Through:
     """The gradient of x through its statistics, where one comes."""
     some = grad_rate if grad_rate is not None else grad_shift
     if groups == NONE or some is None:
-        return _Through()
+        return Through()
     rate, _, pooled, variance = found
     (n, c), pixels = x.shape[:2], x.shape[2] * x.shape[3]
     count = pixels * {RAW: 1, BATCH: n}.get(groups, c // max(groups, 1))
     made = some.new_empty((2, *some.shape), dtype=given.dtype)
     given.kept.append(made)
-    return _Through(
+    return Through(
         groups,
         eps,
         None,
@@ -499,7 +317,7 @@ def pull_block(
     to_scales, to_bias = room(len(summed), rows, c), room(rows, c)
     if not rates:
         scales = unnormalised_scales(weight, maps, y)
-        to = _PairGradients(scales=to_scales.data_ptr(), bias=to_bias.data_ptr())
+        to = PairGradients(scales=to_scales.data_ptr(), bias=to_bias.data_ptr())
         _call("pull_block", y, shape_of(y), told, _given_scales(given, summed, scales, None), to, None, None)
         return g, scales, [], [], [], [] if weight is None else [_with_earlier(to_scales.sum(1), weight)], [], []
 
@@ -508,7 +326,7 @@ def pull_block(
     to_rates, to_shifts, to_form = room(len(maps), rows, c), room(len(shifts), rows, c), room(2, 1, c)
     pairs = _paired(given, summed, weight, rates, shifts, fixed or branch_norm[:2])
     pairs.scales, pairs.bias = given.numbers(scales), given.numbers(room(rows, c))
-    to = _PairGradients(*(t.data_ptr() for t in (to_scales, to_bias, to_weight, to_rates, to_shifts, *to_form)))
+    to = PairGradients(*(t.data_ptr() for t in (to_scales, to_bias, to_weight, to_rates, to_shifts, *to_form)))
     to_branch = [] if branch is None else [torch.empty_like(branch, memory_format=given.layout)]
     to_affine, back = [], None
     if branch is not None and not fixed:
@@ -548,7 +366,7 @@ def mix(maps: Sequence[Tensor], scales: Tensor) -> list[Tensor]:
     given = _Given(last)
     outputs = [torch.empty_like(last) for _ in range(scales.shape[0])]
     told = (given.maps(maps), len(maps), given.numbers(scales), len(outputs), scales.shape[2])
-    addresses = (_pointer * len(outputs))(*[y.data_ptr() for y in outputs])
+    addresses = (ctypes.c_void_p * len(outputs))(*[y.data_ptr() for y in outputs])
     _call("mix", last, shape_of(last), *told, addresses, KINDS[last.dtype])
     return outputs
 
@@ -563,31 +381,10 @@ def dots(grads: Sequence[Tensor], maps: Sequence[Tensor], rows: int) -> Tensor:
     return out
 
 
-def kernel(name: str, like: Tensor) -> "ctypes._FuncPointer":
-    """The compiled function for maps, or numbers per channel, of a dtype."""
-    loaded, reason = library()
-    assert loaded is not None, reason
-    found: ctypes._FuncPointer = getattr(loaded, f"{name}_{'f64' if like.dtype == torch.float64 else 'f32'}")
-    return found
-
-
 def _call(name: str, like: Tensor, *arguments: object) -> None:
     kernel(name, like)(*arguments, threads(like))
-
-
-def threads(like: Tensor) -> int:
-    """How many threads work on a map: as many as PyTorch uses, one for a small one."""
-    return torch.get_num_threads() if like.numel() > _SMALL else 1
 
 
 def _standard(x: Tensor) -> Tensor:
     """x itself where it is contiguous or channels_last, else a contiguous copy."""
     return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
-
-
-def _is_last(x: Tensor) -> bool:
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-
-
-def shape_of(x: Tensor) -> _Shape:
-    return _Shape(x.shape[0], x.shape[1], x.shape[2] * x.shape[3], _is_last(x))

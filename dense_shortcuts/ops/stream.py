@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from . import native
+from .compiled import KINDS, Form, Map, Pairs, kernel, shape_of, threads
 from .forms import NONE, RUNNING
 from .reference import accumulation_dtype
 
@@ -66,9 +66,9 @@ class Stream:
         start, size = self.forms.data_ptr(), self.rows * channels * self.forms.itemsize
         self.places = [(start + 2 * i * size, start + (2 * i + 1) * size) for i in range(depth + 1)]
         self.rates, self.shifts = ((ctypes.c_void_p * depth)(*column[:-1]) for column in zip(*self.places, strict=True))
-        self.table = (native.Map * (depth + 1))()  # the branch at hand, then the maps
-        self.shape, self.kind = native.shape_of(x), native.KINDS[x.dtype]
-        self.kernel, self.threads = native.kernel("block", x), native.threads(x)
+        self.table = (Map * (depth + 1))()  # the branch at hand, then the maps
+        self.shape, self.kind = shape_of(x), KINDS[x.dtype]
+        self.kernel, self.threads = kernel("block", x), threads(x)
         self.maps = [x] * depth
         self._keep(0, x)
         if self.normalised:
@@ -80,11 +80,11 @@ class Stream:
         if norm is not None:
             kept: list[Tensor] = []
             own, inner = self._form(norm, 0, kept), None if last is None else self._form(last, -1, kept)
-            native.kernel("enter", self.first)(self.shape, self.table[1], own, inner, self.threads)
+            kernel("enter", self.first)(self.shape, self.table[1], own, inner, self.threads)
 
     def _keep(self, i: int, x: Tensor) -> None:
         if i < len(self.maps):  # no block sums X_L
-            self.maps[i], self.table[i + 1] = x, native.Map(x.data_ptr(), self.kind)
+            self.maps[i], self.table[i + 1] = x, Map(x.data_ptr(), self.kind)
 
     def map(self, i: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Map X_i, and rate and shift of its norm, (1 or N, C); None for none."""
@@ -107,9 +107,9 @@ class Stream:
         joins = norm is not None
         own = self.norms[k + 1] if k + 1 < len(self.norms) else None
         maps, rates, shifts = self._tables(k)
-        maps[0] = native.Map(branch.data_ptr(), self.kind)
-        first, size, count = ctypes.addressof(maps), ctypes.sizeof(native.Map), len(self.sources[k])
-        pairs = native.Pairs(
+        maps[0] = Map(branch.data_ptr(), self.kind)
+        first, size, count = ctypes.addressof(maps), ctypes.sizeof(Map), len(self.sources[k])
+        pairs = Pairs(
             *(first, count + 1, True) if joins else (first + size, count, False),
             *(self.weights[k].data_ptr(), count, ctypes.addressof(rates), ctypes.addressof(shifts)),
             *(self.places[-1] if joins else (None, None)),
@@ -130,14 +130,14 @@ class Stream:
         if len(sources) == k + 1:  # all that there are
             return self.table, self.rates, self.shifts
         chosen = ([column[i] for i in sources] for column in (self.rates, self.shifts))
-        maps = (native.Map * (len(sources) + 1))(native.Map(), *(self.table[i + 1] for i in sources))
+        maps = (Map * (len(sources) + 1))(Map(), *(self.table[i + 1] for i in sources))
         rates, shifts = ((ctypes.c_void_p * len(sources))(*column) for column in chosen)
         return maps, rates, shifts
 
-    def _form(self, norm: KnownNorm | None, place: int, kept: list[Tensor]) -> native.Form:
+    def _form(self, norm: KnownNorm | None, place: int, kept: list[Tensor]) -> Form:
         """A norm, whose form goes to its place; what was converted for it is kept."""
         if norm is None:
-            return native.Form(NONE)
+            return Form(NONE)
         given: list[int | None] = []
         for t in norm[2:]:
             if t is not None and (t.dtype != self.forms.dtype or not t.is_contiguous()):
@@ -145,4 +145,4 @@ class Stream:
                 kept.append(t)
             given.append(None if t is None else t.data_ptr())
         weight, bias, mean, var = given
-        return native.Form(norm.groups, norm.eps, weight, bias, *self.places[place], mean, var)
+        return Form(norm.groups, norm.eps, weight, bias, *self.places[place], mean, var)
