@@ -119,9 +119,10 @@ def _names() -> Iterator[tuple[str, str, str]]:
     from timm.models import list_modules
     from timm.models._registry import _module_to_models
 
+    listed = set(timm.list_models())  # old names of networks are not in it
     for family in list_modules():
-        for name in sorted(_module_to_models[family]):
-            if timm.is_model(name) and family not in OWN:
+        for name in sorted(_module_to_models[family] & listed):
+            if family not in OWN:
                 yield "timm", family, name
     for name in torchvision.models.list_models(module=torchvision.models):
         family = torchvision.models.get_model_builder(name).__module__.rpartition(".")[2]

@@ -568,6 +568,27 @@ def test_a_stage_is_not_taken_for_a_block(first):
         assert rows == [(f"{inner}", 2 if first is Plain else 1), ("0.1", 1)], rows
 
 
+class ForOneSize(nn.Module):
+    """Takes maps of 5x5 positions and no others."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 1)
+        self.register_buffer("position", torch.randn(25))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x) * self.position.reshape(5, 5)
+
+
+def test_blocks_made_for_one_size_of_map_are_understood():
+    host = nn.Sequential(ForOneSize(6), ForOneSize(6)).double().eval()
+    x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
+    expected = host(x)
+    net = ds.plug_in(nn.Sequential(host), keep_identity=True)
+    assert torch.equal(net(x), expected)
+    assert len(ds.dense_stages(net)) == 1
+
+
 def test_a_hook_on_a_wrapper_that_is_not_called_any_more_is_refused():
     plugged = ds.plug_in(network(Wrapped))
     plugged[1][0].mixer.branch.register_forward_hook(lambda *_: None)

@@ -89,7 +89,7 @@ def _widths(block: nn.Module) -> list[int]:
 
 
 def _lengths(block: nn.Module) -> list[int]:
-    """Numbers of tokens that a block may be made for: a layer over tokens has them, or a buffer an entry for each."""
+    """Numbers of positions that a block may be made for: a layer over them has it, or a buffer an entry for each."""
     sides = {side: None for buffer in block.buffers() for side in buffer.shape if side > 1}
     return [*_widths(block), *list(sides)[:8]]
 
@@ -97,9 +97,12 @@ def _lengths(block: nn.Module) -> list[int]:
 def _shapes(channels: int, lengths: list[int]) -> list[tuple[tuple[int, ...], bool]]:
     """Shapes to try, with whether their channels are last; no side is as long as the channels, so none is mistaken."""
     side = 16 if channels not in (16, 256) else 32
+    sides = [math.isqrt(tokens) for tokens in lengths]
+    fixed = [s for s, tokens in zip(sides, lengths, strict=True) if s * s == tokens and s not in (1, channels)]
     return [
         ((2, channels, side, side), False),
         ((2, side * side, channels), True),
         ((2, side, side, channels), True),
         *(((2, tokens, channels), True) for tokens in lengths if tokens != channels),
+        *(((2, channels, s, s), False) for s in fixed),
     ]
