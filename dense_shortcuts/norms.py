@@ -21,7 +21,7 @@ from .ops import BATCH, NONE, RAW, form, pool
 NormFactory = Callable[[int], nn.Module]
 Norm = str | NormFactory | None
 
-NORMS = ("auto", "group", "batch", "layer", "instance")
+NORMS = ("auto", "group", "batch", "layer", "instance", "none")
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _KNOWN = (nn.GroupNorm, *_BATCH_NORMS, nn.InstanceNorm2d)
 
@@ -43,7 +43,8 @@ def make_norm(norm: Norm, channels: int, groups: int | None = None, *, tokens: b
     """A fresh norm for maps of `channels` channels, or None where maps are used as they are.
 
     "layer" is over all of an image, group norm with one group, as is usual for feature maps; for tokens it is over the
-    channels of each token, as is usual there. "auto" is "layer" for tokens and "group" for feature maps.
+    channels of each token, as is usual there. "auto" is "layer" for tokens and "group" for feature maps. "none" is
+    another word for None, which `timm.create_model` does not hand on.
 
     Raises:
         DenseShortcutError: unknown name, or a group count that does not divide the channels.
@@ -52,7 +53,7 @@ def make_norm(norm: Norm, channels: int, groups: int | None = None, *, tokens: b
         raise DenseShortcutError(f"groups={groups} goes with norm='group', not with norm={norm!r}: leave groups out.")
     if norm == "auto":
         norm = "layer" if tokens else "group"
-    if norm is None:
+    if norm is None or norm == "none":
         return None
     if norm == "layer" and tokens:
         return TokenNorm(channels, elementwise_affine=False)
@@ -76,7 +77,7 @@ def make_norm(norm: Norm, channels: int, groups: int | None = None, *, tokens: b
                 f"the norm factory returned {type(module).__name__}: it must take a channel count and return a module."
             )
         return module
-    raise DenseShortcutError(f"unknown norm {norm!r}: choose one of {', '.join(NORMS)}, None, or a factory.")
+    raise DenseShortcutError(f"unknown norm {norm!r}: choose one of {', '.join(NORMS)}, or a factory.")
 
 
 def has_affine_form(norm: nn.Module) -> bool:

@@ -299,8 +299,9 @@ def plug_in(
         model: a network with residual blocks in a sequence, of timm, torchvision, transformers or your own.
         aggregate: "stage" sums the earlier feature maps X_i, "block" the earlier branch outputs F_i, "dense_identity"
             the X_i as they are, without norm and weight (the control).
-        norm: "group", "batch", "layer" (over C, H and W of an image; of tokens over C), "instance", None, or a callable
-            that takes a channel count and returns a module. "auto" is "group", and "layer" for tokens.
+        norm: "group", "batch", "layer" (over C, H and W of an image; of tokens over C), "instance", "none" (or None,
+            which `timm.create_model` does not hand on), or a callable that takes a channel count and returns a module.
+            "auto" is "group", and "layer" for tokens.
         groups: groups of the group norm; None takes 32, fewer where a group would have under four channels.
         init: start of the weights: "nearest" (1 for the nearest map, 0 for the rest), "uniform" (1/l each), "ones",
             "zeros", "random" (-1 to 1). None takes "nearest", or "zeros" with keep_identity.

@@ -157,6 +157,12 @@ def test_dsnet50_cifar_keeps_the_resolution_in_its_stem():
     assert sum(p.numel() for p in host.parameters()) == 23_705_252  # ResNet-50 with a 3x3 stem, 100 classes
 
 
+def test_no_norm_is_taken_by_its_name_for_timm_drops_keywords_that_are_none():
+    net = timm.create_model("dsnet20", norm="none")
+    stages = ds.dense_stages(net).values()
+    assert len(stages) == 3 and all(len(stage.shortcut.norms) == 0 and stage.shortcut.weights for stage in stages)
+
+
 def test_plug_in_options_are_taken_as_keywords():
     net = create("dsnet20", norm="batch", aggregate="block", init="uniform", num_classes=7)
     assert net.fc.out_features == 7

@@ -62,7 +62,7 @@ class Store:
             self.study = open_study(folder)
 
     def enqueue(self) -> None:
-        """Queue every run that is neither done nor queued nor under way; failed ones get another chance.
+        """Queue every run that is neither done nor queued nor under way; failed and removed ones get another chance.
 
         Raises:
             DenseShortcutError: a run was begun with other settings than the file has now.
@@ -71,7 +71,7 @@ class Store:
             for key, cell in self.cells.items():
                 trials = self._trials(key)
                 check_same(cell, trials)
-                if not any(trial.state.name in ("COMPLETE", "WAITING", "RUNNING") for trial in trials):
+                if not any(trial.state.name in ("WAITING", "RUNNING") or self._is_done(trial) for trial in trials):
                     self._queue(cell)
 
     def claim(self) -> Claim | None:
@@ -135,12 +135,16 @@ class Store:
         trials = self.study.get_trials(deepcopy=False)
         return [trial for trial in trials if key in (None, trial.user_attrs["cell"])]
 
+    def _is_done(self, trial: "FrozenTrial") -> bool:
+        """Whether a trial was finished and its run is still there."""
+        return trial.state.name == "COMPLETE" and (self.folder / trial.user_attrs["cell"]).is_dir()
+
     def _running(self) -> list[str]:
         return [key for key in self.cells if any(trial.state.name == "RUNNING" for trial in self._trials(key))]
 
     def _state(self, key: str) -> tuple[State, str]:
         trials = {trial.state.name: trial for trial in self._trials(key)}  # the last of each state
-        if "COMPLETE" in trials:
+        if any(map(self._is_done, trials.values())):
             return "done", ""
         if "RUNNING" in trials:
             lock = self._hold(key)

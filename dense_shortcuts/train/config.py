@@ -195,7 +195,7 @@ class TrainConfig:
         """The keywords of `plug_in`; those at None are left out."""
         options = {
             "aggregate": self.aggregate,
-            "norm": None if self.norm == "none" else self.norm,
+            "norm": self.norm,
             "keep_identity": self.keep_identity,
         }
         open_options = {"groups": self.groups, "init": self.init, "inner": self.inner, "window": self.window}

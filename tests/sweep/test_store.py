@@ -34,6 +34,13 @@ def die(claim) -> None:
     claim.lock.release()
 
 
+def finish(claim, folder: Path) -> None:
+    """What a worker leaves that has trained a run."""
+    (folder / claim.cell.key).mkdir(parents=True)
+    claim.done(50.0)
+    claim.lock.release()
+
+
 def test_workers_get_different_runs_in_the_files_order(worker):
     first, second = worker(), worker()
     claims = [first.claim(), second.claim(), first.claim(), second.claim()]
@@ -41,8 +48,7 @@ def test_workers_get_different_runs_in_the_files_order(worker):
     assert first.claim() is None and second.claim() is None
     assert {state for state, _ in first.states().values()} == {"running"}
     for claim in claims:
-        claim.done(50.0)
-        claim.lock.release()
+        finish(claim, first.folder)
     assert worker().claim() is None
     assert {state for state, _ in second.states().values()} == {"done"}
     assert len(first.study.trials) == 4
@@ -67,6 +73,17 @@ def test_a_failed_run_is_tried_again_when_a_worker_starts_and_not_before(worker)
     _claims, keys = take_all(store)
     assert claim.cell.key not in keys and len(keys) == 3
     assert worker().claim().cell.key == claim.cell.key
+
+
+def test_a_finished_run_that_was_removed_is_run_again(worker):
+    store = worker()
+    claims, _keys = take_all(store)
+    for claim in claims:
+        finish(claim, store.folder)
+    (store.folder / "host/seed-1").rmdir()
+    assert {key: state for key, (state, _) in store.states().items()}["host/seed-1"] == "waiting"
+    _claims, keys = take_all(worker())
+    assert keys == ["host/seed-1"]
 
 
 def test_a_file_that_grew_adds_runs_and_one_that_shrank_leaves_some_out(worker):

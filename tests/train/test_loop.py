@@ -141,6 +141,24 @@ def test_only_weights_of_convolutions_and_linear_layers_decay(name):
     assert len(decayed["params"]) + len(free["params"]) == len(names)
 
 
+@pytest.mark.parametrize("name", ["dsnet20", "resnet18"])
+@pytest.mark.parametrize(
+    ("norm", "cls"),
+    [
+        ("group", torch.nn.GroupNorm),
+        ("batch", torch.nn.BatchNorm2d),
+        ("layer", torch.nn.GroupNorm),
+        ("instance", torch.nn.InstanceNorm2d),
+        ("none", None),
+    ],
+)
+def test_the_network_has_the_norm_of_its_configuration(norm, cls, name):
+    model = build_network(TrainConfig(model=name, norm=norm), 10)
+    for stage in ds.dense_stages(model).values():
+        found = {(type(n), getattr(n, "num_groups", 0) == 1) for n in stage.shortcut.norms}
+        assert found == ({(cls, norm == "layer")} if cls else set())
+
+
 def test_weight_decay_alone_shrinks_convolutions_and_leaves_shortcut_weights(tiny):
     config = tiny(weight_decay=0.1, opt="momentum", momentum=0.0, lr=0.5)
     model = build_network(config, 10)
