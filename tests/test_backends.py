@@ -154,10 +154,11 @@ def test_two_forward_passes_before_one_backward_add_up(variant):
 def test_no_grad_and_inference_mode_give_the_output_of_training(variant):
     net, x = double_net(**variant)
     expected = net(x)
-    with torch.no_grad():
-        assert torch.equal(net(x), expected)
+    with torch.no_grad():  # to rounding: a stage without gradients takes its sums in another order
+        assert_close(net(x), expected, 1e-12, "without gradients")
+        again = net(x)
     with torch.inference_mode():
-        assert torch.equal(net(x), expected)
+        assert torch.equal(net(x), again)
     assert not net(x.clone()).isnan().any() and expected.requires_grad
 
 
@@ -335,7 +336,7 @@ def test_the_triton_back_end_matches_the_equations_in_the_interpreter(variant, t
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("DENSE_SHORTCUTS_BACKEND", "triton")
     compare("timm_basic", 3, train=train, shape=(2, 6, 3, 2), **variant)
-    assert len(calls) == 3
+    assert len(calls) == (3 if train else 6)  # in evaluation mode without gradients too
 
 
 def test_a_deep_stage_in_tiles_by_triton_matches_the_plain_form(monkeypatch):
