@@ -353,11 +353,18 @@ def enter_normalised(norm: nn.Module, last: nn.Module, x: Tensor, *, later: int,
 
     The moments of last(x) follow from those of x, so one reading of x, (N, C, H, W), serves both norms.
     """
+    assert isinstance(last, nn.BatchNorm2d | nn.SyncBatchNorm)
     rows = 1 if is_batch_norm(norm) else x.shape[0]
     inner, outer = statistics(last), statistics(norm)
     gathers = ops.NONE if inner[0] == outer[0] == ops.NONE else ops.RAW
     entered = ops.enter(x, groups=gathers, eps=0.0, later=later, rows=rows, backend=backend)
     moments = entered.gathered[:2] if gathers == ops.RAW else ()
+    if ops.NONE not in (inner[0], outer[0]):
+        form = ops.nested_form(moments[0], moments[1], last.eps, last.weight, last.bias, *outer)
+        rate, shift, mean, var, *pooled = form
+        move_statistics(last, rate, mean, var, x.numel() // x.shape[1])
+        rate, shift = affine_form(norm, (rate, shift, *pooled), x, backend)
+        return Term(x, rate, shift, entered.links)
     rate, shift = affine_form(last, _form_of(moments, *inner), x, backend)
     moments = (rate * moments[0] + shift, rate.square() * moments[1]) if moments else ()
     own_rate, own_shift = affine_form(norm, _form_of(moments, *outer), x, backend)

@@ -355,3 +355,32 @@ def test_a_hooked_block_gets_the_whole_gradient_of_its_map():
         net(torch.randn(3, 3, 96, 96, dtype=torch.float64)).square().sum().backward()
     for backend in ("cpu", "native"):
         torch.testing.assert_close(seen[backend], seen["plain"], rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+@pytest.mark.parametrize("groups", [ops.BATCH, 1, 2, 6])
+def test_the_form_of_a_norm_of_a_batch_norm_and_its_gradients_are_those_of_the_two(groups, affine):
+    x = torch.randn(4, 6, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    weight, bias = torch.linspace(-1, 2, 6, dtype=torch.float64), torch.linspace(2, -3, 6, dtype=torch.float64)
+    parameters = (weight, bias) if affine else (None, None)
+    rate, shift, *found = ops.nested_form(*ops.moments(x), 0.1, *parameters, groups, 0.2)
+    y = torch.nn.functional.batch_norm(x, None, None, *parameters, training=True, eps=0.1)
+    if groups == ops.BATCH:
+        wanted = torch.nn.functional.batch_norm(y, None, None, training=True, eps=0.2)
+    else:
+        wanted = torch.nn.functional.group_norm(y, groups, eps=0.2)
+    torch.testing.assert_close(x * rate[:, :, None, None] + shift[:, :, None, None], wanted, rtol=1e-11, atol=1e-11)
+    pooled = y.transpose(0, 1).flatten(1) if groups == ops.BATCH else y.reshape(4 * groups, -1)
+    moments = [x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0), pooled.mean(1), pooled.var(1, correction=0)]
+    for one, other in zip(found, moments, strict=True):
+        torch.testing.assert_close(one.flatten(), other, rtol=1e-11, atol=1e-11)
+
+    given = [t.clone().requires_grad_() for t in (*ops.moments(x), *parameters) if t is not None]
+
+    def run(mean: Tensor, var: Tensor, *affine: Tensor) -> tuple[Tensor, ...]:
+        return ops.nested_form(mean, var, 0.1, *(affine or (None, None)), groups, 0.2)[:2]
+
+    assert torch.autograd.gradcheck(run, given) and torch.autograd.gradgradcheck(run, given)
+    if affine:  # a frozen bias alone
+        given[3].requires_grad_(False)
+        assert torch.autograd.gradcheck(run, given) and torch.autograd.gradgradcheck(run, given)
