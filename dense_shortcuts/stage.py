@@ -185,7 +185,7 @@ class _Join:
         *,
         whole: bool = False,
     ) -> Tensor:
-        tokens, flat = self.tokens, is_flat(branch)
+        tokens, flat, host_form = self.tokens, is_flat(branch), branch
         if tokens or flat:
             branch, identity = as_map(branch, tokens), as_map(identity, tokens)
         shortcut, k, memory = self.shortcut, self.k, self.memory
@@ -225,7 +225,7 @@ class _Join:
             later, self.entered = later.add(ahead), True
         self.memory = later
         if tokens or flat:
-            x = from_map(x, tokens, flat)
+            x = from_map(x, tokens, host_form)
         elif activation is None and isinstance(x, torch.fx.Proxy):
             x = torch.positive(x)  # type: ignore[arg-type]  # a node of the block's own: feature extractors take its last
         return x if relu or activation is None else activation(x)
@@ -264,7 +264,12 @@ class _Join:
 
 
 def as_map(x: Tensor, tokens: bool) -> Tensor:
-    """A view as a map (N, C, H, W): tokens have their channels last, (N, L, C) or (N, H, W, C), sequences (N, C, L)."""
+    """A view as a map (N, C, H, W): tokens have their channels last, (N, L, C) or (N, H, W, C), sequences (N, C, L).
+
+    What torch.fx records does not know how many axes its tokens have: all of them go into one, as those of (N, L, C).
+    """
+    if tokens and isinstance(x, torch.fx.Proxy):
+        return x.movedim(-1, 1).flatten(2).unsqueeze(2)
     x = x.movedim(-1, 1) if tokens else x
     return x.unsqueeze(2) if is_flat(x) else x
 
@@ -274,9 +279,11 @@ def is_flat(x: Tensor) -> bool:
     return not isinstance(x, torch.fx.Proxy) and x.ndim == 3
 
 
-def from_map(x: Tensor, tokens: bool, flat: bool) -> Tensor:
-    """The view of a map that `as_map` was given."""
-    x = x.squeeze(2) if flat else x
+def from_map(x: Tensor, tokens: bool, like: Tensor) -> Tensor:
+    """A map in the form of `like`, one that `as_map` was given."""
+    if tokens and isinstance(x, torch.fx.Proxy):
+        return x.movedim(1, -1).reshape(like.shape)
+    x = x.squeeze(2) if is_flat(like) else x
     return x.movedim(1, -1) if tokens else x
 
 

@@ -87,6 +87,24 @@ HOSTS: dict[str, Any] = {
         timm.create_model, "tnt_s_legacy_patch16_224", img_size=32, embed_dim=32, inner_dim=16, depth=2,
         num_heads_outer=2,
     ),
+    "relpos, a list with a window": partial(timm.create_model, "vit_relpos_small_patch16_224", **SMALL),
+    "relpos with its norms last": partial(timm.create_model, "vit_relpos_medium_patch16_rpn_224", **SMALL),
+    "relpos, blocks that share their positions": partial(timm.create_model, "vit_srelpos_small_patch16_224", **SMALL),
+    "nfnet, a gain in place": partial(
+        timm.models.nfnet.NormFreeNet,
+        timm.models.nfnet.NfCfg(
+            depths=(2, 1, 1, 2), channels=(16, 16, 32, 32), stem_type="3x3", stem_chs=16, group_size=8,
+            bottle_ratio=0.5, extra_conv=True, num_features=32, attn_layer="se", attn_kwargs={"rd_ratio": 0.5},
+            reg=False, skipinit=True,
+        ),
+    ),
+    "vovnet": partial(
+        timm.models.vovnet.VovNet,
+        {
+            "stem_chs": [8, 8, 8], "stage_conv_chs": [8] * 4, "stage_out_chs": [16] * 4, "layer_per_block": 2,
+            "block_per_stage": [1, 1, 3, 2], "residual": True, "depthwise": False, "attn": "ese",
+        },
+    ),
     "mixer": partial(timm.models.mlp_mixer.MlpMixer, img_size=32, patch_size=8, num_blocks=2, embed_dim=32),
     "torchvision resnet": partial(torchvision.models.resnet18, num_classes=8),
     "torchvision regnet": partial(torchvision.models.regnet_y_400mf, num_classes=8),
@@ -273,6 +291,15 @@ def test_a_list_whose_owner_changes_the_map_between_blocks_is_refused():
     net = timm.create_model("convit_tiny", depth=3, embed_dim=16, num_heads=2, img_size=32, patch_size=8)
     with pytest.raises(ds.DenseShortcutError, match="does not feed each block to the next"):
         ds.plug_in(net)  # it adds the class token before one of them
+
+
+def test_blocks_that_their_host_sets_to_add_no_shortcut_stay_as_they_are():
+    planned = ds.plan(host_of("vovnet"))
+    assert [(s.name, s.row.first, s.row.stop) for s in planned.stages] == [
+        ("stages.2.blocks", 1, 3),
+        ("stages.3.blocks", 1, 2),
+    ]
+    assert [r.reason for r in planned.refused] == ["it is set to add no shortcut"] * 2
 
 
 def test_a_block_of_a_dense_stage_called_by_itself_says_so():
