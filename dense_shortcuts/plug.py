@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import adapters
+from . import adapters, containers
 from .adapters import DenseBlock
 from .errors import DenseShortcutError
 from .find import Found, Refused, find_stages
@@ -346,7 +346,8 @@ def _plug_stage(container: nn.Module, stage: Found, planned: Plan) -> None:
             adapters.plug(block, stage.blocks[n], inner)
     shortcuts = {row: row_plan.shortcut for row, row_plan in rows.items()}
     aggregate, keep_identity = planned.options.aggregate, planned.options.keep_identity
-    DenseStage.adopt(container, shortcuts, aggregate=aggregate, keep_identity=keep_identity)
+    dense = containers.dense_class(container)
+    dense.adopt(container, shortcuts, aggregate=aggregate, keep_identity=keep_identity)
 
 
 def unplug(model: nn.Module) -> nn.Module:

@@ -79,10 +79,15 @@ class DenseStage(nn.Module):
         return {row: self._modules[row.shortcut] for row in self.rows}  # type: ignore[misc]
 
     @property
+    def block_names(self) -> list[str]:
+        """The names of the host's blocks in order."""
+        added = {row.shortcut for row in self.rows}
+        return [name for name, module in self._modules.items() if name not in added and module is not None]
+
+    @property
     def blocks(self) -> list[nn.Module]:
         """The host's blocks in order."""
-        added = {row.shortcut for row in self.rows}
-        return [module for name, module in self._modules.items() if name not in added and module is not None]
+        return [self._modules[name] for name in self.block_names]  # type: ignore[misc]
 
     def __len__(self) -> int:
         return len(self._modules) - len(self.rows)

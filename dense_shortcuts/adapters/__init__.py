@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import (
+    timm_dla,
     timm_nfnet,
     timm_positions,
     timm_relpos,
@@ -105,8 +106,8 @@ def has_tokens(block: Any) -> bool:
     return block._dense_trace.layout.tokens if isinstance(block, TracedBlock) else block.tokens
 
 
-_families: list[Any] = [timm_nfnet, timm_positions, timm_relpos, timm_res2net, timm_resnet, timm_swin, timm_vovnet]
-_families.append(torchvision_resnet)
+_families: list[Any] = [timm_dla, timm_nfnet, timm_positions, timm_relpos, timm_res2net, timm_resnet, timm_swin]
+_families += [timm_vovnet, torchvision_resnet]
 for needed, name in (("gemma4_vit", ".timm_gemma4"), ("efficientvim", ".timm_pairs")):  # not all in timm 1.0.20
     if find_spec(f"timm.models.{needed}"):
         _families.append(import_module(name, __name__))
