@@ -113,7 +113,7 @@ class Plan:
     def __str__(self) -> str:
         rows = [("stage", "blocks", "class", "channels", "pairs", "parameters")]
         rows += [
-            (s.name, str(s.depth), s.blocks.__name__, str(s.channels), str(s.pairs), f"{s.parameters:,}")
+            (s.name or "(itself)", str(s.depth), s.blocks.__name__, str(s.channels), str(s.pairs), f"{s.parameters:,}")
             for s in self.stages
         ]
         rows.append(("total", "", "", "", str(sum(s.pairs for s in self.stages)), f"{self.parameters:,}"))

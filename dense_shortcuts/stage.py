@@ -168,6 +168,16 @@ class Step:
         x, self.memories[self.n + 1] = self.stage.step(self.place, x, self.memories[self.n], *args, **kwargs)
         return x
 
+    def __getattr__(self, name: str) -> Any:
+        """Never anything, for a host may use its block's own methods in place of a call, past the shortcuts.
+
+        Raises:
+            AttributeError: always; `getattr` with a default gives the default.
+        """
+        raise AttributeError(
+            f"the blocks of a dense stage can only be called, and the host asks for {name}: unplug the network first."
+        )
+
 
 class _Join:
     """What a stage does at the end of block l = k + 1: makes X_l from the block's parts and the earlier maps."""

@@ -129,6 +129,10 @@ HOSTS: dict[str, Any] = {
         local_up_to_layer=3,
     ),
     "xception, blocks by name": xception,
+    "lowformer, residual layers in a row": partial(
+        timm.create_model, "lowformer_b0", width_list=[16, 16, 16, 32, 32], depth_list=[1, 1, 1, 2, 3],
+        head_widths=(32, 32),
+    ),
     "mixer": partial(timm.models.mlp_mixer.MlpMixer, img_size=32, patch_size=8, num_blocks=2, embed_dim=32),
     "torchvision resnet": partial(torchvision.models.resnet18, num_classes=8),
     "torchvision regnet": partial(torchvision.models.regnet_y_400mf, num_classes=8),

@@ -252,3 +252,17 @@ def test_checkpoints_of_such_features_give_the_same_gradients():
     assert counted == 1 and len(runs) == 3  # once more where the backward pass needs it
     for one, other in zip(plain, saved, strict=True):
         assert_close(other, one, 1e-10, "gradient")
+
+
+def test_a_host_that_calls_a_method_of_a_block_is_told_to_unplug():
+    net = ds.plug_in(timm.create_model("xception41", num_classes=3))
+    with pytest.raises(AttributeError, match="asks for forward_with_tap: unplug the network first"):
+        net.forward_intermediates(torch.zeros(1, 3, 32, 32))
+
+
+def test_a_tree_compiles_in_one_graph():
+    _, net = shaken(dla(DlaBasic))
+    x = images(16, 8)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert_close(torch.compile(net, fullgraph=True, backend="eager")(x), net(x), 1e-12, "output")

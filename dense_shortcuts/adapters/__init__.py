@@ -108,7 +108,8 @@ def has_tokens(block: Any) -> bool:
 
 _families: list[Any] = [timm_dla, timm_nfnet, timm_positions, timm_relpos, timm_res2net, timm_resnet, timm_swin]
 _families += [timm_vovnet, torchvision_resnet]
-for needed, name in (("gemma4_vit", ".timm_gemma4"), ("efficientvim", ".timm_pairs")):  # not all in timm 1.0.20
+_newer = {"efficientvim": ".timm_pairs", "gemma4_vit": ".timm_gemma4", "lowformer": ".timm_lowformer"}
+for needed, name in _newer.items():  # not all in timm 1.0.20
     if find_spec(f"timm.models.{needed}"):
         _families.append(import_module(name, __name__))
 for cls in (cls for family in _families for cls in family.BLOCKS):
