@@ -139,6 +139,16 @@ def statistics(norm: nn.Module | None) -> tuple[int, float]:
     return RAW if _is_synchronised(norm) else BATCH, norm.eps
 
 
+def known(norm: nn.Module) -> ops.KnownNorm | None:
+    """What a kernel needs to compute a norm by itself; None for one that moves statistics or is no known one."""
+    if not has_affine_form(norm) or (is_batch_norm(norm) and not uses_running_statistics(norm)):
+        return None
+    affine, eps = (_tensor(norm.weight), _tensor(norm.bias)), _tensor(norm.eps)
+    if is_batch_norm(norm):
+        return ops.KnownNorm(ops.RUNNING, eps, *affine, _tensor(norm.running_mean), _tensor(norm.running_var))
+    return ops.KnownNorm(statistics(norm)[0], eps, *affine)
+
+
 def affine_form(norm: nn.Module, gathered: Sequence[Tensor], x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """r and s with norm(x) = r * x + s; in training, batch norm updates its running statistics as PyTorch's does.
 
@@ -193,7 +203,9 @@ def running_form(norm: nn.Module, x: Tensor, backend: str) -> tuple[Tensor, Tens
 def _running_form(
     x: Tensor, mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
-    # x is taken so that a trace has something to hang the node on: it would fold the buffers into constants else
+    # x is also taken so that a trace has something to hang the node on: it would fold the buffers into constants else
+    if mean.shape[0] != x.shape[1]:
+        raise ValueError(f"a batch norm of {mean.shape[0]} channels was given a map of {x.shape[1]} channels")
     return ops.running_form(mean, var, eps, weight, bias, backend)
 
 

@@ -13,6 +13,7 @@ from .norms import (
     affine_form,
     has_affine_form,
     is_batch_norm,
+    known,
     make_norm,
     move_statistics,
     running_form,
@@ -42,15 +43,28 @@ class Memory(NamedTuple):
     """What a stage keeps from block to block: its maps X_0 .. X_{l-1} and, in a deep stage, the sums made ahead.
 
     partial has a sum (N, C, H, W) for each block of the group under way, closed the links from each group of maps to
-    the later groups of blocks (`tiling.py`).
+    the later groups of blocks (`tiling.py`). Where every block runs once and in order (`once`) and no gradient is
+    recorded, stream may keep the maps in place of terms.
     """
 
     terms: tuple[Term, ...] = ()
     partial: tuple[Tensor, ...] = ()
     closed: tuple[list[Tensor], ...] = ()
+    once: bool = False
+    stream: ops.Stream | None = None
 
     def add(self, term: Term) -> "Memory":
         return self._replace(terms=(*self.terms, term))
+
+    def begin(self) -> "Memory":
+        """What a row of blocks begins with."""
+        return Memory(once=self.once)
+
+    def leave_stream(self, k: int) -> "Memory":
+        """The same with X_0 .. X_k as terms."""
+        if self.stream is None:
+            return self
+        return self._replace(terms=tuple(Term(*self.stream.map(i)) for i in range(k + 1)), stream=None)
 
 
 class DenseShortcut(nn.Module):
@@ -132,9 +146,41 @@ class DenseShortcut(nn.Module):
         """w of block l = k + 1 for the maps that it sums: (maps, C), or (maps, N, C) where it depends on them."""
         return weigh(self.weighting, self.weights[self._weight_of[k]], self.channels, [t.map for t in terms])
 
-    def enter(self, i: int, x: Tensor, backend: str) -> Term:
-        """X_i, (N, C, H, W), as a map that no sum of this shortcut made."""
-        return enter(self.norm(i), x, later=self._later(i), backend=backend)
+    def enter(self, i: int, x: Tensor, backend: str, last: nn.Module | None = None) -> Term:
+        """X_i, (N, C, H, W), as a map that no sum of this shortcut made.
+
+        With `last`, a norm for which `norms.joins` holds, and where `takes_norm`, X_i is last(x).
+        """
+        norm, later = self.norm(i), self._later(i)
+        if last is None:
+            return enter(norm, x, later=later, backend=backend)
+        assert norm is not None
+        return enter_normalised(norm, last, x, later=later, backend=backend)
+
+    def takes_norm(self, i: int) -> bool:
+        """Whether a batch norm that gives X_i may become part of N(X_i), and X_i be left unmade."""
+        norm = self.norm(i)
+        known = norm is not None and has_affine_form(norm) and statistics(norm)[0] != ops.RAW
+        return known and self.weighting != "attention"  # which looks at the maps
+
+    def stream(self, x: Tensor, last: nn.Module | None) -> ops.Stream | None:
+        """What runs the row without gradients by the compiled kernels, from X_0 on; None where it may not.
+
+        x and last are as in `enter`.
+        """
+        tiled = isinstance(self.tiling, Tiling) and self.tiling.size < self.depth
+        if tiled or not self.weighted or self.weighting == "attention" or not all(self.sources):
+            return None
+        if not ops.fused.is_eager(x) or not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+            return None
+        norms = [*map(self.norm, range(self.depth)), last]
+        forms = [None if norm is None else known(norm) for norm in norms]
+        used = [form for form, norm in zip(forms, norms, strict=True) if norm is not None]
+        if not all(form is not None and form.fits(self.channels) for form in used):
+            return None
+        if len({form.groups == ops.RUNNING for form in forms[:-1] if form is not None}) > 1:  # norms of two kinds
+            return None
+        return ops.Stream(x, forms.pop(), forms, self.sources, list(map(self.weight, range(self.depth))))
 
     def sum_ahead(self, k: int, memory: Memory, backend: str) -> Memory:
         """Where block k begins a group of a deep stage: the sums of all maps finished so far, one for each block."""
@@ -151,7 +197,7 @@ class DenseShortcut(nn.Module):
         mine = [links[n : n + len(blocks) + 1] for n, links in zip(skipped, closed, strict=True)]
         sizes = [len(self.tiling.finished(first)) for first in begun]
         partial = ops.ahead([t.map for t in terms], mine, scales, len(blocks), sizes, backend)
-        return Memory(terms, tuple(partial), closed)
+        return memory._replace(partial=tuple(partial), closed=closed)
 
     def forward(
         self,
@@ -300,6 +346,27 @@ def enter(norm: nn.Module | None, x: Tensor, *, later: int, backend: str) -> Ter
     rows = 1 if norm is None or is_batch_norm(norm) else x.shape[0]
     groups, eps = statistics(norm)
     return as_term(norm, ops.enter(x, groups=groups, eps=eps, later=later, rows=rows, backend=backend), backend)
+
+
+def enter_normalised(norm: nn.Module, last: nn.Module, x: Tensor, *, later: int, backend: str) -> Term:
+    """N(last(x)) as `later` sums will use it: an affine form of x, since batch norm and N are affine by the channel.
+
+    The moments of last(x) follow from those of x, so one reading of x, (N, C, H, W), serves both norms.
+    """
+    rows = 1 if is_batch_norm(norm) else x.shape[0]
+    inner, outer = statistics(last), statistics(norm)
+    gathers = ops.NONE if inner[0] == outer[0] == ops.NONE else ops.RAW
+    entered = ops.enter(x, groups=gathers, eps=0.0, later=later, rows=rows, backend=backend)
+    moments = entered.gathered[:2] if gathers == ops.RAW else ()
+    rate, shift = affine_form(last, _form_of(moments, *inner), x, backend)
+    moments = (rate * moments[0] + shift, rate.square() * moments[1]) if moments else ()
+    own_rate, own_shift = affine_form(norm, _form_of(moments, *outer), x, backend)
+    return Term(x, own_rate * rate, own_rate * shift + own_shift, entered.links)
+
+
+def _form_of(moments: Sequence[Tensor], groups: int, eps: float) -> Sequence[Tensor]:
+    """What `affine_form` takes, from the mean and variance of each channel and image; nothing for no statistics."""
+    return () if groups == ops.NONE else ops.form(moments[0], moments[1], groups, eps, None, None)
 
 
 def as_branch(norm: nn.Module, x: Tensor, backend: str) -> ops.Branch:

@@ -1,7 +1,7 @@
 """The stage container: runs a stage's blocks, keeps their feature maps, and forms each block's dense shortcut."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from . import ops
 from .adapters import has_tokens, map_of
 from .hooks import has_hooks, observed
-from .norms import frozen_statistics, joins
+from .norms import frozen_statistics, joins, known
 from .shortcut import DenseShortcut, Memory, as_branch
 
 
@@ -131,8 +131,8 @@ class DenseStage(nn.Module):
             what the block gives back, its map or a tuple with it, and what the stage keeps for the blocks to come.
         """
         if place.shortcut is None:
-            return place.block(x, *args, **kwargs), Memory()
-        join = _Join(self, place, place.shortcut, memory if place.k else Memory())
+            return place.block(x, *args, **kwargs), memory.begin()
+        join = _Join(self, place, place.shortcut, memory if place.k else memory.begin())
         with frozen_statistics(place.block, place.shortcut) if _is_recomputing() else contextlib.nullcontext():
             result = place.block(x, *args, join=join, **kwargs)  # by name: hooks see the host's own arguments
             return result, join.remember(map_of(place.block, result))
@@ -146,7 +146,7 @@ class DenseStage(nn.Module):
             for step in self:
                 x = checkpoint(step, x, *args, use_reentrant=False, **kwargs)
             return x
-        memory = Memory()
+        memory = Memory(once=True)
         for place in self.places():
             x, memory = self.step(place, x, memory, *args, **kwargs)
         return x
@@ -199,15 +199,29 @@ class _Join:
         activation: Callable[[Tensor], Tensor] | None,
         *,
         whole: bool = False,
+        identity_norm: nn.Module | None = None,
     ) -> Tensor:
+        shortcut, k, memory = self.shortcut, self.k, self.memory
+        backend = "native" if memory.stream is not None else ops.choose(branch, shortcut.backend)
+        fused = backend != "plain" and bool(shortcut.sources[k])  # without maps there is nothing to sum in one pass
+        if identity_norm is not None and not (fused and self._joins_identity_norm(identity_norm)):
+            identity, identity_norm = identity_norm(identity), None
         tokens, flat, host_form = self.tokens, is_flat(branch), branch
         if tokens or flat:
             branch, identity = as_map(branch, tokens), as_map(identity, tokens)
-        shortcut, k, memory = self.shortcut, self.k, self.memory
-        backend = ops.choose(branch, shortcut.backend)
-        fused = backend != "plain" and bool(shortcut.sources[k])  # without maps there is nothing to sum in one pass
         if k == 0:
-            memory = memory.add(shortcut.enter(0, identity, backend))
+            stream = shortcut.stream(identity, identity_norm) if backend == "native" and self._may_stream() else None
+            memory = memory._replace(stream=stream)
+        if memory.stream is not None:
+            if norm is not None and not self._joins_norm(norm):
+                branch, norm = norm(branch), None
+            x = self._stream(memory.stream, branch, norm, identity, activation)
+            if x is not None:
+                self.memory, self.entered = memory, True
+                return from_map(x, tokens, host_form) if tokens or flat else x
+            memory = memory.leave_stream(k)
+        elif k == 0:
+            memory = memory.add(shortcut.enter(0, identity, backend, identity_norm))
         memory = later = shortcut.sum_ahead(k, memory, backend)
 
         before_norm, addends = None, [identity] if self.keep_identity and not whole else []
@@ -224,7 +238,8 @@ class _Join:
             fused and (relu or activation is None) and not self.entered and not self.last and not self._is_observed()
         )
         records = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        overwrite = fused and not records and not self.entered and self._is_own(branch, identity)
+        maps = [term.map for term in memory.terms]
+        overwrite = fused and not records and not self.entered and self._is_own(branch, identity, maps)
         x, ahead = shortcut(
             k,
             addends,
@@ -245,10 +260,34 @@ class _Join:
             x = torch.positive(x)  # type: ignore[arg-type]  # a node of the block's own: feature extractors take its last
         return x if relu or activation is None else activation(x)
 
+    def _may_stream(self) -> bool:
+        """Whether the row may be run by what keeps its state in place (`ops/stream.py`)."""
+        records = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        return self.memory.once and not records and not self.keep_identity and self.stage.aggregate != "block"
+
+    def _stream(
+        self,
+        stream: ops.Stream,
+        branch: Tensor,
+        norm: nn.Module | None,
+        identity: Tensor,
+        activation: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor | None:
+        """X_l by the stream, with nothing left to do; None where it does not take the block."""
+        relu = type(activation) is nn.ReLU and not observed(activation)
+        if torch.is_grad_enabled() or self.keep_identity or not (relu or activation is None):
+            return None
+        found = None if norm is None else known(norm)
+        fits = norm is None or (found is not None and found.fits(stream.first.shape[1]))
+        if not fits or not stream.takes(branch):
+            return None
+        own = self._is_own(branch, identity, stream.maps[: self.k + 1])
+        return stream.sum(self.k, branch, found, relu, branch if own else torch.empty_like(branch))
+
     def remember(self, x: Tensor) -> Memory:
         """What the stage keeps after the block, whose output is x."""
         if self.last:
-            return Memory()
+            return self.memory.begin()
         if self.entered:
             return self.memory
         x = as_map(x, self.tokens)
@@ -264,12 +303,17 @@ class _Join:
         exact = self.keep_identity or not self.shortcut.normalised
         return not exact and (self.stage.aggregate != "block" or self.last) and joins(norm) and not observed(norm)
 
-    def _is_own(self, branch: Tensor, identity: Tensor) -> bool:
+    def _joins_identity_norm(self, norm: nn.Module) -> bool:
+        """Whether the last norm of the projection may become part of N(X_0), so that X_0 itself is never made."""
+        taken = self.k == 0 and not self.keep_identity and self.shortcut.takes_norm(0)
+        return taken and joins(norm) and not observed(norm)
+
+    def _is_own(self, branch: Tensor, identity: Tensor, maps: Sequence[Tensor]) -> bool:
         """Whether nobody but this block has the branch's memory: no hook may have seen it, and it is no other map's."""
         if has_hooks(self.block):
             return False
-        others = {term.map.untyped_storage().data_ptr() for term in self.memory.terms}
-        return branch.untyped_storage().data_ptr() not in {*others, identity.untyped_storage().data_ptr()}
+        memories = {x.untyped_storage().data_ptr() for x in (*maps, identity)}
+        return branch.untyped_storage().data_ptr() not in memories
 
     def _is_observed(self) -> bool:
         """Whether a hook may take X_l: on its block, or on the next one or a layer in it, as their input."""

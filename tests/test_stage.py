@@ -61,8 +61,11 @@ def compare(
     y_expected.backward(upstream.double())
 
     tolerance = TOLERANCE[dtype]
-    assert torch.equal(x, given), "the stage wrote into its input"
     assert_close(y, y_expected, tolerance, "output")
+    if not train:
+        with torch.no_grad():
+            assert_close(stage(x), y_expected, tolerance, "output without gradients")
+    assert torch.equal(x, given), "the stage wrote into its input"
     assert_close(x.grad, x_expected.grad, tolerance, "gradient of the input")
     actual, wanted = dict(stage.named_parameters()), expected.parameters()
     assert set(actual) == set(wanted)

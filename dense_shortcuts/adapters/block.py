@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ..errors import DenseShortcutError
+from ..hooks import observed
 
 Branch = tuple[Tensor, nn.Module | None]
 Activation = Callable[[Tensor], Tensor] | None
@@ -17,11 +18,19 @@ class Join(Protocol):
     keep_identity: bool
 
     def __call__(
-        self, branch: Tensor, norm: nn.Module | None, identity: Tensor, activation: Activation, *, whole: bool = False
+        self,
+        branch: Tensor,
+        norm: nn.Module | None,
+        identity: Tensor,
+        activation: Activation,
+        *,
+        whole: bool = False,
+        identity_norm: nn.Module | None = None,
     ) -> Tensor:
         """X_l from the branch, the norm still to be applied to it, the host's shortcut and what follows the add.
 
-        With `whole` the branch is the host's own sum, branch and shortcut together.
+        With `whole` the branch is the host's own sum, branch and shortcut together. `identity_norm` is still to be
+        applied to the host's shortcut.
         """
         ...
 
@@ -63,6 +72,20 @@ class DenseBlock:
         downsample = getattr(self, "downsample", None)
         return x if downsample is None else downsample(x)
 
+    def project_but_norm(self, x: Tensor) -> Branch:
+        """`project` with its last layer, usually a norm, still to be applied: the stage may do so in a pass of its own.
+
+        None is left where an adapter has a `project` of its own, or a hook asks that the projection be called.
+        """
+        downsample = getattr(self, "downsample", None)
+        own = type(self).project is not DenseBlock.project
+        if own or type(downsample) is not nn.Sequential or not len(downsample) or observed(downsample):
+            return self.project(x), None
+        *layers, last = downsample
+        for layer in layers:
+            x = layer(x)
+        return x, last
+
     def activation(self) -> nn.Module | None:
         """What follows the add: s; None for nothing."""
         return None
@@ -91,7 +114,8 @@ class DenseBlock:
     def forward(self, x: Tensor, join: Join | None = None) -> Tensor:
         """X_l from X_{l-1}, where join(branch, norm, identity, activation) is what the stage makes of them."""
         branch, norm = self.branch(x)
-        return joined(join)(branch, norm, self.project(x), self.activation())
+        identity, last = self.project_but_norm(x)
+        return joined(join)(branch, norm, identity, self.activation(), identity_norm=last)
 
 
 def joined(join: Join | None) -> Join:

@@ -124,10 +124,9 @@ class Contender:
             self.optimizer.zero_grad(set_to_none=True)
 
     def turn(self, what: str) -> None:
-        """One round's measurement. On CUDA a call goes before it, which settles the allocator after another network."""
+        """One round's measurement, behind a call that settles allocator and caches after another network."""
         call = self.call(what)
-        if self.device.type == "cuda":
-            call()
+        call()
         self.row.seconds[what].append(timed(call, self.calls[what], self.device))
 
 
@@ -188,8 +187,9 @@ def compare(
 
         for number in range(config.rounds or 1):
             tell(f"round {number + 1} of {config.rounds}")
+            first = number % len(contenders)  # nobody always comes behind the same network
             for what in config.what:
-                for contender in contenders:
+                for contender in contenders[first:] + contenders[:first]:
                     contender.turn(what)
     rows = [contender.row for contender in contenders]
     return Result(comparison.label, mode, comparison.peer, shape, comparison.depth, rows, left_out)

@@ -2,17 +2,21 @@
 
 from . import fused  # registers the operators and their formulas, before any counter of operations begins
 from .dispatch import BACKENDS, choose
-from .forms import BATCH, NONE, RAW, form, pool
+from .forms import BATCH, NONE, RAW, RUNNING, form, pool
 from .joining import Branch, Joined, ahead, close, enter, join, running_form
 from .reference import accumulation_dtype, dense_sum, moments
+from .stream import KnownNorm, Stream
 
 __all__ = [
     "BACKENDS",
     "BATCH",
     "NONE",
     "RAW",
+    "RUNNING",
     "Branch",
     "Joined",
+    "KnownNorm",
+    "Stream",
     "accumulation_dtype",
     "ahead",
     "choose",

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .reference import accumulation_dtype
 
-# In place of a number of groups: each channel is normalised over all images; no statistics; each channel's moments.
-BATCH, NONE, RAW = 0, -1, -2
+# In place of a number of groups: each channel is normalised over all images; no statistics; each channel's moments;
+# batch norm by its running statistics.
+BATCH, NONE, RAW, RUNNING = 0, -1, -2, -3
 
 
 def form(

@@ -378,10 +378,11 @@ struct Sum {
 // A norm: which statistics it takes, and where they and the affine form N(x) = rate * x + shift go; see forms.py.
 template <class A>
 struct Form {
-  int64_t groups;  // or BATCH, RAW, NO_STATISTICS
+  int64_t groups;  // or BATCH, RAW, RUNNING, NO_STATISTICS
   double eps;
-  const A *weight, *bias;                   // (C,) or null
-  A *rate, *shift, *pooled, *variance;      // with RAW the mean and the variance in place of rate and shift
+  const A *weight, *bias;               // (C,) or null
+  A *rate, *shift, *pooled, *variance;  // with RAW the mean and the variance in place of rate and shift; with RUNNING
+                                        // pooled and variance are the running statistics; else both may be null
 };
 
 // The gradient of a map through its norm, as offset + slope * x.
@@ -424,7 +425,7 @@ struct PairGradients {
   A *branch_rate, *branch_shift;             // (1, C)
 };
 
-constexpr int64_t BATCH = 0, NO_STATISTICS = -1, RAW = -2;
+constexpr int64_t BATCH = 0, NO_STATISTICS = -1, RAW = -2, RUNNING = -3;
 constexpr int64_t BLOCK = 64;  // channels of which a thread does the arithmetic at a time
 
 // The functions from here on that begin with `team_` are called by all threads of a parallel region and share the work.
@@ -456,9 +457,31 @@ void write_form(const Form<A>& form, int64_t at, int64_t channel, double mean, d
   form.shift[at] = A((form.bias == nullptr ? 0 : double(form.bias[channel])) - mean * r);
 }
 
-// The form of a norm from the moments of chunks, (chunks, 2, C).
+// The form of a batch norm by its running statistics.
 template <class A>
-void team_form(const Shape& shape, const double* parts, const Form<A>& form) {
+void team_running(int64_t c, const Form<A>& form) {
+#pragma omp for
+  for (int64_t j = 0; j < c; ++j) write_form(form, j, j, form.pooled[j], form.variance[j]);
+}
+
+template <class A>
+void keep(const Form<A>& form, int64_t at, double mean, double var) {
+  if (form.pooled != nullptr) form.pooled[at] = A(mean), form.variance[at] = A(var);
+}
+
+// The moments of what an affine form makes of some channels, from theirs.
+template <class A>
+void move_moments(const Form<A>& inner, int64_t from, int64_t n, double* mean, double* about) {
+  for (int64_t j = 0; j < n; ++j) {
+    const double r = inner.rate[from + j];
+    mean[j] = r * mean[j] + inner.shift[from + j];
+    about[j] *= r * r;
+  }
+}
+
+// The form of a norm from the moments of chunks, (chunks, 2, C); of the norm of inner(x) where that is given.
+template <class A>
+void team_form(const Shape& shape, const double* parts, const Form<A>& form, const Form<A>* inner = nullptr) {
   const int64_t c = shape.channels, splits = shape.splits();
   if (form.groups == BATCH || form.groups == RAW) {
     const int64_t blocks = (c + BLOCK - 1) / BLOCK, outer = form.groups == BATCH ? 1 : shape.images;
@@ -468,6 +491,7 @@ void team_form(const Shape& shape, const double* parts, const Form<A>& form) {
       const int64_t row = unit / blocks, from = unit % blocks * BLOCK, n = std::min(BLOCK, c - from);
       double mean[BLOCK], about[BLOCK];
       const double count = merge_moments(shape, parts, row * splits, chunks, from, n, mean, about);
+      if (inner != nullptr) move_moments(*inner, from, n, mean, about);
       for (int64_t j = 0; j < n; ++j) {
         const int64_t at = row * c + from + j;
         const double var = about[j] / count;
@@ -475,7 +499,7 @@ void team_form(const Shape& shape, const double* parts, const Form<A>& form) {
           form.rate[at] = A(mean[j]), form.shift[at] = A(var);
           continue;
         }
-        form.pooled[at] = A(mean[j]), form.variance[at] = A(var);
+        keep(form, at, mean[j], var);
         write_form(form, at, from + j, mean[j], var);
       }
     }
@@ -487,12 +511,13 @@ void team_form(const Shape& shape, const double* parts, const Form<A>& form) {
   for (int64_t set = 0; set < shape.images * form.groups; ++set) {
     const int64_t image = set / form.groups, from = set % form.groups * size;
     const double count = merge_moments(shape, parts, image * splits, splits, from, size, mean.data(), about.data());
+    if (inner != nullptr) move_moments(*inner, from, size, mean.data(), about.data());
     double m = 0, v = 0;
     for (int64_t j = 0; j < size; ++j) m += mean[j];
     m /= size;
     for (int64_t j = 0; j < size; ++j) v += about[j] / count + (mean[j] - m) * (mean[j] - m);
     v /= size;
-    form.pooled[set] = A(m), form.variance[set] = A(v);
+    keep(form, set, m, v);
     for (int64_t j = 0; j < size; ++j) write_form(form, image * c + from + j, from + j, m, v);
   }
 }
@@ -644,17 +669,31 @@ void team_sum(const Sum<A>& sum, void* out, int32_t kind, double* moments, A* pr
   }
 }
 
+// The form of a norm of a map; with `inner`, a batch norm by its running statistics, that of norm(inner(x)).
 template <class A>
-void enter(const Shape& shape, const Map& x, const Form<A>& form, int threads) {
-  std::vector<double> parts(shape.chunks() * 2 * shape.channels);
+void enter(const Shape& shape, const Map& x, const Form<A>& form, const Form<A>* inner, int threads) {
+  const int64_t c = shape.channels, rows = form.groups == RUNNING || form.groups == BATCH ? 1 : shape.images;
+  std::vector<double> parts(form.groups == RUNNING ? 0 : shape.chunks() * 2 * c);
 #pragma omp parallel num_threads(threads)
   {
-    team_moments<A>(shape, x, parts.data());
-    team_form(shape, parts.data(), form);
+    if (inner != nullptr) team_running(c, *inner);
+    if (form.groups == RUNNING) {
+      team_running(c, form);
+    } else {
+      team_moments<A>(shape, x, parts.data());
+      team_form(shape, parts.data(), form, inner);
+    }
+    if (inner != nullptr) {
+#pragma omp for
+      for (int64_t i = 0; i < rows * c; ++i) {
+        form.shift[i] += form.rate[i] * inner->shift[i % c];
+        form.rate[i] *= inner->rate[i % c];
+      }
+    }
   }
 }
 
-// s(addends + norm of the branch + sum of pairs); `norm` is that of the branch where it goes by this batch. Scales and
+// s(addends + norm of the branch + sum of pairs); `norm` is that of the branch unless its form is given. Scales and
 // bias that are to be made stay here.
 template <class A>
 void block(const Shape& shape, const Map* addends, int64_t addend_count, const Form<A>* norm, Pairs<A> pairs, bool relu,
@@ -668,11 +707,14 @@ void block(const Shape& shape, const Map* addends, int64_t addend_count, const F
   for (int64_t i = 0; i < addend_count; ++i) sum.terms.push_back({addends[i], ones.data(), 1});
   for (int64_t i = 0; i < pairs.count; ++i)
     sum.terms.push_back({pairs.maps[i], pairs.scales + i * pairs.rows * c, pairs.rows});
-  const bool gathers = own.groups != NO_STATISTICS;
+  const bool gathers = own.groups != NO_STATISTICS && own.groups != RUNNING;
   std::vector<double> parts(gathers || norm != nullptr ? shape.chunks() * 2 * c : 0);
 #pragma omp parallel num_threads(threads)
   {
-    if (norm != nullptr) {
+    if (own.groups == RUNNING) team_running(c, own);
+    if (norm != nullptr && norm->groups == RUNNING) {
+      team_running(c, *norm);
+    } else if (norm != nullptr) {
       team_moments<A>(shape, pairs.maps[0], parts.data());
       team_form(shape, parts.data(), *norm);
     }
@@ -779,17 +821,6 @@ void mix(const Shape& shape, const Map* maps, int64_t count, const A* scales, in
   }
 }
 
-// The form of a batch norm by its running statistics.
-template <class A>
-void running(int64_t c, const A* mean, const A* var, double eps, const A* weight, const A* bias, A* rate, A* shift) {
-#pragma omp simd
-  for (int64_t j = 0; j < c; ++j) {
-    const double t = 1 / std::sqrt(var[j] + eps), r = weight == nullptr ? t : weight[j] * t;
-    rate[j] = A(r);
-    shift[j] = A((bias == nullptr ? 0 : double(bias[j])) - mean[j] * r);
-  }
-}
-
 template <class A>
 void dots(const Shape& shape, const Map* grads, int64_t grad_count, const Map* maps, int64_t count, int64_t rows,
           A* out, int threads) {
@@ -830,7 +861,9 @@ int dense_shortcuts_has_half() {
 }
 
 #define EXPORT(A, SUFFIX)                                                                                             \
-  void enter_##SUFFIX(Shape shape, Map x, const Form<A>* form, int threads) { enter(shape, x, *form, threads); }      \
+  void enter_##SUFFIX(Shape shape, Map x, const Form<A>* form, const Form<A>* inner, int threads) {                   \
+    enter(shape, x, *form, inner, threads);                                                                           \
+  }                                                                                                                   \
   void block_##SUFFIX(Shape shape, const Map* addends, int64_t addend_count, const Form<A>* norm,                     \
                       const Pairs<A>* pairs, bool relu, void* y, int32_t kind, const Form<A>* own, int threads) {     \
     block(shape, addends, addend_count, norm, *pairs, relu, y, kind, *own, threads);                                  \
@@ -851,10 +884,7 @@ int dense_shortcuts_has_half() {
                      A* out, int threads) {                                                                           \
     dots(shape, grads, grad_count, maps, count, rows, out, threads);                                                  \
   }                                                                                                                   \
-  void running_##SUFFIX(int64_t c, const A* mean, const A* var, double eps, const A* weight, const A* bias, A* rate,  \
-                        A* shift) {                                                                                   \
-    running(c, mean, var, eps, weight, bias, rate, shift);                                                            \
-  }
+  void running_##SUFFIX(int64_t c, const Form<A>* form) { team_running(c, *form); }
 
 EXPORT(float, f32)
 EXPORT(double, f64)

@@ -20,20 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .forms import BATCH, NONE, RAW, unnormalised_scales
+from .forms import BATCH, NONE, RAW, RUNNING, unnormalised_scales
 from .reference import accumulation_dtype
 
 CACHE_VARIABLE = "DENSE_SHORTCUTS_CACHE"
 
 _FLAGS = ["-O3", "-std=c++17", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 _LINK = ["-shared", "-fPIC"]
-_KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _SMALL = 2**15  # elements of a map below which a second thread costs more than it gains
 
 _logger = logging.getLogger(__name__)
 
 
-class _Map(ctypes.Structure):
+class Map(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("kind", ctypes.c_int32))
 
 
@@ -49,7 +49,7 @@ class _Shape(ctypes.Structure):
 _long, _pointer, _int = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32
 
 
-class _Form(ctypes.Structure):
+class Form(ctypes.Structure):
     _fields_ = (
         ("groups", _long),
         ("eps", ctypes.c_double),
@@ -68,7 +68,7 @@ class _Through(ctypes.Structure):
     )
 
 
-class _Pairs(ctypes.Structure):
+class Pairs(ctypes.Structure):
     _fields_ = (
         ("maps", _pointer),
         ("count", _long),
@@ -90,7 +90,7 @@ class _PairGradients(ctypes.Structure):
 
 class _Pull(ctypes.Structure):
     _fields_ = (
-        ("x", _Map),
+        ("x", Map),
         ("grad", _pointer),
         ("own", _Through),
         *((name, _pointer) for name in ("later", "later_scales", "later_rows")),
@@ -101,9 +101,9 @@ class _Pull(ctypes.Structure):
     )
 
 
-_FORM, _PULL, _PAIRS = (ctypes.POINTER(struct) for struct in (_Form, _Pull, _Pairs))
+_FORM, _PULL, _PAIRS = (ctypes.POINTER(struct) for struct in (Form, _Pull, Pairs))
 _ARGUMENTS: dict[str, list[type]] = {
-    "enter": [_Shape, _Map, _FORM, ctypes.c_int],
+    "enter": [_Shape, Map, _FORM, _FORM, ctypes.c_int],
     "block": [_Shape, _pointer, _long, _FORM, _PAIRS, ctypes.c_bool, _pointer, _int, _FORM, ctypes.c_int],
     "pull": [_Shape, _PULL, _pointer, _long, _long, _pointer, _pointer, ctypes.c_int],
     "pull_block": [
@@ -111,7 +111,7 @@ _ARGUMENTS: dict[str, list[type]] = {
     ],
     "mix": [_Shape, _pointer, _long, _pointer, _long, _long, _pointer, _int, ctypes.c_int],
     "dots": [_Shape, _pointer, _long, _pointer, _long, _long, _pointer, ctypes.c_int],
-    "running": [_long, _pointer, _pointer, ctypes.c_double, *[_pointer] * 4],
+    "running": [_long, _FORM],
 }
 
 
@@ -137,7 +137,7 @@ def library() -> tuple[ctypes.CDLL | None, str]:
 def supports(dtype: torch.dtype) -> bool:
     """Whether the kernels take maps of this dtype."""
     loaded, _ = library()
-    if loaded is None or dtype not in _KINDS:
+    if loaded is None or dtype not in KINDS:
         return False
     return dtype != torch.float16 or bool(loaded.dense_shortcuts_has_half())
 
@@ -206,13 +206,13 @@ class _Given:
         self.dtype = accumulation_dtype(first.dtype)
         self.kept: list[object] = []
 
-    def map(self, x: Tensor) -> _Map:
+    def map(self, x: Tensor) -> Map:
         x = x.contiguous(memory_format=self.layout)
         self.kept.append(x)
-        return _Map(x.data_ptr(), _KINDS[x.dtype])
+        return Map(x.data_ptr(), KINDS[x.dtype])
 
     def maps(self, maps: Sequence[Tensor]) -> int:
-        return self._table((_Map * len(maps))(*[self.map(x) for x in maps]))
+        return self._table((Map * len(maps))(*[self.map(x) for x in maps]))
 
     def numbers(self, x: Tensor | None) -> int | None:
         if x is None:
@@ -244,14 +244,16 @@ def enter(x: Tensor, groups: int, eps: float) -> list[Tensor]:
     x = _standard(x)
     found = _new_statistics(x, groups)
     if groups != NONE:
-        form = _Form(groups, eps, None, None, *[t.data_ptr() for t in found])
-        _call("enter", x, _shape(x), _Given(x).map(x), form)
+        form = Form(groups, eps, None, None, *[t.data_ptr() for t in found])
+        _call("enter", x, shape_of(x), _Given(x).map(x), form, None)
     return found
 
 
 def _new_statistics(x: Tensor, groups: int) -> list[Tensor]:
     """Room for rate, shift, pooled mean and variance of a norm of x."""
     (n, c), dtype = x.shape[:2], accumulation_dtype(x.dtype)
+    if groups > 0 and c % groups:
+        raise ValueError(f"a norm of {groups} groups was given a map of {c} channels, which they do not divide")
     form = (0,) if groups == NONE else (1, c) if groups == BATCH else (n, c)
     pooled = (0,) if groups in (NONE, RAW) else (1, c) if groups == BATCH else (n, groups)
     return [x.new_empty(shape, dtype=dtype) for shape in (form, form, pooled, pooled)]
@@ -296,7 +298,7 @@ def block(
     norm, found = None, []
     if branch is not None and not fixed:
         found = _new_statistics(branch, BATCH)
-        norm = _Form(BATCH, branch_eps, *_pair(given, affine), *[t.data_ptr() for t in found])
+        norm = Form(BATCH, branch_eps, *_pair(given, affine), *[t.data_ptr() for t in found])
     if rates:
         pairs = _paired(given, summed, weight, rates, shifts, fixed or found[:2])
     else:
@@ -309,9 +311,9 @@ def _pair(given: _Given, tensors: Sequence[Tensor]) -> tuple[int | None, int | N
     return (given.numbers(tensors[0]), given.numbers(tensors[1])) if tensors else (None, None)
 
 
-def _given_scales(given: _Given, maps: Sequence[Tensor], scales: Tensor, bias: Tensor | None) -> _Pairs:
+def _given_scales(given: _Given, maps: Sequence[Tensor], scales: Tensor, bias: Tensor | None) -> Pairs:
     """The terms of a sum whose scales are known."""
-    return _Pairs(
+    return Pairs(
         maps=given.maps(maps),
         count=len(maps),
         rows=scales.shape[1],
@@ -327,9 +329,9 @@ def _paired(
     rates: Sequence[Tensor],
     shifts: Sequence[Tensor],
     branch: Sequence[Tensor],
-) -> _Pairs:
+) -> Pairs:
     """The terms of a sum whose scales and bias are to be made: the branch, if it has rate and shift, and maps."""
-    return _Pairs(
+    return Pairs(
         given.maps(summed),
         len(summed),
         len(branch) > 0,
@@ -346,8 +348,8 @@ def _run_block(
     given: _Given,
     first: Tensor,
     addends: Sequence[Tensor],
-    norm: _Form | None,
-    pairs: _Pairs,
+    norm: Form | None,
+    pairs: Pairs,
     relu: bool,
     groups: int,
     eps: float,
@@ -355,9 +357,9 @@ def _run_block(
 ) -> tuple[Tensor, list[Tensor]]:
     y = first if out is first else torch.empty_like(first)
     found = _new_statistics(y, groups)
-    own = _Form(groups, eps, None, None, *[t.data_ptr() for t in found])
+    own = Form(groups, eps, None, None, *[t.data_ptr() for t in found])
     terms = (given.maps(addends), len(addends), norm, pairs)
-    _call("block", first, _shape(first), *terms, relu, y.data_ptr(), _KINDS[y.dtype], own)
+    _call("block", first, shape_of(first), *terms, relu, y.data_ptr(), KINDS[y.dtype], own)
     return y, found
 
 
@@ -383,7 +385,7 @@ def pull(
     bias = x.new_empty((rows, x.shape[1]), dtype=given.dtype)
     told = _pull(given, x, grad, own, later_grads, later_scales, relu, pulled)
     sums = (given.maps(maps), len(maps), rows, scales.data_ptr(), bias.data_ptr())
-    _call("pull", x, _shape(x), told, *sums)
+    _call("pull", x, shape_of(x), told, *sums)
     return pulled, scales, bias
 
 
@@ -407,7 +409,7 @@ def _pull(
         len(later_grads),
         relu,
         out.data_ptr(),
-        _KINDS[out.dtype],
+        KINDS[out.dtype],
     )
 
 
@@ -458,7 +460,7 @@ def pull_entered(
     given, pulled = _Given(x), torch.empty_like(x)
     through = _through(given, x, own, groups, eps, grad_rate, grad_shift)
     told = _pull(given, x, None, through, later_grads, later_scales, False, pulled)
-    _call("pull", x, _shape(x), told, None, 0, 0, None, None)
+    _call("pull", x, shape_of(x), told, None, 0, 0, None, None)
     return pulled
 
 
@@ -498,7 +500,7 @@ def pull_block(
     if not rates:
         scales = unnormalised_scales(weight, maps, y)
         to = _PairGradients(scales=to_scales.data_ptr(), bias=to_bias.data_ptr())
-        _call("pull_block", y, _shape(y), told, _given_scales(given, summed, scales, None), to, None, None)
+        _call("pull_block", y, shape_of(y), told, _given_scales(given, summed, scales, None), to, None, None)
         return g, scales, [], [], [], [] if weight is None else [_with_earlier(to_scales.sum(1), weight)], [], []
 
     assert weight is not None
@@ -515,7 +517,7 @@ def pull_block(
         back.weight, _ = _pair(given, affine)
         back.grad_weight, back.grad_bias = (t.data_ptr() for t in to_affine)
     out = to_branch[0].data_ptr() if to_branch else None
-    _call("pull_block", y, _shape(y), told, pairs, to, back, out)
+    _call("pull_block", y, shape_of(y), told, pairs, to, back, out)
     return (
         *(g, scales, to_branch, [t.to(p.dtype) for t, p in zip(to_affine, affine, strict=False)]),
         *(list(to_form) if fixed else [], [to_weight.to(weight.dtype)], list(to_rates), list(to_shifts)),
@@ -534,8 +536,9 @@ def running_form(
     given = _Given(mean)
     rate = mean.new_empty((1, mean.shape[0]), dtype=given.dtype)
     shift = torch.empty_like(rate)
-    numbers = [given.numbers(t) for t in (mean, var, weight, bias)]
-    _function("running", rate)(mean.shape[0], *numbers[:2], eps, *numbers[2:], rate.data_ptr(), shift.data_ptr())
+    affine, moments = map(given.numbers, (weight, bias)), map(given.numbers, (mean, var))
+    form = Form(RUNNING, eps, *affine, rate.data_ptr(), shift.data_ptr(), *moments)
+    kernel("running", rate)(mean.shape[0], form)
     return rate, shift
 
 
@@ -546,7 +549,7 @@ def mix(maps: Sequence[Tensor], scales: Tensor) -> list[Tensor]:
     outputs = [torch.empty_like(last) for _ in range(scales.shape[0])]
     told = (given.maps(maps), len(maps), given.numbers(scales), len(outputs), scales.shape[2])
     addresses = (_pointer * len(outputs))(*[y.data_ptr() for y in outputs])
-    _call("mix", last, _shape(last), *told, addresses, _KINDS[last.dtype])
+    _call("mix", last, shape_of(last), *told, addresses, KINDS[last.dtype])
     return outputs
 
 
@@ -556,11 +559,11 @@ def dots(grads: Sequence[Tensor], maps: Sequence[Tensor], rows: int) -> Tensor:
     given = _Given(first)
     out = first.new_empty((len(grads), len(maps), rows, first.shape[1]), dtype=given.dtype)
     told = (given.maps(grads), len(grads), given.maps(maps), len(maps), rows)
-    _call("dots", first, _shape(first), *told, out.data_ptr())
+    _call("dots", first, shape_of(first), *told, out.data_ptr())
     return out
 
 
-def _function(name: str, like: Tensor) -> "ctypes._FuncPointer":
+def kernel(name: str, like: Tensor) -> "ctypes._FuncPointer":
     """The compiled function for maps, or numbers per channel, of a dtype."""
     loaded, reason = library()
     assert loaded is not None, reason
@@ -569,8 +572,12 @@ def _function(name: str, like: Tensor) -> "ctypes._FuncPointer":
 
 
 def _call(name: str, like: Tensor, *arguments: object) -> None:
-    threads = torch.get_num_threads() if like.numel() > _SMALL else 1
-    _function(name, like)(*arguments, threads)
+    kernel(name, like)(*arguments, threads(like))
+
+
+def threads(like: Tensor) -> int:
+    """How many threads work on a map: as many as PyTorch uses, one for a small one."""
+    return torch.get_num_threads() if like.numel() > _SMALL else 1
 
 
 def _standard(x: Tensor) -> Tensor:
@@ -582,5 +589,5 @@ def _is_last(x: Tensor) -> bool:
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _shape(x: Tensor) -> _Shape:
+def shape_of(x: Tensor) -> _Shape:
     return _Shape(x.shape[0], x.shape[1], x.shape[2] * x.shape[3], _is_last(x))
