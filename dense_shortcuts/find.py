@@ -254,8 +254,14 @@ def _check_unshared(model: nn.Module, found: list[Found]) -> None:
 
 
 def _nothing_found(model: nn.Module, refused: list[Refused]) -> str:
-    """Names the block class that came nearest to one, what was looked for, and the adapter that would teach it."""
+    """Names the block class that came nearest to one, what was looked for, and the adapter that would teach it.
+
+    Where that class has an adapter, all that is left to say is why the adapter does not take the block.
+    """
     name = type(model).__name__
+    known = next((refusal for refusal in refused if has_adapter(refusal.cls)), None)
+    if known is not None:
+        return f"{name} has nothing to plug into. {known.cls.__qualname__} at {known.where}: {known.reason}."
     often = Counter(refusal.cls for refusal in refused or _scattered(model)).most_common(1)
     if not often:
         return f"{name} holds no residual blocks: there is nothing to plug into."

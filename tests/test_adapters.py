@@ -333,6 +333,15 @@ def test_blocks_that_their_host_sets_to_add_no_shortcut_stay_as_they_are():
     assert [r.reason for r in planned.refused] == ["it is set to add no shortcut"] * 2
 
 
+def test_a_network_whose_blocks_add_no_shortcut_is_refused_for_that():
+    with torch.device("meta"):
+        net = timm.create_model("ese_vovnet19b_dw")
+    with pytest.raises(
+        ds.DenseShortcutError, match=r"OsaBlock at stages\.0\.blocks\.0: it is set to add no shortcut\.$"
+    ):
+        ds.plug_in(net)
+
+
 def test_a_block_of_a_dense_stage_called_by_itself_says_so():
     net = ds.plug_in(host_of("resnet"))
     for block in (net.layer1[0], ds.plug_in(host_of("convnext")).stages[0].blocks[0]):
