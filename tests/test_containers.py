@@ -17,6 +17,7 @@ from timm.models.xception_aligned import XceptionAligned
 from torch import Tensor, nn
 
 import dense_shortcuts as ds
+from dense_shortcuts.explain.cam import cam_maps
 
 
 def images(channels: int, side: int, n: int = 2) -> Tensor:
@@ -204,6 +205,18 @@ def test_a_pass_knows_nothing_of_the_one_before_and_copies_are_apart():
         nn.init.zeros_(twin.get_parameter("shortcut3.weights.8"))
         assert not torch.equal(twin(x), expected) and torch.equal(net(x), expected)
         assert type(ds.unplug(twin)) is type(hosts.xception(3))
+
+
+def test_the_tools_for_plugged_networks_take_one_that_is_a_stage_itself():
+    _, net = shaken(hosts.xception(3))
+    net, x = net.float(), images(3, 64).float()
+    assert ds.check(net, (3, 64, 64)) == []
+    assert cam_maps(net, x, [0, 1], "ablationcam").shape == (2, 64, 64)
+    with pytest.raises(ds.DenseShortcutError, match=r"block5 is a block .* take another layer"):
+        cam_maps(net, x, [0, 1], "ablationcam", "block5")
+    net.shortcut3.weights[2].requires_grad_(False)
+    assert ds.check(net, (3, 64, 64)) == ["shortcut3.weights.2 is frozen: call requires_grad_() on it"]
+    assert str(ds.plan(ds.unplug(net))).splitlines()[1].startswith("(itself)")
 
 
 def test_a_block_called_by_name_from_elsewhere_says_so():
