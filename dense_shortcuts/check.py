@@ -36,14 +36,14 @@ def check(model: nn.Module, input_size: tuple[int, int, int] = (3, 64, 64), at_s
 
 
 def _static_faults(name: str, stage: DenseStage, at_start: bool) -> list[str]:
-    faults = []
+    faults, prefix = [], f"{name}." if name else ""
     for block_name, block in stage.named_children():
         inner = getattr(block, "inner", None)
         if isinstance(inner, InnerShortcut):
             start = torch.full_like(inner.weight, inner.start)
-            faults += _weight_faults(f"{name}.{block_name}.inner.weight", inner.weight, start if at_start else None)
+            faults += _weight_faults(f"{prefix}{block_name}.inner.weight", inner.weight, start if at_start else None)
     for row, shortcut in stage.shortcuts.items():
-        faults += _shortcut_faults(f"{name}.{row.shortcut}.weights", shortcut, at_start)
+        faults += _shortcut_faults(f"{prefix}{row.shortcut}.weights", shortcut, at_start)
     return faults
 
 

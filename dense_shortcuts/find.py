@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from . import containers
 from .adapters import NoResidual, has_adapter, read
 from .errors import DenseShortcutError
 from .stage import Row
@@ -74,7 +75,7 @@ def find_stages(model: nn.Module) -> tuple[list[Found], list[Refused]]:
 def _stage(model: nn.Module, name: str, module: nn.Module, refused: list[Refused]) -> Found | None:
     children = list(module.named_children())
     written = [child for _, child in children if has_adapter(type(child))]
-    if not written and not isinstance(module, nn.Sequential | nn.ModuleList) and not _runs_children(module):
+    if not written and not _may_be_container(module):
         return None
     views: dict[int, Any] = {}
     for n, (child_name, child) in enumerate(children):
@@ -83,7 +84,7 @@ def _stage(model: nn.Module, name: str, module: nn.Module, refused: list[Refused
                 views[n] = read(child)
         except NoResidual as reason:
             refused.append(Refused(type(child), name, child_name, str(reason)))
-    rows = tuple(_rows(views))
+    rows = tuple(_rows(views, containers.cuts(model, name) or ()))
     if not rows:
         return None
     if not _is_sequence(model, name, module):
@@ -99,6 +100,10 @@ def _stage(model: nn.Module, name: str, module: nn.Module, refused: list[Refused
     return Found(name, rows, kept, tuple(child_name for child_name, _ in children))
 
 
+def _may_be_container(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential | nn.ModuleList) or containers.is_known(module) or _runs_children(module)
+
+
 def _may_be_block(module: nn.Module) -> bool:
     """Whether a child may be a residual block: PyTorch's own layers and containers are none, nor what runs children."""
     own = type(module).__module__.startswith(("torch.nn.", "torch.ao."))
@@ -107,10 +112,11 @@ def _may_be_block(module: nn.Module) -> bool:
     return has_adapter(type(module)) or not (type(module).forward is nn.Sequential.forward or _runs_children(module))
 
 
-def _rows(views: dict[int, Any]) -> Iterator[Row]:
+def _rows(views: dict[int, Any], cuts: tuple[int, ...]) -> Iterator[Row]:
     """Cut the residual blocks of a container into rows that share a shape.
 
-    A row begins with a block that projects its input, or with the first block behind any other layer.
+    A row begins with a block that projects its input, with the first block behind any other layer, and with those of
+    `cuts`, before which the container's owner changes the map.
     """
     first: int | None = None
     count = 0
@@ -124,7 +130,7 @@ def _rows(views: dict[int, Any]) -> Iterator[Row]:
 
     last = max(views, default=-1)
     for n in range(last + 2):
-        ends = n not in views or views[n].projects() or (first is not None and _changes_width(views, n))
+        ends = n not in views or n in cuts or views[n].projects() or (first is not None and _changes_width(views, n))
         if first is not None and ends:
             yield from row(n)
             first = None
@@ -142,8 +148,8 @@ def _is_sequence(model: nn.Module, name: str, module: nn.Module) -> bool:
         return type(module).forward is nn.Sequential.forward
     if isinstance(module, nn.ModuleList):
         parent, _, attribute = name.rpartition(".")
-        return _loops_over(type(model.get_submodule(parent)), attribute)
-    return _runs_children(module)
+        return containers.cuts(model, name) is not None or _loops_over(type(model.get_submodule(parent)), attribute)
+    return containers.is_known(module) or _runs_children(module)
 
 
 def _runs_children(module: nn.Module) -> bool:
@@ -248,8 +254,14 @@ def _check_unshared(model: nn.Module, found: list[Found]) -> None:
 
 
 def _nothing_found(model: nn.Module, refused: list[Refused]) -> str:
-    """Names the block class that came nearest to one, what was looked for, and the adapter that would teach it."""
+    """Names the block class that came nearest to one, what was looked for, and the adapter that would teach it.
+
+    Where that class has an adapter, all that is left to say is why the adapter does not take the block.
+    """
     name = type(model).__name__
+    known = next((refusal for refusal in refused if has_adapter(refusal.cls)), None)
+    if known is not None:
+        return f"{name} has nothing to plug into. {known.cls.__qualname__} at {known.where}: {known.reason}."
     often = Counter(refusal.cls for refusal in refused or _scattered(model)).most_common(1)
     if not often:
         return f"{name} holds no residual blocks: there is nothing to plug into."

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import adapters
+from . import adapters, containers
 from .adapters import DenseBlock
 from .errors import DenseShortcutError
 from .find import Found, Refused, find_stages
@@ -113,7 +113,7 @@ class Plan:
     def __str__(self) -> str:
         rows = [("stage", "blocks", "class", "channels", "pairs", "parameters")]
         rows += [
-            (s.name, str(s.depth), s.blocks.__name__, str(s.channels), str(s.pairs), f"{s.parameters:,}")
+            (s.name or "(itself)", str(s.depth), s.blocks.__name__, str(s.channels), str(s.pairs), f"{s.parameters:,}")
             for s in self.stages
         ]
         rows.append(("total", "", "", "", str(sum(s.pairs for s in self.stages)), f"{self.parameters:,}"))
@@ -347,7 +347,8 @@ def _plug_stage(container: nn.Module, stage: Found, planned: Plan) -> None:
             adapters.plug(block, stage.blocks[n], inner)
     shortcuts = {row: row_plan.shortcut for row, row_plan in rows.items()}
     aggregate, keep_identity = planned.options.aggregate, planned.options.keep_identity
-    DenseStage.adopt(container, shortcuts, aggregate=aggregate, keep_identity=keep_identity)
+    dense = containers.dense_class(container)
+    dense.adopt(container, shortcuts, aggregate=aggregate, keep_identity=keep_identity)
 
 
 def unplug(model: nn.Module) -> nn.Module:

@@ -79,10 +79,15 @@ class DenseStage(nn.Module):
         return {row: self._modules[row.shortcut] for row in self.rows}  # type: ignore[misc]
 
     @property
+    def block_names(self) -> list[str]:
+        """The names of the host's blocks in order."""
+        added = {row.shortcut for row in self.rows}
+        return [name for name, module in self._modules.items() if name not in added and module is not None]
+
+    @property
     def blocks(self) -> list[nn.Module]:
         """The host's blocks in order."""
-        added = {row.shortcut for row in self.rows}
-        return [module for name, module in self._modules.items() if name not in added and module is not None]
+        return [self._modules[name] for name in self.block_names]  # type: ignore[misc]
 
     def __len__(self) -> int:
         return len(self._modules) - len(self.rows)
@@ -163,6 +168,16 @@ class Step:
         x, self.memories[self.n + 1] = self.stage.step(self.place, x, self.memories[self.n], *args, **kwargs)
         return x
 
+    def __getattr__(self, name: str) -> Any:
+        """Never anything, for a host may use its block's own methods in place of a call, past the shortcuts.
+
+        Raises:
+            AttributeError: always; `getattr` with a default gives the default.
+        """
+        raise AttributeError(
+            f"the blocks of a dense stage can only be called, and the host asks for {name}: unplug the network first."
+        )
+
 
 class _Join:
     """What a stage does at the end of block l = k + 1: makes X_l from the block's parts and the earlier maps."""
@@ -191,7 +206,7 @@ class _Join:
         fused = backend != "plain" and bool(shortcut.sources[k])  # without maps there is nothing to sum in one pass
         if identity_norm is not None and not (fused and self._joins_identity_norm(identity_norm)):
             identity, identity_norm = identity_norm(identity), None
-        tokens, flat = self.tokens, is_flat(branch)
+        tokens, flat, host_form = self.tokens, is_flat(branch), branch
         if tokens or flat:
             branch, identity = as_map(branch, tokens), as_map(identity, tokens)
         if k == 0:
@@ -203,7 +218,7 @@ class _Join:
             x = self._stream(memory.stream, branch, norm, identity, activation)
             if x is not None:
                 self.memory, self.entered = memory, True
-                return from_map(x, tokens, flat) if tokens or flat else x
+                return from_map(x, tokens, host_form) if tokens or flat else x
             memory = memory.leave_stream(k)
         elif k == 0:
             memory = memory.add(shortcut.enter(0, identity, backend, identity_norm))
@@ -240,7 +255,7 @@ class _Join:
             later, self.entered = later.add(ahead), True
         self.memory = later
         if tokens or flat:
-            x = from_map(x, tokens, flat)
+            x = from_map(x, tokens, host_form)
         elif activation is None and isinstance(x, torch.fx.Proxy):
             x = torch.positive(x)  # type: ignore[arg-type]  # a node of the block's own: feature extractors take its last
         return x if relu or activation is None else activation(x)
@@ -308,7 +323,12 @@ class _Join:
 
 
 def as_map(x: Tensor, tokens: bool) -> Tensor:
-    """A view as a map (N, C, H, W): tokens have their channels last, (N, L, C) or (N, H, W, C), sequences (N, C, L)."""
+    """A view as a map (N, C, H, W): tokens have their channels last, (N, L, C) or (N, H, W, C), sequences (N, C, L).
+
+    What torch.fx records does not know how many axes its tokens have: all of them go into one, as those of (N, L, C).
+    """
+    if tokens and isinstance(x, torch.fx.Proxy):
+        return x.movedim(-1, 1).flatten(2).unsqueeze(2)
     x = x.movedim(-1, 1) if tokens else x
     return x.unsqueeze(2) if is_flat(x) else x
 
@@ -318,9 +338,11 @@ def is_flat(x: Tensor) -> bool:
     return not isinstance(x, torch.fx.Proxy) and x.ndim == 3
 
 
-def from_map(x: Tensor, tokens: bool, flat: bool) -> Tensor:
-    """The view of a map that `as_map` was given."""
-    x = x.squeeze(2) if flat else x
+def from_map(x: Tensor, tokens: bool, like: Tensor) -> Tensor:
+    """A map in the form of `like`, one that `as_map` was given."""
+    if tokens and isinstance(x, torch.fx.Proxy):
+        return x.movedim(1, -1).reshape(like.shape)
+    x = x.squeeze(2) if is_flat(like) else x
     return x.movedim(1, -1) if tokens else x
 
 

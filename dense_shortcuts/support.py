@@ -229,20 +229,29 @@ def _step(plugged: nn.Module, x: Tensor) -> str:
 
 
 def _features(library: str, name: str, host: nn.Module, x: Tensor) -> str:
-    if library != "timm":
-        from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
-
-        node = get_graph_node_names(host)[1][-2]
-        net = create_feature_extractor(plug_in(copy.deepcopy(host), keep_identity=True), [node])
-        return _yes(_first(net(x)).isfinite().all().item() is True, "not finite")
     try:
-        backbone = _build("timm", name, torch.device("cpu"), features_only=True).eval()
+        backbone: Any = _timm_features(name) if library == "timm" else _torchvision_features(copy.deepcopy(host))
         expected = backbone(x)
-    except Exception as error:  # not every network of timm has features_only
+    except Exception as error:  # not every network has them
         return f"host: {type(error).__name__}"
-    found = plug_in(backbone, keep_identity=True)(x)
+    if library == "timm":
+        found = plug_in(backbone, keep_identity=True)(x)
+    else:
+        found = _torchvision_features(plug_in(copy.deepcopy(host), keep_identity=True))(x)
     same = all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(found, expected, strict=True))
     return _yes(same, "features moved")
+
+
+def _timm_features(name: str) -> nn.Module:
+    return _build("timm", name, torch.device("cpu"), features_only=True).eval()
+
+
+def _torchvision_features(network: nn.Module) -> Callable[[Tensor], list[Tensor]]:
+    """What torchvision extracts from a network: the output of its last module but one."""
+    from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+    net = create_feature_extractor(network, [get_graph_node_names(network)[1][-2]])
+    return lambda x: list(net(x).values())
 
 
 def _compiles(plugged: nn.Module, host: nn.Module, x: Tensor) -> str:

@@ -4,6 +4,7 @@ Starts hide errors (a weight of 0 or 1, a last norm whose gamma is 0), so every 
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 from timm.layers import BlurPool2d, DropBlock2d, DropPath, SqueezeExcite
 from timm.models.res2net import Bottle2neck
 from timm.models.resnet import BasicBlock, Bottleneck
+from timm.models.xception import Block as XceptionBlock
+from timm.models.xception import SeparableConv2d, Xception
 from torch import Tensor, nn
 from torchvision.models import resnet as tv
 
@@ -96,6 +99,20 @@ class Net(nn.Module):
         for n in range(1, self.stages + 1):
             x = getattr(self, f"layer{n}")(x)
         return self.fc(x.mean((2, 3)))
+
+
+def xception(num_classes: int) -> nn.Module:
+    """timm's with its own blocks by its own names, of fewer channels."""
+    net, widths = Xception(num_classes=num_classes), [16, 16, 20, *[24] * 9, 32]
+    net.conv1, net.bn1 = nn.Conv2d(3, 8, 3, 2, bias=False), nn.BatchNorm2d(8)
+    net.conv2, net.bn2 = nn.Conv2d(8, 16, 3, bias=False), nn.BatchNorm2d(16)
+    for n, (before, width) in enumerate(itertools.pairwise(widths), 1):
+        options = {"strides": 2 if before != width or n == 1 else 1, "start_with_relu": n > 1, "grow_first": n < 12}
+        net.set_submodule(f"block{n}", XceptionBlock(before, width, 2, **options))
+    net.conv3, net.bn3 = SeparableConv2d(32, 32, 3, 1, 1), nn.BatchNorm2d(32)
+    net.conv4, net.bn4 = SeparableConv2d(32, 32, 3, 1, 1), nn.BatchNorm2d(32)
+    net.fc = nn.Linear(32, num_classes)
+    return net
 
 
 def small_net(kind: str = "timm_basic", **extra: Any) -> Net:

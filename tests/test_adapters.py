@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from hosts import xception
 from torch import Tensor, nn
 
 import dense_shortcuts as ds
@@ -87,6 +88,51 @@ HOSTS: dict[str, Any] = {
         timm.create_model, "tnt_s_legacy_patch16_224", img_size=32, embed_dim=32, inner_dim=16, depth=2,
         num_heads_outer=2,
     ),
+    "relpos, a list with a window": partial(timm.create_model, "vit_relpos_small_patch16_224", **SMALL),
+    "relpos with its norms last": partial(timm.create_model, "vit_relpos_medium_patch16_rpn_224", **SMALL),
+    "relpos, blocks that share their positions": partial(timm.create_model, "vit_srelpos_small_patch16_224", **SMALL),
+    "nfnet, a gain in place": partial(
+        timm.models.nfnet.NormFreeNet,
+        timm.models.nfnet.NfCfg(
+            depths=(2, 1, 1, 2), channels=(16, 16, 32, 32), stem_type="3x3", stem_chs=16, group_size=8,
+            bottle_ratio=0.5, extra_conv=True, num_features=32, attn_layer="se", attn_kwargs={"rd_ratio": 0.5},
+            reg=False, skipinit=True,
+        ),
+    ),
+    "vovnet": partial(
+        timm.models.vovnet.VovNet,
+        {
+            "stem_chs": [8, 8, 8], "stage_conv_chs": [8] * 4, "stage_out_chs": [16] * 4, "layer_per_block": 2,
+            "block_per_stage": [1, 1, 3, 2], "residual": True, "depthwise": False, "attn": "ese",
+        },
+    ),
+    "dla": partial(
+        timm.create_model, "dla34", levels=(1, 1, 1, 2, 2, 1), channels=(8, 8, 16, 16, 32, 32), shortcut_root=True
+    ),
+    "dla of bottlenecks": partial(
+        timm.create_model, "dla60x_c", levels=(1, 1, 1, 2, 3, 1), channels=(8, 8, 16, 16, 32, 32), base_width=32,
+        cardinality=2,
+    ),
+    "dla of res2net's": partial(
+        timm.create_model, "dla60_res2net", levels=(1, 1, 1, 2, 1, 1), channels=(8, 8, 16, 16, 32, 32), base_width=32,
+    ),
+    "twins, a convolution behind the first block": partial(
+        timm.create_model, "twins_pcpvt_small", img_size=64, embed_dims=(16, 16, 32, 32), depths=(3, 1, 2, 2),
+        num_heads=(2, 2, 2, 2),
+    ),
+    "twins of windows": partial(
+        timm.create_model, "twins_svt_small", img_size=64, embed_dims=(16, 16, 32, 32), depths=(2, 3, 1, 2),
+        num_heads=(2, 2, 2, 2), wss=(4, 4, 2, 2),
+    ),
+    "convit, a token that joins in the middle": partial(
+        timm.create_model, "convit_tiny", img_size=32, patch_size=8, embed_dim=16, depth=5, num_heads=2,
+        local_up_to_layer=3,
+    ),
+    "xception, blocks by name": xception,
+    "lowformer, residual layers in a row": partial(
+        timm.create_model, "lowformer_b0", width_list=[16, 16, 16, 32, 32], depth_list=[1, 1, 1, 2, 3],
+        head_widths=(32, 32),
+    ),
     "mixer": partial(timm.models.mlp_mixer.MlpMixer, img_size=32, patch_size=8, num_blocks=2, embed_dim=32),
     "torchvision resnet": partial(torchvision.models.resnet18, num_classes=8),
     "torchvision regnet": partial(torchvision.models.regnet_y_400mf, num_classes=8),
@@ -126,8 +172,8 @@ def host_of(name: str) -> nn.Module:
 
 
 def images(name: str) -> Tensor:
-    side = 32 if "img_size" in HOSTS[name].keywords or "vit" in name or "torchvision swin" in name else 64
-    side = HOSTS[name].keywords.get("img_size", side)
+    settings = getattr(HOSTS[name], "keywords", {})
+    side = settings.get("img_size", 32 if "vit" in name or "torchvision swin" in name else 64)
     return torch.randn(2, 3, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
 
 
@@ -270,9 +316,30 @@ def test_a_list_of_blocks_that_its_owner_does_not_chain_is_refused():
 
 
 def test_a_list_whose_owner_changes_the_map_between_blocks_is_refused():
-    net = timm.create_model("convit_tiny", depth=3, embed_dim=16, num_heads=2, img_size=32, patch_size=8)
+    class OfSomebody(timm.models.convit.ConVit):
+        """Its forward pass may be another one, so nothing is known of where its rows end."""
+
+    net = OfSomebody(depth=3, embed_dim=16, num_heads=2, img_size=32, patch_size=8)
     with pytest.raises(ds.DenseShortcutError, match="does not feed each block to the next"):
-        ds.plug_in(net)  # it adds the class token before one of them
+        ds.plug_in(net)
+
+
+def test_blocks_that_their_host_sets_to_add_no_shortcut_stay_as_they_are():
+    planned = ds.plan(host_of("vovnet"))
+    assert [(s.name, s.row.first, s.row.stop) for s in planned.stages] == [
+        ("stages.2.blocks", 1, 3),
+        ("stages.3.blocks", 1, 2),
+    ]
+    assert [r.reason for r in planned.refused] == ["it is set to add no shortcut"] * 2
+
+
+def test_a_network_whose_blocks_add_no_shortcut_is_refused_for_that():
+    with torch.device("meta"):
+        net = timm.create_model("ese_vovnet19b_dw")
+    with pytest.raises(
+        ds.DenseShortcutError, match=r"OsaBlock at stages\.0\.blocks\.0: it is set to add no shortcut\.$"
+    ):
+        ds.plug_in(net)
 
 
 def test_a_block_of_a_dense_stage_called_by_itself_says_so():

@@ -341,6 +341,14 @@ CUT = {
         torchvision_convnext,
         {"features.1.0": "d", "features.1": "a", "features.3.0": "b", "features.3": "c"},
     ),
+    "vit, tokens along one axis": (
+        lambda: torchvision.models.VisionTransformer(32, 8, 3, 2, 16, 32, num_classes=3),
+        {"encoder.layers.encoder_layer_1": "a", "encoder.layers.encoder_layer_2": "b", "encoder.ln": "c"},
+    ),
+    "swin, tokens along two axes": (
+        lambda: torchvision.models.SwinTransformer([4, 4], 16, [2, 3], [2, 2], [4, 4], num_classes=3),
+        {"features.1.0": "d", "features.1": "a", "features.3.1": "b", "features.3": "c"},
+    ),
 }
 
 

@@ -3,6 +3,9 @@
 import json
 
 import pytest
+import torch
+import torchvision
+from torch import nn
 
 from dense_shortcuts import support
 from dense_shortcuts.cli import main
@@ -27,6 +30,16 @@ def test_a_check_that_fails_is_told(monkeypatch):
     monkeypatch.setattr(support, "unplug", lambda model: model)
     row = support.examine(*PLACES[0])
     assert row.verdict == "failed" and row.checks["unplug"].startswith("no: the host did not come back")
+
+
+def test_features_that_the_host_itself_cannot_give_are_the_hosts():
+    class AsksForItsData(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x if x.sum() > 0 else -x)
+
+    blocks, x = torchvision.models.resnet18().layer1.eval(), torch.randn(1, 64, 8, 8)
+    assert support._features("torchvision", "", AsksForItsData(blocks, nn.ReLU()), x) == "host: TraceError"
+    assert support._features("torchvision", "", nn.Sequential(blocks, nn.ReLU()), x) == "yes"
 
 
 def test_the_command_writes_a_table_and_goes_on_from_what_is_done(few, tmp_path, capsys, monkeypatch):

@@ -10,7 +10,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import timm_positions, timm_res2net, timm_resnet, timm_swin, torchvision_resnet
+from . import (
+    timm_dla,
+    timm_nfnet,
+    timm_positions,
+    timm_relpos,
+    timm_res2net,
+    timm_resnet,
+    timm_swin,
+    timm_vovnet,
+    torchvision_resnet,
+)
 from .block import DenseBlock
 from .trace import NoResidual
 from .traced import Reading, TracedBlock, understand, view
@@ -44,14 +54,18 @@ def read(block: Any) -> Any:
     """A block to ask for what `DenseBlock` has methods for: a view of it where it is not plugged. It stays as it is.
 
     Raises:
-        NoResidual: no adapter is written for its class, and the trace finds no residual block; the text says why.
+        NoResidual: no adapter is written for its class, and the trace finds no residual block, or the block is set to
+            add no shortcut; the text says which.
     """
     if isinstance(block, TracedBlock):
         return Reading(block, block._dense_trace)
     if isinstance(block, DenseBlock):
         return block
     if has_adapter(type(block)):
-        return view(block, _WRITTEN[type(block)])
+        dense: DenseBlock = view(block, _WRITTEN[type(block)])
+        if not dense.is_residual():
+            raise NoResidual("it is set to add no shortcut")
+        return dense
     return understand(block)
 
 
@@ -92,8 +106,10 @@ def has_tokens(block: Any) -> bool:
     return block._dense_trace.layout.tokens if isinstance(block, TracedBlock) else block.tokens
 
 
-_families: list[Any] = [timm_resnet, timm_res2net, timm_swin, timm_positions, torchvision_resnet]
-for needed, name in (("gemma4_vit", ".timm_gemma4"), ("efficientvim", ".timm_pairs")):  # not all in timm 1.0.20
+_families: list[Any] = [timm_dla, timm_nfnet, timm_positions, timm_relpos, timm_res2net, timm_resnet, timm_swin]
+_families += [timm_vovnet, torchvision_resnet]
+_newer = {"efficientvim": ".timm_pairs", "gemma4_vit": ".timm_gemma4", "lowformer": ".timm_lowformer"}
+for needed, name in _newer.items():  # not all in timm 1.0.20
     if find_spec(f"timm.models.{needed}"):
         _families.append(import_module(name, __name__))
 for cls in (cls for family in _families for cls in family.BLOCKS):

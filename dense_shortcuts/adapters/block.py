@@ -59,6 +59,10 @@ class DenseBlock:
         """Whether the host adds a projection of the block's input, so that a row of maps of one shape begins here."""
         return getattr(self, "downsample", None) is not None
 
+    def is_residual(self) -> bool:
+        """Whether the block adds a shortcut as it is set; some hosts have blocks of one class with and without."""
+        return True
+
     def is_certain(self) -> bool:
         """Whether the block is residual beyond doubt; an add of two branches is not so by that alone."""
         return True

@@ -11,8 +11,14 @@ from .block import DenseBlock, Join, joined
 
 
 class DenseSum(DenseBlock):
-    """Several branches, each of which takes the sum of the block's input and of the branches before it."""
+    """Several branches, each of which takes the sum of the block's input and of the branches before it.
 
+    Attributes:
+        branch_first: whether the host writes branch + sum: the first addend decides the sum's layout in memory, and
+            that the order of later additions in a convolution.
+    """
+
+    branch_first: bool = False
     norm1: Any
 
     def out_channels(self) -> int:
@@ -23,7 +29,8 @@ class DenseSum(DenseBlock):
         join, total, first = joined(join), x, None
         for branch in branches:
             added = branch(total)
-            total, first = total + added, added if first is None else first + added
+            total = added + total if self.branch_first else total + added
+            first = added if first is None else first + added
         if join.keep_identity:
             return join(total, None, x, None, whole=True)
         assert first is not None

@@ -94,10 +94,13 @@ def cam_maps(
     """
     methods(method)
     name, module = find_layer(model, layer)
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if method == "ablationcam" and isinstance(parent, DenseStage):
+    above = name.rpartition(".")[0]
+    parent = model.get_submodule(above)
+    places = parent.places() if isinstance(parent, DenseStage) else []
+    if method == "ablationcam" and any(place.block is module and place.shortcut is not None for place in places):
         raise DenseShortcutError(
-            f"ablationcam takes a layer out, and {name} is a block that shares its maps with others: take {name[:-2]}."
+            f"ablationcam takes a layer out, and {name} is a block that shares its maps with others: "
+            f"take {above or 'another layer'}."
         )
     # ShapleyCAM alone differentiates the gradient, which depends on nothing but the last weights in a linear head.
     with _as_it_was(model, frozen=method != "shapleycam"), contextlib.ExitStack() as stack:

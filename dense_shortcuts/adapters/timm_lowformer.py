@@ -1,0 +1,27 @@
+"""timm's LowFormer blocks: residual layers one after the other, each of which keeps its sum to itself."""
+
+from typing import Any
+
+from timm.models.lowformer import LowFormerBlock, ResidualBlock
+from torch import Tensor
+
+from .block import Join
+from .timm_positions import DenseSum
+
+
+class DenseLowFormerBlock(DenseSum, LowFormerBlock):
+    branch_first = True
+
+    def out_channels(self) -> int:
+        return int(self.local.main.point_conv.conv.out_channels)
+
+    def forward(self, x: Tensor, join: Join | None = None) -> Tensor:
+        layers = [layer for layer in (self.attn, self.mlp, self.local) if isinstance(layer, ResidualBlock)]
+        return self.joined_branches(x, join, *map(_branch, layers))
+
+
+def _branch(layer: Any) -> Any:
+    return lambda x: layer.drop_path(layer.main(x))
+
+
+BLOCKS = (DenseLowFormerBlock,)
