@@ -172,9 +172,9 @@ def affine_form(norm: nn.Module, gathered: Sequence[Tensor], x: Tensor, backend:
         count = _counted(x.shape[0], x.shape[2] * x.shape[3])
         if _is_synchronised(norm):
             rate, shift, pooled, variance, total = _across_processes(norm, rate, shift, count)
-            rate = move_statistics(norm, rate, pooled, variance, total)
+            rate = move_statistics(norm, rate, pooled, variance, total, backend)
         else:
-            rate = move_statistics(norm, rate, pooled, variance, count)
+            rate = move_statistics(norm, rate, pooled, variance, count, backend)
     if weight is not None:
         rate, shift = rate * weight.to(rate.dtype), shift * weight.to(shift.dtype)
     return rate, shift if bias is None else shift + bias.to(shift.dtype)
@@ -211,7 +211,12 @@ def _running_form(
 
 
 def move_statistics(
-    norm: nn.BatchNorm2d | nn.SyncBatchNorm, rate: Tensor, mean: Tensor, var: Tensor, count: int | Tensor
+    norm: nn.BatchNorm2d | nn.SyncBatchNorm,
+    rate: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    count: int | Tensor,
+    backend: str,
 ) -> Tensor:
     """One step of the running statistics by a batch's mean and biased variance, both (1, C), over `count` values.
 
@@ -220,7 +225,7 @@ def move_statistics(
     if not (norm.training and norm.track_running_stats):
         return rate
     buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
-    return _move_statistics(rate, mean.detach(), var.detach(), count, norm.momentum, *buffers)
+    return _move_statistics(rate, mean.detach(), var.detach(), count, norm.momentum, *buffers, backend)
 
 
 @torch.fx.wrap
@@ -233,6 +238,7 @@ def _move_statistics(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
+    backend: str,
 ) -> Tensor:
     if running_mean is None or running_var is None or num_batches_tracked is None:
         return rate
@@ -240,8 +246,7 @@ def _move_statistics(
     dtype = running_mean.dtype
     # momentum=None asks for the cumulative average, as in PyTorch
     step: float | Tensor = 1.0 / num_batches_tracked.to(dtype) if momentum is None else momentum
-    running_mean.lerp_(mean[0].to(dtype), step)
-    running_var.lerp_((var[0] * (count / (count - 1))).to(dtype), step)
+    ops.move((running_mean, running_var), (mean, var), count / (count - 1), step, backend)
     return rate
 
 

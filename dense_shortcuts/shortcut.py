@@ -253,7 +253,7 @@ class DenseShortcut(nn.Module):
         if branch is not None and branch.map is not None and joined.branch_gathered:
             assert isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
             rate, _, mean, var = joined.branch_gathered
-            move_statistics(norm, rate, mean, var, branch.map.numel() // branch.map.shape[1])
+            move_statistics(norm, rate, mean, var, branch.map.numel() // branch.map.shape[1], backend)
         return joined.map, as_term(own, joined, backend) if one_pass else None
 
     def _forms(self, k: int, summed: Sequence[Term]) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
@@ -362,7 +362,7 @@ def enter_normalised(norm: nn.Module, last: nn.Module, x: Tensor, *, later: int,
     if ops.NONE not in (inner[0], outer[0]):
         form = ops.nested_form(moments[0], moments[1], last.eps, last.weight, last.bias, *outer)
         rate, shift, mean, var, *pooled = form
-        move_statistics(last, rate, mean, var, x.numel() // x.shape[1])
+        move_statistics(last, rate, mean, var, x.numel() // x.shape[1], backend)
         rate, shift = affine_form(norm, (rate, shift, *pooled), x, backend)
         return Term(x, rate, shift, entered.links)
     rate, shift = affine_form(last, _form_of(moments, *inner), x, backend)

@@ -3,7 +3,7 @@
 from . import fused  # registers the operators and their formulas, before any counter of operations begins
 from .dispatch import BACKENDS, choose
 from .forms import BATCH, NONE, RAW, RUNNING, form, nested_form, pool
-from .joining import Branch, Joined, ahead, close, enter, join, running_form
+from .joining import Branch, Joined, ahead, close, enter, join, move, running_form
 from .reference import accumulation_dtype, dense_sum, moments
 from .stream import KnownNorm, Stream
 
@@ -27,6 +27,7 @@ __all__ = [
     "fused",
     "join",
     "moments",
+    "move",
     "nested_form",
     "pool",
     "running_form",

@@ -106,6 +106,7 @@ _ARGUMENTS: dict[str, list[type]] = {
     "mix": [Shape, _pointer, _long, _pointer, _long, _long, _pointer, _int, ctypes.c_int],
     "dots": [Shape, _pointer, _long, _pointer, _long, _long, _pointer, ctypes.c_int],
     "running": [_long, _FORM],
+    "move": [_long, *[_pointer] * 2, *[ctypes.c_double] * 2, *[_pointer] * 2],
 }
 
 

@@ -121,6 +121,31 @@ def running_form(
     return rate[None], shift[None]
 
 
+def move(
+    running: tuple[Tensor, Tensor],
+    found: tuple[Tensor, Tensor],
+    unbiased: float | Tensor,
+    step: float | Tensor,
+    backend: str,
+) -> None:
+    """One step of a batch norm's running mean and variance, (C,), towards a batch's, (1, C).
+
+    unbiased is the factor that makes the batch's variance so.
+    """
+    (mean, var), dtype = found, running[0].dtype
+    taken = backend == "native" and all(_is_plain(t, dtype) for t in (*running, *found))
+    if taken and isinstance(unbiased, float) and isinstance(step, float):
+        return native.move(running, found, unbiased, step)
+    running[0].lerp_(mean[0].to(dtype), step)
+    running[1].lerp_((var[0] * unbiased).to(dtype), step)
+
+
+def _is_plain(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether x holds numbers of a dtype that a compiled kernel may take and change as they lie in memory."""
+    known = x.dtype == dtype and dtype in (torch.float32, torch.float64)
+    return known and x.device.type == "cpu" and x.is_contiguous() and fused.is_eager(x)
+
+
 def _plain_sum(
     addends: Sequence[Tensor],
     maps: Sequence[Tensor],

@@ -822,6 +822,16 @@ void mix(const Shape& shape, const Map* maps, int64_t count, const A* scales, in
   }
 }
 
+// One step of running statistics towards those of a batch.
+template <class A>
+void move(int64_t c, const A* mean, const A* var, double unbiased, double step, A* running_mean, A* running_var) {
+#pragma omp simd
+  for (int64_t j = 0; j < c; ++j) {
+    running_mean[j] += A(step) * (mean[j] - running_mean[j]);
+    running_var[j] += A(step) * (var[j] * A(unbiased) - running_var[j]);
+  }
+}
+
 template <class A>
 void dots(const Shape& shape, const Map* grads, int64_t grad_count, const Map* maps, int64_t count, int64_t rows,
           A* out, int threads) {
@@ -885,7 +895,11 @@ int dense_shortcuts_has_half() {
                      A* out, int threads) {                                                                           \
     dots(shape, grads, grad_count, maps, count, rows, out, threads);                                                  \
   }                                                                                                                   \
-  void running_##SUFFIX(int64_t c, const Form<A>* form) { team_running(c, *form); }
+  void running_##SUFFIX(int64_t c, const Form<A>* form) { team_running(c, *form); }                                    \
+  void move_##SUFFIX(int64_t c, const A* mean, const A* var, double unbiased, double step, A* running_mean,           \
+                     A* running_var) {                                                                                \
+    move(c, mean, var, unbiased, step, running_mean, running_var);                                                    \
+  }
 
 EXPORT(float, f32)
 EXPORT(double, f64)

@@ -360,6 +360,12 @@ def running_form(
     return rate, shift
 
 
+def move(running: Sequence[Tensor], found: Sequence[Tensor], unbiased: float, step: float) -> None:
+    """See `joining.move`."""
+    addresses = [t.data_ptr() for t in found], [t.data_ptr() for t in running]
+    kernel("move", running[0])(running[0].shape[0], *addresses[0], unbiased, step, *addresses[1])
+
+
 def mix(maps: Sequence[Tensor], scales: Tensor) -> list[Tensor]:
     """See `reference.mix`."""
     last = _standard(maps[-1])
