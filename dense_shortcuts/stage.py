@@ -1,7 +1,7 @@
 """The stage container: runs a stage's blocks, keeps their feature maps, and forms each block's dense shortcut."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -222,7 +222,7 @@ class _Join:
             memory = memory.leave_stream(k)
         elif k == 0:
             memory = memory.add(shortcut.enter(0, identity, backend, identity_norm))
-        memory = later = shortcut.sum_ahead(k, memory, backend)
+        self.memory = memory = later = shortcut.sum_ahead(k, memory, backend)
 
         before_norm, addends = None, [identity] if self.keep_identity and not whole else []
         if norm is not None and fused and self._joins_norm(norm):
@@ -238,8 +238,7 @@ class _Join:
             fused and (relu or activation is None) and not self.entered and not self.last and not self._is_observed()
         )
         records = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        maps = [term.map for term in memory.terms]
-        overwrite = fused and not records and not self.entered and self._is_own(branch, identity, maps)
+        overwrite = fused and not records and not self.entered and self._is_own(branch, identity)
         x, ahead = shortcut(
             k,
             addends,
@@ -281,7 +280,7 @@ class _Join:
         fits = norm is None or (found is not None and found.fits(stream.first.shape[1]))
         if not fits or not stream.takes(branch):
             return None
-        own = self._is_own(branch, identity, stream.maps[: self.k + 1])
+        own = stream.is_free(branch, identity) and not has_hooks(self.block)
         return stream.sum(self.k, branch, found, relu, branch if own else torch.empty_like(branch))
 
     def remember(self, x: Tensor) -> Memory:
@@ -308,12 +307,12 @@ class _Join:
         taken = self.k == 0 and not self.keep_identity and self.shortcut.takes_norm(0)
         return taken and joins(norm) and not observed(norm)
 
-    def _is_own(self, branch: Tensor, identity: Tensor, maps: Sequence[Tensor]) -> bool:
+    def _is_own(self, branch: Tensor, identity: Tensor) -> bool:
         """Whether nobody but this block has the branch's memory: no hook may have seen it, and it is no other map's."""
         if has_hooks(self.block):
             return False
-        memories = {x.untyped_storage().data_ptr() for x in (*maps, identity)}
-        return branch.untyped_storage().data_ptr() not in memories
+        others = {term.map.untyped_storage().data_ptr() for term in self.memory.terms}
+        return branch.untyped_storage().data_ptr() not in {*others, identity.untyped_storage().data_ptr()}
 
     def _is_observed(self) -> bool:
         """Whether a hook may take X_l: on its block, or on the next one or a layer in it, as their input."""

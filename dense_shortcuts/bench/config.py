@@ -57,6 +57,8 @@ class BenchConfig:
     """Fold batch norms into convolutions first, as for deployment: `ds.fuse`, and for hosts torch.fx's `fuse`."""
     threads: int | None = None
     """Threads of the CPU; None is PyTorch's own number."""
+    keep_heap: bool = True
+    """Have the process keep the memory that it frees, where its allocator is glibc's, so that no chance decides."""
     rounds: int | None = None
     """How often each network has its turn."""
     output: Path | None = None

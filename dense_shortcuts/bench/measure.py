@@ -1,8 +1,10 @@
 """The measurement: networks in turn on the same input, so that whatever else the machine does hits all alike."""
 
 import contextlib
+import ctypes
 import gc
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from .config import BenchConfig, Mode
 from .models import Comparison, Entry
 from .traffic import ShortcutBytes, operators, shortcut_bytes
 
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's malloc.h
 LEAST_SECONDS = 0.3  # a turn is as many calls as fill this time
 WARM_CALLS = 2
 
@@ -175,7 +178,7 @@ def compare(
     labels = torch.randint(comparison.classes, shape[:1], generator=generator).to(device)
 
     contenders, left_out = [], {}
-    with settled(device):
+    with settled(device, config.keep_heap):
         for entry in comparison.entries:
             tell(f"warming up {entry.name}")
             try:
@@ -206,17 +209,31 @@ def warmed_up(entry: Entry, mode: Mode, images: Tensor, labels: Tensor, config: 
 
 
 @contextlib.contextmanager
-def settled(device: torch.device) -> Iterator[None]:
-    """PyTorch as a benchmark needs it: convolutions tuned, and every network with its own compiled code.
+def settled(device: torch.device, keeps_heap: bool) -> Iterator[None]:
+    """PyTorch as a benchmark needs it: convolutions tuned, memory kept, and every network with its own compiled code.
 
     Dynamo keeps compiled code by the class of a network and by default runs the ninth one of a class uncompiled.
     """
     import torch._dynamo
 
     torch._dynamo.reset()
+    if keeps_heap:
+        keep_heap()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     limits = {"recompile_limit": 512, "accumulated_recompile_limit": 4096, "fail_on_recompile_limit_hit": True}
     with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True), torch._dynamo.config.patch(limits):
         yield
+
+
+def keep_heap() -> None:
+    """Have this process keep the memory that it frees, where its allocator is glibc's.
+
+    It would give large pieces back to the system and get them anew, page by page, at every call: for one network and
+    not for another, as the pieces happen to lie, which moves a ratio by a tenth from one process to the next.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        for option, value in ((_TRIM_THRESHOLD, 2**31 - 1), (_MMAP_MAX, 0)):
+            mallopt(option, value)

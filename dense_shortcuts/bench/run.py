@@ -93,7 +93,8 @@ def heading(config: BenchConfig, about: dict[str, Any], folder: Path) -> str:
     versions = ", ".join(f"{name} {about['packages'][name]}" for name in ("torch", "torchvision", "timm"))
     precision = "float32" if config.precision == "no" else f"{config.precision} autocast"
     folded = ", norms folded" if config.folded else ""
-    return f"{where}; {versions}; {precision}, channels_last{folded}, {config.rounds} rounds\nfolder: {folder}"
+    heap = "" if config.keep_heap or config.device == "cuda" else ", heap given back"
+    return f"{where}; {versions}; {precision}, channels_last{folded}{heap}, {config.rounds} rounds\nfolder: {folder}"
 
 
 def closing_tables(config: BenchConfig, about: dict[str, Any], results: Sequence[Result]) -> dict[str, report.Cells]:

@@ -69,7 +69,7 @@ class Stream:
         self.table = (Map * (depth + 1))()  # the branch at hand, then the maps
         self.shape, self.kind = shape_of(x), KINDS[x.dtype]
         self.kernel, self.threads = kernel("block", x), threads(x)
-        self.maps = [x] * depth
+        self.maps, self.memories = [x] * depth, [0] * depth
         self._keep(0, x)
         if self.normalised:
             self._enter(norms[0], last)
@@ -84,7 +84,8 @@ class Stream:
 
     def _keep(self, i: int, x: Tensor) -> None:
         if i < len(self.maps):  # no block sums X_L
-            self.maps[i], self.table[i + 1] = x, Map(x.data_ptr(), self.kind)
+            self.maps[i], self.memories[i] = x, x.untyped_storage().data_ptr()
+            self.table[i + 1] = Map(x.data_ptr(), self.kind)
 
     def map(self, i: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Map X_i, and rate and shift of its norm, (1 or N, C); None for none."""
@@ -94,6 +95,11 @@ class Stream:
         """Whether a branch is laid out as the maps are."""
         first = self.first
         return type(x) is Tensor and x.dtype == first.dtype and x.shape == first.shape and x.stride() == first.stride()
+
+    def is_free(self, x: Tensor, other: Tensor) -> bool:
+        """Whether x has its memory to itself: neither the other map nor any of the row has it."""
+        own = x.untyped_storage().data_ptr()
+        return own not in self.memories and own != other.untyped_storage().data_ptr()
 
     def sum(self, k: int, branch: Tensor, norm: KnownNorm | None, relu: bool, out: Tensor) -> Tensor:
         """X_l of block l = k + 1, s(N(branch) + sum_i w_i * N(X_i)), written to `out`.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -174,3 +175,26 @@ def test_bad_input_is_one_sentence_with_code_2_and_leaves_nothing(arguments, mes
 def test_cuda_is_refused_where_there_is_none(capsys):
     assert main(["bench", "--device", "cuda"]) == 2
     assert "finds no CUDA device here" in capsys.readouterr().err and not Path("runs").exists()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is not glibc's")
+def test_the_heap_is_kept_so_that_freed_memory_is_not_fetched_again_page_by_page():
+    """In a process of its own, for the setting stays."""
+    code = """if True:
+        import resource, sys, torch
+        from dense_shortcuts.bench.measure import keep_heap
+        if sys.argv[1] == "kept":
+            keep_heap()
+        faults = []
+        for _ in range(4):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            maps = [torch.ones(2**20) for _ in range(40)]
+            del maps
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        print(faults[-1])
+    """
+    kept, given_back = (
+        int(subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("kept", "given back")
+    )
+    assert 10 * kept < given_back  # 160 MiB are 40,960 pages, or 80 huge ones
