@@ -360,7 +360,7 @@ def enter_normalised(norm: nn.Module, last: nn.Module, x: Tensor, *, later: int,
     entered = ops.enter(x, groups=gathers, eps=0.0, later=later, rows=rows, backend=backend)
     moments = entered.gathered[:2] if gathers == ops.RAW else ()
     if ops.NONE not in (inner[0], outer[0]):
-        form = ops.nested_form(moments[0], moments[1], last.eps, last.weight, last.bias, *outer)
+        form = ops.nested_form(moments[0], moments[1], last.weight, last.bias, last.eps, *outer, backend)
         rate, shift, mean, var, *pooled = form
         move_statistics(last, rate, mean, var, x.numel() // x.shape[1], backend)
         rate, shift = affine_form(norm, (rate, shift, *pooled), x, backend)

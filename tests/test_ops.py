@@ -357,13 +357,14 @@ def test_a_hooked_block_gets_the_whole_gradient_of_its_map():
         torch.testing.assert_close(seen[backend], seen["plain"], rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("kernels", ["plain", "native"])
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
 @pytest.mark.parametrize("groups", [ops.BATCH, 1, 2, 6])
-def test_the_form_of_a_norm_of_a_batch_norm_and_its_gradients_are_those_of_the_two(groups, affine):
+def test_the_form_of_a_norm_of_a_batch_norm_and_its_gradients_are_those_of_the_two(groups, affine, kernels):
     x = torch.randn(4, 6, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     weight, bias = torch.linspace(-1, 2, 6, dtype=torch.float64), torch.linspace(2, -3, 6, dtype=torch.float64)
     parameters = (weight, bias) if affine else (None, None)
-    rate, shift, *found = ops.nested_form(*ops.moments(x), 0.1, *parameters, groups, 0.2)
+    rate, shift, *found = ops.nested_form(*ops.moments(x), *parameters, 0.1, groups, 0.2, kernels)
     y = torch.nn.functional.batch_norm(x, None, None, *parameters, training=True, eps=0.1)
     if groups == ops.BATCH:
         wanted = torch.nn.functional.batch_norm(y, None, None, training=True, eps=0.2)
@@ -378,7 +379,7 @@ def test_the_form_of_a_norm_of_a_batch_norm_and_its_gradients_are_those_of_the_t
     given = [t.clone().requires_grad_() for t in (*ops.moments(x), *parameters) if t is not None]
 
     def run(mean: Tensor, var: Tensor, *affine: Tensor) -> tuple[Tensor, ...]:
-        return ops.nested_form(mean, var, 0.1, *(affine or (None, None)), groups, 0.2)[:2]
+        return ops.nested_form(mean, var, *(affine or (None, None)), 0.1, groups, 0.2, kernels)[:2]
 
     assert torch.autograd.gradcheck(run, given) and torch.autograd.gradgradcheck(run, given)
     if affine:  # a frozen bias alone

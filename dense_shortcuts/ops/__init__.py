@@ -2,8 +2,8 @@
 
 from . import fused  # registers the operators and their formulas, before any counter of operations begins
 from .dispatch import BACKENDS, choose
-from .forms import BATCH, NONE, RAW, RUNNING, form, nested_form, pool
-from .joining import Branch, Joined, ahead, close, enter, join, move, running_form
+from .forms import BATCH, NONE, RAW, RUNNING, form, pool
+from .joining import Branch, Joined, ahead, close, enter, join, move, nested_form, running_form
 from .reference import accumulation_dtype, dense_sum, moments
 from .stream import KnownNorm, Stream
 

@@ -95,6 +95,15 @@ class Pull(ctypes.Structure):
     )
 
 
+class Nested(ctypes.Structure):
+    _fields_ = (
+        *((name, _long) for name in ("images", "channels", "groups")),
+        *((name, ctypes.c_double) for name in ("eps", "outer_eps")),
+        *((name, _pointer) for name in ("mean", "var", "weight", "bias")),
+        *((name, _pointer) for name in ("rate", "shift", "pooled", "variance", "outer_mean", "outer_var")),
+    )
+
+
 _FORM, _PULL, _PAIRS = (ctypes.POINTER(struct) for struct in (Form, Pull, Pairs))
 _ARGUMENTS: dict[str, list[type]] = {
     "enter": [Shape, Map, _FORM, _FORM, ctypes.c_int],
@@ -106,6 +115,8 @@ _ARGUMENTS: dict[str, list[type]] = {
     "mix": [Shape, _pointer, _long, _pointer, _long, _long, _pointer, _int, ctypes.c_int],
     "dots": [Shape, _pointer, _long, _pointer, _long, _long, _pointer, ctypes.c_int],
     "running": [_long, _FORM],
+    "nested": [ctypes.POINTER(Nested)],
+    "nested_backward": [ctypes.POINTER(Nested), *[_pointer] * 6],
     "move": [_long, *[_pointer] * 2, *[ctypes.c_double] * 2, *[_pointer] * 2],
 }
 

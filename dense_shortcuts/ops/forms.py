@@ -5,7 +5,6 @@ it makes PyTorch calls and nodes that autograd keeps; all functions are differen
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,74 +80,63 @@ def form_backward(
 
 
 def nested_form(
-    mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None, groups: int, outer_eps: float
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, groups: int, outer_eps: float
 ) -> tuple[Tensor, ...]:
     """rate and shift of N(b(x)) for a batch norm b by the batch's statistics and a norm N without affine parameters.
 
     Args:
         mean, var: `moments` of x, both (N, C).
-        eps, weight, bias: of b, the parameters (C,) or None.
+        weight, bias, eps: of b, the parameters (C,) or None.
         groups, outer_eps: of N, a number of groups or BATCH.
 
     Returns:
-        rate and shift, (N, C) or (1, C); mean and biased variance of x by channel, (1, C); those that N pools of b(x).
+        rate and shift, (N, C) or (1, C); mean and biased variance of x by channel, (1, C); those that N pools of b(x),
+        (N, groups) or (1, C).
     """
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a compiler does better with the steps
-        found: tuple[Tensor, ...] = _NestedForm.apply(mean, var, weight, bias, eps, groups, outer_eps)
-        return found
-    return _nested_form(mean, var, weight, bias, eps, groups, outer_eps)[0]
-
-
-def _nested_form(
-    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, groups: int, outer_eps: float
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The results of `nested_form`; and the forms of b and N, and the mean of b(x) by channel and image."""
     r, s, pooled, variance = form(mean, var, BATCH, eps, weight, bias)
     moved = torch.addcmul(s, r, mean)
     rate, shift, *outer = form(moved, r.square() * var, groups, outer_eps, None, None)
-    return (rate * r, torch.addcmul(shift, rate, s), pooled, variance, *outer), (r, s, rate, shift, moved)
+    return rate * r, torch.addcmul(shift, rate, s), pooled, variance, *outer
 
 
-class _NestedForm(torch.autograd.Function):
-    """`nested_form` as one node: autograd takes longer over its many small steps than they do."""
+def nested_form_backward(
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    found: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    eps: float,
+    groups: int,
+    outer_eps: float,
+) -> tuple[Tensor, ...]:
+    """The gradients of mean and var, (N, C), and of weight and bias, (C,).
 
-    @staticmethod
-    def forward(ctx: Any, mean: Tensor, var: Tensor, weight: Any, bias: Any, *settings: Any) -> tuple[Tensor, ...]:
-        results, kept = _nested_form(mean, var, weight, bias, *settings)
-        ctx.save_for_backward(mean, var, weight, bias, *results[2:4], *kept)
-        ctx.mark_non_differentiable(*results[2:])
-        ctx.settings = settings
-        return results
+    Args:
+        found: the last four results of `nested_form`.
+        grads: the gradients of its rate and shift.
+    """
+    pooled, variance, outer_mean, outer_var = found
+    grad_rate, grad_shift = grads
+    images, channels = mean.shape
+    count = images if groups == BATCH else channels // groups
+    t = torch.rsqrt(variance + eps)
+    r = t if weight is None else t * weight.to(t.dtype)
+    s = -pooled * r if bias is None else bias.to(t.dtype) - pooled * r
+    each = (outer_mean[..., None], outer_var[..., None]) if groups != BATCH else (outer_mean, outer_var)
+    center, rate = _spread(each[0], mean, groups), _spread(torch.rsqrt(each[1] + outer_eps), mean, groups)
 
-    @staticmethod
-    def backward(ctx: Any, grad_rate: Any, grad_shift: Any, *_: Any) -> tuple[Tensor | None, ...]:
-        mean, var, weight, bias, pooled, variance, *kept = ctx.saved_tensors
-        if torch.is_grad_enabled():  # these gradients will be differentiated too
-            results, _ = _nested_form(mean, var, weight, bias, *ctx.settings)
-            inputs = (mean, var, weight, bias)
-            wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
-            found = iter(torch.autograd.grad(results[:2], wanted, (grad_rate, grad_shift), create_graph=True))
-            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:4]), *[None] * 3
-        r, s, rate, shift, moved = kept
-        eps, groups, _ = ctx.settings
-        images, channels = mean.shape
-        count = images if groups == BATCH else channels // groups
-
-        # through N, with R its rate and M its mean: the results are R r and R (s - M)
-        center = shift / rate  # -M
-        to_mean = _over_sets(grad_shift * rate, groups) * (-1.0 / count)
-        to_var = _over_sets(grad_rate * r + grad_shift * (s + center), groups) * rate.pow(3) * (-0.5 / count)
-        to_moved = to_mean + 2 * (moved + center) * to_var
-        # through b, r = w t and s = bias - M r
-        to_s = (grad_shift * rate).sum(0, keepdim=True) + to_moved.sum(0, keepdim=True)
-        to_r = (grad_rate * rate).sum(0, keepdim=True) + (to_moved * mean + 2 * r * var * to_var).sum(0, keepdim=True)
-        to_r = to_r - pooled * to_s
-        t = torch.rsqrt(variance + eps)
-        to_variance = to_r * r * t.square() * (-0.5 / images)  # of t = (V + eps)^-1/2, times w
-        to_x = to_moved * r + to_s * r * (-1.0 / images) + 2 * (mean - pooled) * to_variance
-        to_weight = None if weight is None else (to_r * t)[0].to(weight.dtype)
-        to_bias = None if bias is None else to_s[0].to(bias.dtype)
-        return to_x, (r.square() * to_var + to_variance).expand_as(var), to_weight, to_bias, *[None] * 3
+    # through N: the results are R r and R (s - M), with R its rate and M its mean
+    to_mean = _over_sets(grad_shift * rate, groups) * (-1.0 / count)
+    to_var = _over_sets(grad_rate * r + grad_shift * (s - center), groups) * rate.pow(3) * (-0.5 / count)
+    to_moved = to_mean + 2 * (torch.addcmul(s, r, mean) - center) * to_var
+    # through b: r = w t and s = bias - M r
+    to_s = (grad_shift * rate).sum(0, keepdim=True) + to_moved.sum(0, keepdim=True)
+    to_r = (grad_rate * rate).sum(0, keepdim=True) + (to_moved * mean + 2 * r * var * to_var).sum(0, keepdim=True)
+    to_r = to_r - pooled * to_s
+    to_variance = to_r * r * t.square() * (-0.5 / images)  # of t = (V + eps)^-1/2, times w
+    to_x = to_moved * r + to_s * r * (-1.0 / images) + 2 * (mean - pooled) * to_variance
+    return to_x, (r.square() * to_var + to_variance).expand_as(var), (to_r * t)[0], to_s[0]
 
 
 def _over_sets(x: Tensor, groups: int) -> Tensor:

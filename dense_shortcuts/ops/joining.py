@@ -1,13 +1,13 @@
 """The operator as modules call it: one function whatever the back end."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import DenseShortcutError
-from . import fused, native
+from . import forms, fused, native
 from .forms import NONE, RAW, form
 from .reference import accumulation_dtype, dense_sum, moments
 
@@ -119,6 +119,49 @@ def running_form(
     rate = rate if weight is None else rate * weight.to(dtype)
     shift = -mean.to(dtype) * rate if bias is None else torch.addcmul(bias.to(dtype), mean.to(dtype), rate, value=-1)
     return rate[None], shift[None]
+
+
+def nested_form(
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    groups: int,
+    outer_eps: float,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """See `forms.nested_form`; the last four results have no gradient."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():  # these do better with the steps
+        return forms.nested_form(mean, var, weight, bias, eps, groups, outer_eps)
+    found: tuple[Tensor, ...] = _NestedForm.apply(mean, var, weight, bias, backend, eps, groups, outer_eps)
+    return found
+
+
+class _NestedForm(torch.autograd.Function):
+    """`nested_form` as one node: autograd takes longer over its many small steps than they do."""
+
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, var: Tensor, weight: Any, bias: Any, backend: str, *settings: Any) -> Any:
+        ctx.kernels = native if backend == "native" and fused.is_eager(mean) else forms
+        found: tuple[Tensor, ...] = ctx.kernels.nested_form(mean, var, weight, bias, *settings)
+        ctx.save_for_backward(mean, var, weight, bias, *found[2:])
+        ctx.mark_non_differentiable(*found[2:])
+        ctx.settings = settings
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        mean, var, weight, bias, *found = ctx.saved_tensors
+        given, wanted, rest = (mean, var, weight, bias), ctx.needs_input_grad[:4], [None] * 4
+        if torch.is_grad_enabled():  # these gradients will be differentiated too
+            results = forms.nested_form(*given, *ctx.settings)[:2]
+            inputs = [t for t, needed in zip(given, wanted, strict=True) if needed]
+            to = iter(torch.autograd.grad(results, inputs, grads[:2], create_graph=True))
+            return *(next(to) if needed else None for needed in wanted), *rest
+        to_mean, to_var, *to_affine = ctx.kernels.nested_form_backward(*given, found, grads[:2], *ctx.settings)
+        affine = (None if p is None else g.to(p.dtype) for p, g in zip((weight, bias), to_affine, strict=True))
+        return to_mean, to_var, *affine, *rest
 
 
 def move(

@@ -822,6 +822,97 @@ void mix(const Shape& shape, const Map* maps, int64_t count, const A* scales, in
   }
 }
 
+// Two norms one after the other, N(b(x)): see forms.nested_form. Numbers per channel of n images, (N, C), and what the
+// forward pass gives: rate and shift of both, (rows, C), mean and variance of b, (C,), and of N, one a set.
+template <class A>
+struct Nested {
+  int64_t images, channels, groups;  // of N, or BATCH
+  double eps, outer_eps;
+  const A *mean, *var;      // (N, C)
+  const A *weight, *bias;   // (C,) or null
+  A *rate, *shift, *pooled, *variance, *outer_mean, *outer_var;
+
+  int64_t sets() const { return groups == BATCH ? channels : images * groups; }
+  int64_t count() const { return groups == BATCH ? images : channels / groups; }
+  int64_t rows() const { return groups == BATCH ? 1 : images; }
+  double r(int64_t j) const { return (weight == nullptr ? 1 : double(weight[j])) / std::sqrt(variance[j] + eps); }
+  double s(int64_t j) const { return (bias == nullptr ? 0 : double(bias[j])) - pooled[j] * r(j); }
+
+  // Calls f(i, j) for the places i in (N, C), of channel j, that N normalises together.
+  template <class F>
+  void over_set(int64_t set, F f) const {
+    if (groups == BATCH) {
+      for (int64_t i = 0; i < images; ++i) f(i * channels + set, set);
+      return;
+    }
+    for (int64_t k = 0, from = set % groups * count(); k < count(); ++k)
+      f(set / groups * channels + from + k, from + k);
+  }
+};
+
+template <class A>
+void nested(const Nested<A>& p) {
+  const int64_t n = p.images, c = p.channels;
+  for (int64_t j = 0; j < c; ++j) {
+    double mean = 0, var = 0;
+    for (int64_t i = 0; i < n; ++i) mean += p.mean[i * c + j];
+    mean /= n;
+    for (int64_t i = 0; i < n; ++i) var += p.var[i * c + j] + (p.mean[i * c + j] - mean) * (p.mean[i * c + j] - mean);
+    p.pooled[j] = A(mean), p.variance[j] = A(var / n);
+  }
+  std::vector<double> r(c), s(c);
+  for (int64_t j = 0; j < c; ++j) r[j] = p.r(j), s[j] = p.s(j);
+  for (int64_t set = 0; set < p.sets(); ++set) {
+    double mean = 0, var = 0;
+    p.over_set(set, [&](int64_t i, int64_t j) { mean += r[j] * p.mean[i] + s[j]; });
+    mean /= p.count();
+    p.over_set(set, [&](int64_t i, int64_t j) {
+      const double away = r[j] * p.mean[i] + s[j] - mean;
+      var += r[j] * r[j] * p.var[i] + away * away;
+    });
+    var /= p.count();
+    p.outer_mean[set] = A(mean), p.outer_var[set] = A(var);
+    const double t = 1 / std::sqrt(var + p.outer_eps);
+    p.over_set(set, [&](int64_t i, int64_t j) {
+      const int64_t at = p.rows() == 1 ? j : i;
+      p.rate[at] = A(t * r[j]), p.shift[at] = A(t * (s[j] - mean));
+    });
+  }
+}
+
+template <class A>
+void nested_backward(const Nested<A>& p, const A* grad_rate, const A* grad_shift, A* to_mean, A* to_var, A* to_weight,
+                     A* to_bias) {
+  const int64_t n = p.images, c = p.channels;
+  std::vector<double> r(c), s(c), to_r(c), to_s(c);
+  for (int64_t j = 0; j < c; ++j) r[j] = p.r(j), s[j] = p.s(j);
+  for (int64_t set = 0; set < p.sets(); ++set) {
+    const double mean = p.outer_mean[set], t = 1 / std::sqrt(p.outer_var[set] + p.outer_eps);
+    double moved = 0, through = 0;
+    const auto result = [&](int64_t at, int64_t j) {
+      moved += grad_shift[at] * t;
+      through += grad_rate[at] * r[j] + grad_shift[at] * (s[j] - mean);
+      to_r[j] += grad_rate[at] * t;
+      to_s[j] += grad_shift[at] * t;
+    };
+    if (p.groups == BATCH) result(set, set);
+    else p.over_set(set, result);
+    const double a = -moved / p.count(), v = -0.5 * t * t * t * through / p.count();
+    p.over_set(set, [&](int64_t i, int64_t j) {
+      const double to = a + 2 * (r[j] * p.mean[i] + s[j] - mean) * v;
+      to_r[j] += to * p.mean[i] + 2 * r[j] * p.var[i] * v;
+      to_s[j] += to;
+      to_mean[i] = A(to * r[j]), to_var[i] = A(r[j] * r[j] * v);
+    });
+  }
+  for (int64_t j = 0; j < c; ++j) {
+    const double m = p.pooled[j], t = 1 / std::sqrt(p.variance[j] + p.eps), own = to_r[j] - m * to_s[j];
+    const double a = -r[j] * to_s[j] / n, v = -0.5 * t * t * r[j] * own / n;
+    to_weight[j] = A(own * t), to_bias[j] = A(to_s[j]);
+    for (int64_t i = j; i < n * c; i += c) to_mean[i] += A(a + 2 * (p.mean[i] - m) * v), to_var[i] += A(v);
+  }
+}
+
 // One step of running statistics towards those of a batch.
 template <class A>
 void move(int64_t c, const A* mean, const A* var, double unbiased, double step, A* running_mean, A* running_var) {
@@ -896,6 +987,11 @@ int dense_shortcuts_has_half() {
     dots(shape, grads, grad_count, maps, count, rows, out, threads);                                                  \
   }                                                                                                                   \
   void running_##SUFFIX(int64_t c, const Form<A>* form) { team_running(c, *form); }                                    \
+  void nested_##SUFFIX(const Nested<A>* p) { nested(*p); }                                                             \
+  void nested_backward_##SUFFIX(const Nested<A>* p, const A* grad_rate, const A* grad_shift, A* to_mean, A* to_var,   \
+                                A* to_weight, A* to_bias) {                                                           \
+    nested_backward(*p, grad_rate, grad_shift, to_mean, to_var, to_weight, to_bias);                                  \
+  }                                                                                                                   \
   void move_##SUFFIX(int64_t c, const A* mean, const A* var, double unbiased, double step, A* running_mean,           \
                      A* running_var) {                                                                                \
     move(c, mean, var, unbiased, step, running_mean, running_var);                                                    \

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compiled import KINDS, Form, Map, PairGradients, Pairs, Pull, Through, is_last, kernel, shape_of, threads
+from .compiled import KINDS, Form, Map, Nested, PairGradients, Pairs, Pull, Through, is_last, kernel, shape_of, threads
 from .forms import BATCH, NONE, RAW, RUNNING, unnormalised_scales
 from .reference import accumulation_dtype
 
@@ -358,6 +358,38 @@ def running_form(
     form = Form(RUNNING, eps, *affine, rate.data_ptr(), shift.data_ptr(), *moments)
     kernel("running", rate)(mean.shape[0], form)
     return rate, shift
+
+
+def nested_form(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, groups: int, outer_eps: float
+) -> tuple[Tensor, ...]:
+    """See `forms.nested_form`."""
+    (n, c), rows, given = mean.shape, 1 if groups == BATCH else mean.shape[0], _Given(mean)
+    pooled = (1, c) if groups == BATCH else (n, groups)
+    found = tuple(mean.new_empty(shape) for shape in ((rows, c), (rows, c), (1, c), (1, c), pooled, pooled))
+    numbers = [given.numbers(t) for t in (mean, var, weight, bias, *found)]
+    kernel("nested", mean)(Nested(n, c, groups, eps, outer_eps, *numbers))
+    return found
+
+
+def nested_form_backward(
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    found: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    eps: float,
+    groups: int,
+    outer_eps: float,
+) -> tuple[Tensor, ...]:
+    """See `forms.nested_form_backward`."""
+    (n, c), given = mean.shape, _Given(mean)
+    to = tuple(mean.new_empty(shape) for shape in ((n, c), (n, c), (c,), (c,)))
+    numbers = [given.numbers(t) for t in (mean, var, weight, bias, None, None, *found)]
+    addresses = [given.numbers(t) for t in (*grads, *to)]
+    kernel("nested_backward", mean)(Nested(n, c, groups, eps, outer_eps, *numbers), *addresses)
+    return to
 
 
 def move(running: Sequence[Tensor], found: Sequence[Tensor], unbiased: float, step: float) -> None:
