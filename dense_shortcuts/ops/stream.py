@@ -2,7 +2,7 @@
 
 What all sums of the row need lies ready for them: its maps in one table, the affine forms of their norms in another. A
 block then costs one call with a few numbers, in place of the collecting and wrapping that `joining.join` does anew for
-each sum, which on a CPU takes as long as the sum itself.
+each sum, which on a CPU is no small part of it.
 """
 
 import ctypes
