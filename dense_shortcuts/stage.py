@@ -201,85 +201,88 @@ class _Join:
         whole: bool = False,
         identity_norm: nn.Module | None = None,
     ) -> Tensor:
-        shortcut, k, memory = self.shortcut, self.k, self.memory
-        backend = "native" if memory.stream is not None else ops.choose(branch, shortcut.backend)
-        fused = backend != "plain" and bool(shortcut.sources[k])  # without maps there is nothing to sum in one pass
-        if identity_norm is not None and not (fused and self._joins_identity_norm(identity_norm)):
+        backend = "native" if self.memory.stream is not None else ops.choose(branch, self.shortcut.backend)
+        summing = backend != "plain" and bool(self.shortcut.sources[self.k])
+        if identity_norm is not None and not (summing and self._joins_identity_norm(identity_norm)):
             identity, identity_norm = identity_norm(identity), None
         tokens, flat, host_form = self.tokens, is_flat(branch), branch
         if tokens or flat:
             branch, identity = as_map(branch, tokens), as_map(identity, tokens)
-        if k == 0:
-            stream = shortcut.stream(identity, identity_norm) if backend == "native" and self._may_stream() else None
-            memory = memory._replace(stream=stream)
-        if memory.stream is not None:
-            if norm is not None and not self._joins_norm(norm):
-                branch, norm = norm(branch), None
-            x = self._stream(memory.stream, branch, norm, identity, activation)
-            if x is not None:
-                self.memory, self.entered = memory, True
-                return from_map(x, tokens, host_form) if tokens or flat else x
-            memory = memory.leave_stream(k)
-        elif k == 0:
-            memory = memory.add(shortcut.enter(0, identity, backend, identity_norm))
-        self.memory = memory = later = shortcut.sum_ahead(k, memory, backend)
+        if self.k == 0:
+            self._begin(identity, identity_norm, backend)
+        norm_joins = norm is not None and summing and self._joins_norm(norm)
+        if norm is not None and not norm_joins:
+            branch, norm = norm(branch), None
+        relu = summing and type(activation) is nn.ReLU and not observed(activation)
+        ends = relu or activation is None
+        x = self._stream(branch, norm, identity, relu) if self.memory.stream is not None and ends else None
+        if x is None:
+            self.memory = self.memory.leave_stream(self.k)
+            addends = [identity] if self.keep_identity and not whole else []
+            x = self._sum(branch, norm, identity, addends, relu, ends, backend)
+        if tokens or flat:
+            x = from_map(x, tokens, host_form)
+        elif activation is None and isinstance(x, torch.fx.Proxy):
+            x = torch.positive(x)  # a node of the block's own: feature extractors take its last
+        return x if relu or activation is None else activation(x)
 
-        before_norm, addends = None, [identity] if self.keep_identity and not whole else []
-        if norm is not None and fused and self._joins_norm(norm):
-            before_norm = as_branch(norm, branch, backend)
-        else:
-            branch = branch if norm is None else norm(branch)
-            addends = [branch, *addends]
+    def _begin(self, identity: Tensor, identity_norm: nn.Module | None, backend: str) -> None:
+        """Remember X_0, in a stream where the row may be run by one."""
+        if backend == "native" and self._may_stream():
+            self.memory = self.memory._replace(stream=self.shortcut.stream(identity, identity_norm))
+        if self.memory.stream is None:
+            self.memory = self.memory.add(self.shortcut.enter(0, identity, backend, identity_norm))
+
+    def _sum(
+        self,
+        branch: Tensor,
+        norm: nn.Module | None,
+        identity: Tensor,
+        addends: list[Tensor],
+        relu: bool,
+        ends: bool,
+        backend: str,
+    ) -> Tensor:
+        """The sum of the branch, whose norm joins it or is None, and what else is added; X_l if the block `ends` so."""
+        shortcut, k = self.shortcut, self.k
+        fused = backend != "plain" and bool(shortcut.sources[k])  # without maps there is nothing to sum in one pass
+        memory = later = shortcut.sum_ahead(k, self.memory, backend)
         if self.stage.aggregate == "block" and not self.last:
             later, self.entered = memory.add(shortcut.enter(k + 1, branch, backend)), True
-
-        relu = fused and type(activation) is nn.ReLU and not observed(activation)
-        finish = (
-            fused and (relu or activation is None) and not self.entered and not self.last and not self._is_observed()
-        )
+        finish = fused and ends and not self.entered and not self.last and not self._is_observed()
         records = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        overwrite = fused and not records and not self.entered and self._is_own(branch, identity)
         x, ahead = shortcut(
             k,
-            addends,
+            [branch, *addends] if norm is None else addends,
             memory,
-            branch=before_norm,
+            branch=None if norm is None else as_branch(norm, branch, backend),
             norm=norm,
             relu=relu,
             finish=finish,
-            overwrite=overwrite,
+            overwrite=fused and not records and not self.entered and self._is_own(branch, identity),
             backend=backend if fused else "plain",
         )
         if ahead is not None:
             later, self.entered = later.add(ahead), True
         self.memory = later
-        if tokens or flat:
-            x = from_map(x, tokens, host_form)
-        elif activation is None and isinstance(x, torch.fx.Proxy):
-            x = torch.positive(x)  # type: ignore[arg-type]  # a node of the block's own: feature extractors take its last
-        return x if relu or activation is None else activation(x)
+        return x
 
     def _may_stream(self) -> bool:
         """Whether the row may be run by what keeps its state in place (`ops/stream.py`)."""
         records = torch.is_grad_enabled() or torch.compiler.is_compiling()
         return self.memory.once and not records and not self.keep_identity and self.stage.aggregate != "block"
 
-    def _stream(
-        self,
-        stream: ops.Stream,
-        branch: Tensor,
-        norm: nn.Module | None,
-        identity: Tensor,
-        activation: Callable[[Tensor], Tensor] | None,
-    ) -> Tensor | None:
-        """X_l by the stream, with nothing left to do; None where it does not take the block."""
-        relu = type(activation) is nn.ReLU and not observed(activation)
-        if torch.is_grad_enabled() or self.keep_identity or not (relu or activation is None):
+    def _stream(self, branch: Tensor, norm: nn.Module | None, identity: Tensor, relu: bool) -> Tensor | None:
+        """X_l by the stream; None where it does not take the block."""
+        stream = self.memory.stream
+        assert stream is not None
+        if torch.is_grad_enabled() or self.keep_identity:
             return None
         found = None if norm is None else known(norm)
         fits = norm is None or (found is not None and found.fits(stream.first.shape[1]))
         if not fits or not stream.takes(branch):
             return None
+        self.entered = True
         own = stream.is_free(branch, identity) and not has_hooks(self.block)
         return stream.sum(self.k, branch, found, relu, branch if own else torch.empty_like(branch))
 
