@@ -12,6 +12,7 @@ from typing import Any
 from timm.models import FeatureHookNet
 from timm.models.convit import ConVit
 from timm.models.dla import DlaTree
+from timm.models.maxxvit import MaxxVitBlock
 from timm.models.twins import Twins
 from timm.models.xception import Xception
 from torch import Tensor, nn
@@ -48,6 +49,13 @@ class DenseDlaTree(DenseStage, DlaTree):
         return DlaTree.forward(OnePass(self), x, *args, **kwargs)
 
 
+class DenseMaxxVitBlock(DenseStage, MaxxVitBlock):
+    """A convolution block, and behind it two of attention that feed one another."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return MaxxVitBlock.forward(OnePass(self), x, *args, **kwargs)
+
+
 class DenseXception(DenseStage, Xception):
     """Blocks that are the network's own children, called one after the other."""
 
@@ -69,6 +77,7 @@ class DenseFeatureHookNet(DenseStage, FeatureHookNet):
 
 _CONTAINERS: dict[Any, type[DenseStage]] = {
     DlaTree: DenseDlaTree,
+    MaxxVitBlock: DenseMaxxVitBlock,
     Xception: DenseXception,
     FeatureHookNet: DenseFeatureHookNet,
 }

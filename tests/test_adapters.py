@@ -116,6 +116,10 @@ HOSTS: dict[str, Any] = {
     "dla of res2net's": partial(
         timm.create_model, "dla60_res2net", levels=(1, 1, 1, 2, 1, 1), channels=(8, 8, 16, 16, 32, 32), base_width=32,
     ),
+    "maxvit, blocks called by name in a block": partial(
+        timm.create_model, "maxvit_rmlp_pico_rw_256", img_size=64, embed_dim=(32, 32, 64), depths=(1, 2, 1),
+        stem_width=16, head_hidden_size=32,
+    ),
     "twins, a convolution behind the first block": partial(
         timm.create_model, "twins_pcpvt_small", img_size=64, embed_dims=(16, 16, 32, 32), depths=(3, 1, 2, 2),
         num_heads=(2, 2, 2, 2),
