@@ -569,24 +569,44 @@ def test_a_stage_is_not_taken_for_a_block(first):
 
 
 class ForOneSize(nn.Module):
-    """Takes maps of 5x5 positions and no others."""
+    """Takes maps of 5x5 positions and no others, for it has a number for each, or for each pair of them."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, pairs: bool) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 1)
-        self.register_buffer("position", torch.randn(25))
+        self.conv = nn.Conv2d(C, C, 1)
+        self.register_buffer("position", torch.randn(625 if pairs else 25))
+        self.pairs = pairs
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv(x) * self.position.reshape(5, 5)
+        y = self.conv(x)
+        if not self.pairs:
+            return x + y * self.position.reshape(5, 5)
+        return x + (y.flatten(2) @ self.position.reshape(25, 25)).reshape(y.shape)
 
 
-def test_blocks_made_for_one_size_of_map_are_understood():
-    host = nn.Sequential(ForOneSize(6), ForOneSize(6)).double().eval()
-    x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
+class InWindows(nn.Module):
+    """Mixes windows of 7x7 positions, so that a side must be a multiple of 7."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(C, C, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        windows = self.conv(x).reshape(n, c, h // 7, 7, w // 7, 7)
+        return x + windows.flip(3, 5).reshape(n, c, h, w)
+
+
+@pytest.mark.parametrize(
+    ("block", "side"), [(lambda: ForOneSize(False), 5), (lambda: ForOneSize(True), 5), (InWindows, 14)]
+)
+def test_blocks_made_for_one_size_of_map_are_understood(block, side):
+    host = nn.Sequential(block(), block()).double().eval()
+    x = torch.randn(2, C, side, side, dtype=torch.float64)
     expected = host(x)
     net = ds.plug_in(nn.Sequential(host), keep_identity=True)
     assert torch.equal(net(x), expected)
-    assert len(ds.dense_stages(net)) == 1
+    assert [stage.depth for stage in ds.plan(nn.Sequential(nn.Sequential(block(), block()))).stages] == [2]
 
 
 def test_a_hook_on_a_wrapper_that_is_not_called_any_more_is_refused():

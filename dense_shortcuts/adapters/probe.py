@@ -89,15 +89,20 @@ def _widths(block: nn.Module) -> list[int]:
 
 
 def _lengths(block: nn.Module) -> list[int]:
-    """Numbers of positions that a block may be made for: a layer over them has it, or a buffer an entry for each."""
-    sides = {side: None for buffer in block.buffers() for side in buffer.shape if side > 1}
-    return [*_widths(block), *list(sides)[:8]]
+    """Numbers of positions that a block may be made for.
+
+    A layer over positions has it; a buffer has an entry for each of them, or for each pair.
+    """
+    sides = dict.fromkeys(side for buffer in block.buffers() for side in buffer.shape if side > 1)
+    pairs = [math.isqrt(side) for side in sides if math.isqrt(side) ** 2 == side > 1]
+    return [*_widths(block), *list(sides)[:8], *pairs[:8]]
 
 
 def _shapes(channels: int, lengths: list[int]) -> list[tuple[tuple[int, ...], bool]]:
     """Shapes to try, with whether their channels are last; no side is as long as the channels, so none is mistaken."""
     side = 16 if channels not in (16, 256) else 32
     sides = [math.isqrt(tokens) for tokens in lengths]
+    windows = [((2, channels, 28, 28), False), ((2, 28, 28, channels), True)] if channels != 28 else []  # of 7 or 14
     fixed = [s for s, tokens in zip(sides, lengths, strict=True) if s * s == tokens and s not in (1, channels)]
     return [
         ((2, channels, side, side), False),
@@ -105,4 +110,5 @@ def _shapes(channels: int, lengths: list[int]) -> list[tuple[tuple[int, ...], bo
         ((2, side, side, channels), True),
         *(((2, tokens, channels), True) for tokens in lengths if tokens != channels),
         *(((2, channels, s, s), False) for s in fixed),
+        *windows,
     ]
