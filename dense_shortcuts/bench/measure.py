@@ -22,7 +22,9 @@ from .config import BenchConfig, Mode
 from .models import Comparison, Entry
 from .traffic import ShortcutBytes, operators, shortcut_bytes
 
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's malloc.h
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
+_KEPT = {_TRIM_THRESHOLD: 2**31 - 1, _MMAP_MAX: 0}
+_OWN = {_TRIM_THRESHOLD: 2**26, _MMAP_THRESHOLD: 2**25, _MMAP_MAX: 2**16}  # what glibc comes to by itself at the most
 LEAST_SECONDS = 0.3  # a turn is as many calls as fill this time
 WARM_CALLS = 2
 
@@ -217,23 +219,34 @@ def settled(device: torch.device, keeps_heap: bool) -> Iterator[None]:
     import torch._dynamo
 
     torch._dynamo.reset()
-    if keeps_heap:
-        keep_heap()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     limits = {"recompile_limit": 512, "accumulated_recompile_limit": 4096, "fail_on_recompile_limit_hit": True}
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True), torch._dynamo.config.patch(limits):
+    with (
+        torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True),
+        torch._dynamo.config.patch(limits),
+        kept_heap() if keeps_heap else contextlib.nullcontext(),
+    ):
         yield
 
 
-def keep_heap() -> None:
-    """Have this process keep the memory that it frees, where its allocator is glibc's.
+@contextlib.contextmanager
+def kept_heap() -> Iterator[None]:
+    """Has this process keep the memory that it frees, where its allocator is glibc's.
 
     It would give large pieces back to the system and get them anew, page by page, at every call: for one network and
     not for another, as the pieces happen to lie, which moves a ratio by a tenth from one process to the next.
     """
+    _set_allocator(_KEPT)
+    try:
+        yield
+    finally:
+        _set_allocator(_OWN)
+
+
+def _set_allocator(settings: dict[int, int]) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
-        for option, value in ((_TRIM_THRESHOLD, 2**31 - 1), (_MMAP_MAX, 0)):
+        for option, value in settings.items():
             mallopt(option, value)
