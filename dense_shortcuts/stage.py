@@ -268,9 +268,10 @@ class _Join:
         return x
 
     def _may_stream(self) -> bool:
-        """Whether the row may be run by what keeps its state in place (`ops/stream.py`)."""
-        records = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        return self.memory.once and not records and not self.keep_identity and self.stage.aggregate != "block"
+        """Whether the row may be run by what keeps its state in place (`ops/stream.py`), past the shortcut's own call."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.memory.once:
+            return False
+        return not self.keep_identity and self.stage.aggregate != "block" and not has_hooks(self.shortcut)
 
     def _stream(self, branch: Tensor, norm: nn.Module | None, identity: Tensor, relu: bool) -> Tensor | None:
         """X_l by the stream; None where it does not take the block."""

@@ -135,6 +135,14 @@ def test_what_a_hook_has_seen_is_not_overwritten(sums):
     assert sums == [0, 1, 2, 0, 1]
 
 
+def test_a_hook_on_a_shortcut_fires(sums):
+    net, plain = pair(hosts.small_net("timm_basic").double())
+    seen: list[Tensor] = []
+    net.layer1.shortcut.register_forward_hook(lambda m, i, y: seen.append(y[0].clone()))
+    assert_close(*outputs((net, plain), images()), 1e-10, "output")
+    assert len(seen) == 3 and sums == [0, 1]
+
+
 @pytest.mark.parametrize("name", ["layer1.1.bn2", "layer2.0.downsample", "layer2.0.downsample.1", "layer1.0.act2"])
 def test_a_forward_pass_replaced_on_one_module_is_called(name, sums):
     net, plain = pair(hosts.small_net("timm_basic").double())
