@@ -268,7 +268,7 @@ class _Join:
         return x
 
     def _may_stream(self) -> bool:
-        """Whether the row may be run by what keeps its state in place (`ops/stream.py`), past the shortcut's own call."""
+        """Whether the row may be run in place (`ops/stream.py`), without the shortcut's own call."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.memory.once:
             return False
         return not self.keep_identity and self.stage.aggregate != "block" and not has_hooks(self.shortcut)
