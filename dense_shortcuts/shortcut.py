@@ -60,6 +60,12 @@ class Memory(NamedTuple):
         """What a row of blocks begins with."""
         return Memory(once=self.once)
 
+    def storages(self) -> list[int]:
+        """Where the storages of the maps are."""
+        if self.stream is not None:
+            return self.stream.storages
+        return [term.map.untyped_storage().data_ptr() for term in self.terms]
+
     def leave_stream(self, k: int) -> "Memory":
         """The same with X_0 .. X_k as terms."""
         if self.stream is None:

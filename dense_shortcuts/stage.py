@@ -284,7 +284,7 @@ class _Join:
         if not fits or not stream.takes(branch):
             return None
         self.entered = True
-        own = stream.is_free(branch, identity) and not has_hooks(self.block)
+        own = self._is_own(branch, identity)
         return stream.sum(self.k, branch, found, relu, branch if own else torch.empty_like(branch))
 
     def remember(self, x: Tensor) -> Memory:
@@ -315,8 +315,8 @@ class _Join:
         """Whether nobody but this block has the branch's memory: no hook may have seen it, and it is no other map's."""
         if has_hooks(self.block):
             return False
-        others = {term.map.untyped_storage().data_ptr() for term in self.memory.terms}
-        return branch.untyped_storage().data_ptr() not in {*others, identity.untyped_storage().data_ptr()}
+        own = branch.untyped_storage().data_ptr()
+        return own != identity.untyped_storage().data_ptr() and own not in self.memory.storages()
 
     def _is_observed(self) -> bool:
         """Whether a hook may take X_l: on its block, or on the next one or a layer in it, as their input."""

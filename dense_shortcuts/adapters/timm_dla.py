@@ -1,4 +1,7 @@
-"""timm's DLA blocks, which may be handed the shortcut that they add; their trees are in `containers.py`."""
+"""timm's DLA blocks, which may be handed the shortcut that they add; their trees are in `containers.py`.
+
+Their layers have the names and the order of torchvision's ResNet blocks.
+"""
 
 from typing import Any
 
@@ -6,8 +9,9 @@ from timm.models.dla import DlaBasic, DlaBottle2neck, DlaBottleneck
 from torch import Tensor, nn
 
 from ..shortcut import InnerShortcut
-from .block import Branch, DenseBlock, Join, joined, widths_of_3x3
+from .block import Branch, DenseBlock, Join, joined
 from .timm_res2net import DenseBottle2neck
+from .torchvision_resnet import DenseBasicBlock, DenseBottleneck
 
 
 class _DenseDla(DenseBlock):
@@ -24,45 +28,19 @@ class _DenseDla(DenseBlock):
 
 
 class DenseDlaBasic(_DenseDla, DlaBasic):
-    def out_channels(self) -> int:
-        return int(self.conv2.out_channels)
-
-    def branch(self, x: Tensor) -> Branch:
-        x = self.relu(self.bn1(self.conv1(x)))
-
-        return self.conv2(x), self.bn2
-
-    def conv_norms(self) -> list[tuple[str, str]]:
-        return [("conv1", "bn1"), ("conv2", "bn2")]
-
-    def last_conv(self) -> nn.Conv2d | None:
-        return self.conv2
+    out_channels = DenseBasicBlock.out_channels
+    branch = DenseBasicBlock.branch
+    conv_norms = DenseBasicBlock.conv_norms
+    last_conv = DenseBasicBlock.last_conv
 
 
 class DenseDlaBottleneck(_DenseDla, DlaBottleneck):
     inner: InnerShortcut | None
-
-    def out_channels(self) -> int:
-        return int(self.conv3.out_channels)
-
-    def inner_widths(self) -> tuple[int, int] | None:
-        return widths_of_3x3(self.conv2)
-
-    def branch(self, x: Tensor) -> Branch:
-        hidden = self.relu(self.bn1(self.conv1(x)))
-
-        x = self.bn2(self.conv2(hidden))
-        if self.inner is not None:
-            x = self.inner(x, self.inner.enter(hidden))
-        x = self.relu(x)
-
-        return self.conv3(x), self.bn3
-
-    def conv_norms(self) -> list[tuple[str, str]]:
-        return [("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")]
-
-    def last_conv(self) -> nn.Conv2d | None:
-        return self.conv3
+    out_channels = DenseBottleneck.out_channels
+    inner_widths = DenseBottleneck.inner_widths
+    branch = DenseBottleneck.branch
+    conv_norms = DenseBottleneck.conv_norms
+    last_conv = DenseBottleneck.last_conv
 
 
 class DenseDlaBottle2neck(_DenseDla, DlaBottle2neck):

@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -215,6 +216,16 @@ def kernel(name: str, like: Tensor) -> "ctypes._FuncPointer":
 def threads(like: Tensor) -> int:
     """How many threads work on a map: as many as PyTorch uses, one for a small one."""
     return torch.get_num_threads() if like.numel() > _SMALL else 1
+
+
+def address_of(x: Tensor | None, dtype: torch.dtype, kept: list[Any]) -> int | None:
+    """Where numbers of a dtype stand one after the other, x's own or a copy's, which is kept; None for none."""
+    if x is None:
+        return None
+    if x.dtype != dtype or not x.is_contiguous():
+        x = x.to(dtype).contiguous()
+    kept.append(x)
+    return x.data_ptr()
 
 
 def shape_of(x: Tensor) -> Shape:

@@ -11,7 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compiled import KINDS, Form, Map, Nested, PairGradients, Pairs, Pull, Through, is_last, kernel, shape_of, threads
+from .compiled import (
+    KINDS,
+    Form,
+    Map,
+    Nested,
+    PairGradients,
+    Pairs,
+    Pull,
+    Through,
+    address_of,
+    is_last,
+    kernel,
+    shape_of,
+    threads,
+)
 from .forms import BATCH, NONE, RAW, RUNNING, unnormalised_scales
 from .reference import accumulation_dtype
 
@@ -33,12 +47,7 @@ class _Given:
         return self._table((Map * len(maps))(*[self.map(x) for x in maps]))
 
     def numbers(self, x: Tensor | None) -> int | None:
-        if x is None:
-            return None
-        if x.dtype != self.dtype or not x.is_contiguous():
-            x = x.to(self.dtype).contiguous()
-        self.kept.append(x)
-        return x.data_ptr()
+        return address_of(x, self.dtype, self.kept)
 
     def tables(self, tensors: Sequence[Tensor]) -> int:
         return self._table((ctypes.c_void_p * len(tensors))(*[self.numbers(t) for t in tensors]))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .compiled import KINDS, Form, Map, Pairs, kernel, shape_of, threads
+from .compiled import KINDS, Form, Map, Pairs, address_of, kernel, shape_of, threads
 from .forms import NONE, RUNNING
 from .reference import accumulation_dtype
 
@@ -69,7 +69,7 @@ class Stream:
         self.table = (Map * (depth + 1))()  # the branch at hand, then the maps
         self.shape, self.kind = shape_of(x), KINDS[x.dtype]
         self.kernel, self.threads = kernel("block", x), threads(x)
-        self.maps, self.memories = [x] * depth, [0] * depth
+        self.maps, self.storages = [x] * depth, [0] * depth
         self._keep(0, x)
         if self.normalised:
             self._enter(norms[0], last)
@@ -84,7 +84,7 @@ class Stream:
 
     def _keep(self, i: int, x: Tensor) -> None:
         if i < len(self.maps):  # no block sums X_L
-            self.maps[i], self.memories[i] = x, x.untyped_storage().data_ptr()
+            self.maps[i], self.storages[i] = x, x.untyped_storage().data_ptr()
             self.table[i + 1] = Map(x.data_ptr(), self.kind)
 
     def map(self, i: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -95,11 +95,6 @@ class Stream:
         """Whether a branch is laid out as the maps are."""
         first = self.first
         return type(x) is Tensor and x.dtype == first.dtype and x.shape == first.shape and x.stride() == first.stride()
-
-    def is_free(self, x: Tensor, other: Tensor) -> bool:
-        """Whether x has its memory to itself: neither the other map nor any of the row has it."""
-        own = x.untyped_storage().data_ptr()
-        return own not in self.memories and own != other.untyped_storage().data_ptr()
 
     def sum(self, k: int, branch: Tensor, norm: KnownNorm | None, relu: bool, out: Tensor) -> Tensor:
         """X_l of block l = k + 1, s(N(branch) + sum_i w_i * N(X_i)), written to `out`.
@@ -141,14 +136,8 @@ class Stream:
         return maps, rates, shifts
 
     def _form(self, norm: KnownNorm | None, place: int, kept: list[Tensor]) -> Form:
-        """A norm, whose form goes to its place; what was converted for it is kept."""
+        """A norm, whose form goes to its place; what it refers to is kept."""
         if norm is None:
             return Form(NONE)
-        given: list[int | None] = []
-        for t in norm[2:]:
-            if t is not None and (t.dtype != self.forms.dtype or not t.is_contiguous()):
-                t = t.to(self.forms.dtype).contiguous()
-                kept.append(t)
-            given.append(None if t is None else t.data_ptr())
-        weight, bias, mean, var = given
+        weight, bias, mean, var = (address_of(t, self.forms.dtype, kept) for t in norm[2:])
         return Form(norm.groups, norm.eps, weight, bias, *self.places[place], mean, var)
