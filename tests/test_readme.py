@@ -100,13 +100,15 @@ def complete(command: str) -> list[str]:
     arguments = shlex.split(re.sub(r"\bDIR\b", data, command).replace("<name>", "NAME"))[1:]
     if arguments[0] == "bench":
         return [*arguments, *TINY_BENCH]
+    if arguments[0] == "support":
+        return [*arguments, "resmlp*"]
     trains = arguments[0] in ("compare", "train") and "--resume" not in arguments
     return [*arguments, *TINY] if trains else arguments
 
 
 def test_commands_are_found():
     verbs = {command.split()[1] for command in commands("dsnet")}
-    assert verbs == {"compare", "train", "eval", "models", "bench", "info"}
+    assert verbs == {"compare", "train", "eval", "models", "bench", "info", "support"}
     assert {"make compare", "make test"} <= set(commands("make"))
 
 
