@@ -4,6 +4,7 @@ It needs none of them. Any network that timm gives with features_only works: a D
 """
 
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,8 @@ class Backbone(nn.Module):
         left = sorted(key for key in tensors if flat(key) not in own)
         stages = {flat(name) for name, module in self.features.named_modules() if isinstance(module, nn.Module)}
         # A shortcut's key in a stage that is here but has no such shortcut: the weights are of another plan.
-        unplaced = [key for key in left if ".shortcut." in key and flat(key.split(".shortcut.")[0]) in stages]
+        owners = {key: re.split(r"\.shortcut\d*\.", key) for key in left}
+        unplaced = [key for key, parts in owners.items() if len(parts) > 1 and flat(parts[0]) in stages]
         fresh = load(self.features, found | {key: tensors[key] for key in unplaced})
         self._say(f"{len(found)} tensors loaded from {where}")
         if fresh:

@@ -56,8 +56,10 @@ def advice(interruption: KeyboardInterrupt, arguments: list[str]) -> str:
     """What to do after an interruption."""
     from .train.run import RunInterrupted
 
-    if arguments[:1] in (["sweep"], ["rerun"]):
+    if arguments[:1] in (["sweep"], ["rerun"], ["support"]):
         return "the same command goes on."
+    if isinstance(interruption, RunInterrupted) and arguments[:1] in (["prune"], ["renorm"]):
+        return f"{interruption.folder} was not trained to its end: remove it, or take another --name."
     if isinstance(interruption, RunInterrupted):
         return f"go on with `dsnet {' '.join(words(arguments))} --resume {shlex.quote(str(interruption.folder))}`."
     if arguments[:1] == ["bench"]:

@@ -12,7 +12,8 @@ from .shortcut import DenseShortcut, InnerShortcut
 
 _logger = logging.getLogger(__name__)
 
-_SHORTCUT_KEY = re.compile(r"(^|\.)(shortcut\.(weights|norms)|inner\.(weight|norm))(\.|$)")
+# As `find_stages` names the shortcuts of a container's rows: shortcut, shortcut2, ..
+_SHORTCUT_KEY = re.compile(r"(^|\.)(shortcut\d*\.(weights|norms)|inner\.(weight|norm))(\.|$)")
 
 
 def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, shortcuts: str = "keep") -> list[str]:

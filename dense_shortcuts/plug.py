@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import adapters, containers
+from . import adapters, containers, layer_groups
 from .adapters import DenseBlock
 from .errors import DenseShortcutError
 from .find import Found, Refused, find_stages
@@ -239,10 +239,12 @@ def _check_options(options: Options) -> None:
     ):
         if value not in known:
             raise DenseShortcutError(f"unknown {what} {value!r}: choose one of {', '.join(known)}.")
-    for name in ("window", "every"):
+    for name in ("window", "every", "groups"):
         value = getattr(options, name)
-        if value is not None and value < 1:
-            raise DenseShortcutError(f"{name}={value} leaves no map to sum: it must be 1 or above.")
+        if value is not None and (type(value) is not int or value < 1):
+            raise DenseShortcutError(f"{name}={value!r} cannot be: give a whole number, 1 or above.")
+    if isinstance(options.stages, str):
+        raise DenseShortcutError(f"stages={options.stages!r} is one name: give a list, [{options.stages!r}].")
     if options.keep_identity and options.weighting != "channel":
         raise DenseShortcutError(
             f"weights by {options.weighting} cannot start at zero, so keep_identity would not start as the host: "
@@ -304,7 +306,7 @@ def plug_in(
             "auto" is "group", and "layer" for tokens.
         groups: groups of the group norm; None takes 32, fewer where a group would have under four channels.
         init: start of the weights: "nearest" (1 for the nearest map, 0 for the rest), "uniform" (1/l each), "ones",
-            "zeros", "random" (-1 to 1). None takes "nearest", or "zeros" with keep_identity.
+            "zeros", "random" (-1 to 1). None takes "nearest", "zeros" with keep_identity, "uniform" with attention.
         weighting: "channel", the paper's; "softmax", "gate" or "attention" for its relatives (`weighting.py`).
         pattern: "all" earlier maps, or those a power of two back ("powers", log2 L maps a block).
         window: sum only so many of the nearest maps; None is all.
@@ -326,13 +328,25 @@ def plug_in(
     Source: Sec. 3 of "ResNet or DenseNet? Introducing Dense Shortcuts to ResNet", WACV 2021.
     """
     options = Options(
-        aggregate, norm, groups, init, weighting, pattern, window, every, stages, blocks, inner, inner_start,
-        keep_identity, backend,
-    )  # fmt: skip
+        aggregate=aggregate,
+        norm=norm,
+        groups=groups,
+        init=init,
+        weighting=weighting,
+        pattern=pattern,
+        window=window,
+        every=every,
+        stages=stages,
+        blocks=blocks,
+        inner=inner,
+        inner_start=inner_start,
+        keep_identity=keep_identity,
+        backend=backend,
+    )
     planned = plan_options(model, options)
     for stage in planned.found:
         _plug_stage(model.get_submodule(stage.name), stage, planned)
-    _group_shortcuts_with_blocks(model)
+    layer_groups.group_with_blocks(model)
     return model
 
 
@@ -368,23 +382,8 @@ def unplug(model: nn.Module) -> nn.Module:
             for block in blocks[row.first : row.stop]:
                 adapters.unplug(block)
         stage.release()
-    if isinstance(vars(model).get("group_matcher"), GroupMatcher):
-        del model.group_matcher
+    layer_groups.ungroup(model)
     return model
-
-
-@dataclass(frozen=True)
-class GroupMatcher:
-    """`group_matcher` of a plugged timm network: the host's own patterns, and each block's shortcut with its block.
-
-    timm's layer-wise learning rates and freezing go by it; a name that no pattern matches counts as the head's.
-    """
-
-    blocks: dict[str, Any]
-    stages: dict[str, Any]
-
-    def __call__(self, coarse: bool = False) -> dict[str, Any]:
-        return self.stages if coarse else self.blocks
 
 
 def dense_stages(model: nn.Module) -> dict[str, DenseStage]:
@@ -400,19 +399,6 @@ def shortcut_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         if isinstance(module, DenseShortcut | InnerShortcut)
         for name, parameter in module.named_parameters()
     ]
-
-
-def _group_shortcuts_with_blocks(model: nn.Module) -> None:
-    """Where timm's patterns know a block as stage.number, let the shortcut into that block belong to it."""
-    matcher: Any = getattr(model, "group_matcher", None)
-    if not callable(matcher) or "group_matcher" in vars(model):
-        return
-    blocks, number = matcher(coarse=False), r"\.(\d+)"
-    pattern = blocks.get("blocks") if isinstance(blocks, dict) else None
-    if isinstance(pattern, str) and pattern.endswith(number):
-        shortcuts = pattern.removesuffix(number) + r"\.shortcut\.weights" + number
-        blocks = blocks | {"blocks": [(pattern, None), (shortcuts, None)]}
-        vars(model)["group_matcher"] = GroupMatcher(blocks, matcher(coarse=True))
 
 
 def _match(added: nn.Module, host: nn.Module, training: bool) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from torch.distributed.tensor import DTensor
 
 from .errors import DenseShortcutError
 from .pattern import Sources
-from .plug import dense_stages
 from .shortcut import DenseShortcut, InnerShortcut
 from .weighting import start_parameter, weigh
 
@@ -26,15 +26,16 @@ def weight_summary(model: nn.Module) -> Summary:
     """What every shortcut weighs now. Every process calls it where the parameters are spread over several.
 
     Returns:
-        stages: by module name {"mean_abs", "spread"}, each a row for every block l = 1..L with a number for every map
-            i = 0..l-1: the mean of |w_{l,i}| and the standard deviation of w_{l,i} over the channels; None where the
-            block does not sum the map.
+        stages: by the stage's module name (by the shortcut's own, such as "blocks.shortcut2", where a container has
+            more rows than one) {"mean_abs", "spread"}, each a row for every block l = 1..L with a number for every
+            map i = 0..l-1: the mean of |w_{l,i}| and the standard deviation of w_{l,i} over the channels; None where
+            the block does not sum the map.
         inner: DS2's v by the block's name: {"mean_abs", "spread"}, one number each.
         Stages without weights (the dense identity), or whose weights depend on the image (attention), are left out.
     """
     stages = {
-        name: _rows(stage.shortcut.sources, [stage.shortcut.weight(k) for k in _summing(stage.shortcut)])
-        for name, stage in _weighted(model).items()
+        name: _rows(shortcut.sources, [shortcut.weight(k) for k in _summing(shortcut)])
+        for name, shortcut in _weighted(model).items()
     }
     inner = {
         name.removesuffix(".inner"): dict(zip(("mean_abs", "spread"), _figures(module.weight[None])[0], strict=True))
@@ -46,11 +47,7 @@ def weight_summary(model: nn.Module) -> Summary:
 
 def start_summary(model: nn.Module) -> Summary:
     """What every shortcut weighed before training, by its `init`; as `weight_summary`, without inner."""
-    return {
-        "stages": {
-            name: _rows(stage.shortcut.sources, _starts(stage.shortcut)) for name, stage in _weighted(model).items()
-        }
-    }
+    return {"stages": {name: _rows(found.sources, _starts(found)) for name, found in _weighted(model).items()}}
 
 
 def record(path: Path, epoch: int, model: nn.Module, *, write: bool = True) -> None:
@@ -89,12 +86,12 @@ def read_record(path: Path) -> list[Summary]:
     return found
 
 
-def _weighted(model: nn.Module) -> dict[str, Any]:
-    """The stages with weights that are the same for every image."""
+def _weighted(model: nn.Module) -> dict[str, DenseShortcut]:
+    """The shortcuts with weights that are the same for every image, by the names that summaries have for them."""
     return {
-        name: stage
-        for name, stage in dense_stages(model).items()
-        if len(stage.shortcut.weights) and stage.shortcut.weighting != "attention"
+        re.sub(r"(^|\.)shortcut$", "", name): module
+        for name, module in model.named_modules()
+        if isinstance(module, DenseShortcut) and len(module.weights) and module.weighting != "attention"
     }
 
 

@@ -83,6 +83,14 @@ def test_weights_come_from_a_safetensors_file(tmp_path):
     assert ds.load(net_of(seed=2, init="ones"), str(tmp_path / "net.safetensors")) == []
 
 
+def test_the_keys_of_every_row_are_shortcut_keys():
+    host, net = (timm.create_model("convit_tiny", depth=4, local_up_to_layer=2, embed_dim=8, num_heads=2) for _ in "ab")
+    state = ds.plug_in(net).state_dict()
+    assert {"blocks.shortcut.weights.0", "blocks.shortcut2.weights.1"} < state.keys()
+    assert ds.load(host, state, shortcuts="drop") == []
+    assert all(torch.equal(value, state[key]) for key, value in host.state_dict().items())
+
+
 def test_shortcut_keys_that_a_host_has_no_place_for_are_refused_by_name_or_dropped_on_request(caplog):
     source, host = net_of(seed=1, norm="batch", inner=True), net_of(seed=2)
     extra = [key for key in source.state_dict() if key not in host.state_dict()]

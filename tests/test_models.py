@@ -388,6 +388,29 @@ def test_layer_decay_counts_the_shortcut_into_a_block_with_the_block(name):
                 assert scales[id(weight)] == scales[id(block.conv1.weight)] < scales[id(copied.fc.weight)]
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("vit_tiny_patch16_224", "convnext_atto", "swin_tiny_patch4_window7_224", "regnetx_002", "convit_tiny"),
+        *("efficientnet_b0", "resnetv2_50", "cspresnet50", "xcit_nano_12_p8_224", "mobilenetv3_small_050", "dla34"),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"every": 2}])
+def test_layer_decay_knows_the_blocks_of_every_family(name, options):
+    with torch.device("meta"):
+        net = ds.plug_in(timm.create_model(name), **options)
+    names, scales = {id(p): n for n, p in net.named_parameters()}, lr_scales(net)
+    assert len(scales) == len(names)
+    by_name = {names[key]: scale for key, scale in scales.items()}
+    for prefix, stage in ds.dense_stages(net).items():
+        for row, shortcut in stage.shortcuts.items():
+            summing = [k for k, maps in enumerate(shortcut.sources) if maps]
+            for n, k in enumerate(summing):
+                block = f"{prefix}.{stage.block_names[row.first + k]}."
+                own = {scale for inside, scale in by_name.items() if inside.startswith(block)}
+                assert by_name[f"{prefix}.{row.shortcut}.weights.{n}"] == max(own) < 1
+
+
 def test_layer_decay_of_the_unplugged_network_is_the_hosts():
     net, host = create("dsnet18"), create("resnet18")
     ds.unplug(net)

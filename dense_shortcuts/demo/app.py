@@ -48,7 +48,7 @@ def serve(runs: Path, port: int | None, *, browser: bool = False, wait: bool = T
         import gradio
         import pytorch_grad_cam  # noqa: F401 (missing, it is to be missed now and not at the first image)
     except ImportError as error:
-        raise DenseShortcutError("the page needs gradio: pip install 'dense-shortcuts[demo]'.") from error
+        raise DenseShortcutError(f"the page needs {error.name}: pip install 'dense-shortcuts[demo]'.") from error
     from starlette.middleware import Middleware
 
     page = build(gradio, runs)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..errors import DenseShortcutError
 from ..train.checkpoint import atomic, write_text
+from ..train.run import checkpoint_folder
 from .data import read_image
 from .loop import read_detector
-from .run import accelerator_for, checkpoint_folder
+from .run import accelerator_for
 
 RESULTS = "detections.json"
 # Okabe and Ito's colours, which stay apart for colour-blind readers.

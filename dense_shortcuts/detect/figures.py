@@ -2,16 +2,13 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .data import Coco, Picture, has_mask, truth
 from .extra import mask_tools
-
-if TYPE_CHECKING:
-    pass
 
 # Name in files, torchmetrics' name, IoU, area and detections an image of each figure, in COCO's order.
 TWELVE = (
@@ -28,7 +25,6 @@ TWELVE = (
     ("ARm", "mar_medium", "0.50:0.95", "medium", 100),
     ("ARl", "mar_large", "0.50:0.95", "large", 100),
 )
-KINDS = {"bbox": "boxes", "segm": "masks"}
 
 
 class Meter:

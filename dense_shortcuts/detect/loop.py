@@ -24,7 +24,7 @@ from ..train.checkpoint import (
     write_text,
 )
 from ..train.config import read_fields
-from ..train.data import EpochSampler, mixed_seed, worker_error
+from ..train.data import EpochSampler, batches, mixed_seed
 from ..train.display import Display
 from ..train.loop import METRICS, append_line, drop_later_lines, make_accelerator, prefixed
 from ..train.network import make_optimizer
@@ -258,14 +258,6 @@ def detect(
             if "masks" in each:
                 each["masks"] = (each["masks"][:, 0] > 0.5).to(torch.uint8)
             yield place, each
-
-
-def batches(loader: DataLoader) -> Iterator[Any]:
-    """The loader's batches; an error in one of its processes is raised as the one sentence that it was."""
-    try:
-        yield from loader
-    except DenseShortcutError as error:
-        raise worker_error(error) from error
 
 
 def save_state(training: Training, path: Path, epoch: int, accelerator: "Accelerator") -> None:

@@ -1,7 +1,6 @@
 """A detection run and its folder: `train`, `resume`, `evaluate`, and `compare`, which trains twins with some seeds."""
 
 import dataclasses
-import datetime
 import json
 import statistics
 from collections.abc import Sequence
@@ -13,12 +12,11 @@ from rich.console import Console
 
 from ..errors import DenseShortcutError
 from ..machine import machine
-from ..train.checkpoint import CARD, WEIGHTS, atomic, read_json, write_text
-from ..train.config import write_yaml
+from ..train.checkpoint import CARD, atomic, read_json, write_text
 from ..train.display import Display
 from ..train.loop import METRICS, make_accelerator, read_metrics
-from ..train.network import make_optimizer, network_label
-from ..train.run import CONFIG, ENVIRONMENT, RunInterrupted
+from ..train.network import make_optimizer, network_label, twin
+from ..train.run import CONFIG, ENVIRONMENT, RunInterrupted, checkpoint_folder, default_name, make_folder
 from .config import DetectConfig, read_recipe
 from .data import Coco, Picture, read_split, report, trainable
 from .extra import mask_tools
@@ -76,9 +74,9 @@ def execute(config: DetectConfig, resumed: Path | None) -> Path:
     accelerator = accelerator_for(config)
     data = load_data(config)
     model = checked_model(config, data)
-    folder = resumed or Path(config.output) / (config.name or default_name(config))
+    folder = resumed or Path(config.output) / (config.name or default_name(config.detector, config.model))
     if accelerator.is_main_process and resumed is None:
-        make_folder(folder, config, {"command": TRAIN})
+        make_folder(folder, config, environment(config, TRAIN))
     accelerator.wait_for_everyone()
     console = Console(quiet=not accelerator.is_main_process)
     for line in heading(config, data, folder, accelerator.device):
@@ -110,7 +108,7 @@ def fit(
 
 
 def accelerator_for(config: DetectConfig) -> "Accelerator":
-    """Accelerate's view of device, precision and processes; see `train.loop.make_accelerator`."""
+    """Accelerate's view of device, precision and processes; see `train.processes.make_accelerator`."""
     accelerator = make_accelerator(config.shared())
     if config.sync_bn and accelerator.num_processes > 1 and accelerator.device.type == "cpu":
         raise DenseShortcutError("--sync-bn needs GPUs, for PyTorch has none for processes on a CPU: leave it out.")
@@ -146,27 +144,9 @@ def label(config: DetectConfig) -> str:
     return f"{config.detector}-{network_label(config.shared())}"
 
 
-def default_name(config: DetectConfig) -> str:
-    """Detector, model and time; every process of a run gets the first one's."""
-    from accelerate.utils import broadcast_object_list
-
-    name = f"{config.detector}-{config.model}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    return broadcast_object_list([name])[0]
-
-
-def make_folder(folder: Path, config: DetectConfig, about: dict[str, Any]) -> None:
-    """Make a run's folder with its configuration; one that exists is refused and left alone."""
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        raise DenseShortcutError(
-            f"{folder} exists already: choose another --name, or go on with it by --resume {folder}."
-        ) from None
-    except OSError as error:
-        raise DenseShortcutError(f"cannot make {folder} ({error.strerror}): choose another --output.") from error
-    environment = about | {"seed": config.seed, **machine()}
-    write_text(folder / ENVIRONMENT, json.dumps(environment, indent=2) + "\n")
-    write_text(folder / CONFIG, write_yaml(dataclasses.replace(config, name=folder.name)))
+def environment(config: DetectConfig, command: str, **more: Any) -> dict[str, Any]:
+    """What a run depends on besides its configuration."""
+    return {"command": command, **more, "seed": config.seed, **machine()}
 
 
 def heading(config: DetectConfig, data: Data, folder: Path, device: torch.device) -> list[str]:
@@ -245,9 +225,9 @@ def compare(config: DetectConfig, seeds: Sequence[int], resumed: Path | None = N
     networks = [twin(config), config]
     for each in networks:
         checked_model(each, data)
-    folder = resumed or Path(config.output) / (config.name or default_name(config))
+    folder = resumed or Path(config.output) / (config.name or default_name(config.detector, config.model))
     if accelerator.is_main_process and resumed is None:
-        make_folder(folder, config, {"command": COMPARE, "seeds": list(seeds)})
+        make_folder(folder, config, environment(config, COMPARE, seeds=list(seeds)))
     accelerator.wait_for_everyone()
     console = Console(quiet=not accelerator.is_main_process)
     for line in heading(config, data, folder, accelerator.device):
@@ -258,7 +238,7 @@ def compare(config: DetectConfig, seeds: Sequence[int], resumed: Path | None = N
                 own = folder / f"seed{seed}" / network_label(each.shared())
                 seeded = dataclasses.replace(each, seed=seed, output=str(own.parent), name=own.name)
                 if accelerator.is_main_process and not own.is_dir():
-                    make_folder(own, seeded, {"command": TRAIN})
+                    make_folder(own, seeded, environment(seeded, TRAIN))
                 accelerator.wait_for_everyone()
                 console.print(f"seed {seed}", highlight=False)
                 fit(seeded, build_detector(seeded, len(data.val.categories)), data, own, accelerator, console)
@@ -269,13 +249,6 @@ def compare(config: DetectConfig, seeds: Sequence[int], resumed: Path | None = N
         write_text(folder / "table.md", table)
         console.print(table, highlight=False, markup=False, soft_wrap=True)
     return folder
-
-
-def twin(config: DetectConfig) -> DetectConfig:
-    """The same run with the host network."""
-    return dataclasses.replace(
-        config, aggregate="identity", norm="group", groups=None, init=None, inner=None, keep_identity=False
-    )
 
 
 def comparison(folder: Path, labels: Sequence[str], seeds: Sequence[int]) -> str:
@@ -333,10 +306,3 @@ def evaluate(
         print_figures(figures, console)
         console.print(f"{len(coco.pictures):,} images; figures: {target}", highlight=False, soft_wrap=True)
     return figures
-
-
-def checkpoint_folder(checkpoint: Path) -> Path:
-    """The run's folder of a checkpoint."""
-    if not checkpoint.is_dir() and (checkpoint.name != WEIGHTS or not checkpoint.is_file()):
-        raise DenseShortcutError(f"{checkpoint} is no checkpoint: give a run's folder or the {WEIGHTS} in it.")
-    return checkpoint if checkpoint.is_dir() else checkpoint.parent

@@ -121,12 +121,14 @@ def class_place(network: Network, name: str) -> int:
 
 
 def _from_card(name: str, model: nn.Module, card: dict[str, Any]) -> Network:
+    from ..train.checkpoint import crop_of
+
     return Network(
         label=name,
         model=model.eval(),
         classes=tuple(card["classes"]),
         size=card["img_size"],
-        crop_pct=0.875 if card["data"] == "imagefolder" else 1.0,
+        crop_pct=crop_of(card),
         mean=tuple(card["mean"]),
         std=tuple(card["std"]),
         interpolation=card["interpolation"],

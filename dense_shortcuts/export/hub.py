@@ -10,7 +10,7 @@ from torch import nn
 from .. import shipped
 from ..errors import DenseShortcutError
 from ..models import list_models
-from ..train.checkpoint import CARD, WEIGHTS, read_json, read_model, write_text
+from ..train.checkpoint import CARD, WEIGHTS, crop_of, read_json, read_model, write_text
 from ..train.config import TrainConfig
 from ..train.loop import METRICS, read_metrics
 from ..train.run import ENVIRONMENT, checkpoint_folder, run_config
@@ -147,7 +147,7 @@ def preprocessing(card: dict[str, Any]) -> dict[str, Any]:
         "input_size": (card["in_chans"], card["img_size"], card["img_size"]),
         "fixed_input_size": False,
         "interpolation": card["interpolation"],
-        "crop_pct": 0.875 if card["data"] == "imagefolder" else 1.0,
+        "crop_pct": crop_of(card),
         "crop_mode": "center",
         "mean": tuple(card["mean"]),
         "std": tuple(card["std"]),

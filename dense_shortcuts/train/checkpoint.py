@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import DenseShortcutError
 from ..loading import load
-from .config import TrainConfig
+from .config import DATA_DEFAULTS, TrainConfig
 from .data import Data
 from .network import build_network
 
@@ -87,7 +87,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DenseShortcutError(f"cannot read {path}: {error.strerror}.") from error
+        raise DenseShortcutError(
+            f"cannot read {path} ({error.strerror}): give the folder or file of a run that is whole."
+        ) from error
     except ValueError as error:
         raise DenseShortcutError(f"{path} is not whole JSON ({error}): restore it or train again.") from error
     if not isinstance(content, dict):
@@ -162,6 +164,11 @@ def write_model(folder: Path, config: TrainConfig, data: Data, tensors: Mapping[
     }
     write_tensors(folder / WEIGHTS, tensors, {"model": config.model})
     write_text(folder / CARD, json.dumps(card, indent=2) + "\n")
+
+
+def crop_of(card: Mapping[str, Any]) -> float:
+    """Part of the resized image's shorter side that the middle crop keeps (early cards leave it to the data)."""
+    return float(card.get("crop_pct") or DATA_DEFAULTS[card["data"]]["crop_pct"])
 
 
 def read_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:

@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from ..errors import DenseShortcutError
 from ..weights import SHORTCUTS, record
 from .checkpoint import restore_training, told_when_full, training_state, write_model, write_text
 from .config import TrainConfig
-from .data import Data, EpochSampler, epochs_of, make_loader, mixed_seed, worker_error
+from .data import Data, EpochSampler, batches, epochs_of, make_loader, mixed_seed
 from .data.stream import StreamShare
 from .display import Display
 from .network import Loss, build_network, make_loss, make_optimizer, make_scheduler, network_label
@@ -298,14 +298,6 @@ def test_network(
         update_meters(meters, losses, output, labels)
         predicted.append(output.argmax(1).cpu())
     return read_meters(meters), torch.cat(predicted)
-
-
-def batches(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
-    """The loader's batches; an error in one of its processes is raised as the one sentence that it was."""
-    try:
-        yield from loader
-    except DenseShortcutError as error:
-        raise worker_error(error) from error
 
 
 def make_meters(

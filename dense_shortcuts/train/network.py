@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,14 @@ from ..errors import DenseShortcutError
 from ..param_groups import decayed_parameters
 from .config import TrainConfig
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
+_PLUGGING = (
+    *("norm", "groups", "init", "inner", "inner_start", "weighting", "pattern", "window"),
+    "keep_identity",
+)
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -78,11 +86,10 @@ def network_label(config: TrainConfig) -> str:
     return "-".join([config.aggregate, config.norm, *(extra for extra in extras if extra)])
 
 
-def twin(config: TrainConfig) -> TrainConfig:
-    """The same run with the host network: no dense shortcuts, all else equal."""
-    return dataclasses.replace(
-        config, aggregate="identity", norm="group", groups=None, init=None, inner=None, keep_identity=False
-    )
+def twin(config: Config) -> Config:
+    """The same run, of training or detection, with the host network: no dense shortcuts, all else equal."""
+    unasked = {field.name: field.default for field in dataclasses.fields(config) if field.name in _PLUGGING}
+    return dataclasses.replace(config, aggregate="identity", **unasked)
 
 
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:

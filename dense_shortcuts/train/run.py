@@ -101,7 +101,7 @@ def execute(config: TrainConfig, command: str, resumed: Path | None, line: str =
             start_from(model, each.weights)
     make_loader(data.train, config, training=True)
 
-    folder = resumed or Path(config.output) / (config.name or default_name(config))
+    folder = resumed or Path(config.output) / (config.name or default_name(config.data, config.model))
     if accelerator.is_main_process and resumed is None:
         make_folder(folder, config, environment(config, command, line, data))
     accelerator.wait_for_everyone()
@@ -160,15 +160,15 @@ def networks_of(config: TrainConfig, command: str) -> list[TrainConfig]:
     return [twin(config), config]
 
 
-def default_name(config: TrainConfig) -> str:
-    """Data, model and time; every process of a run gets the first one's."""
+def default_name(*parts: str) -> str:
+    """These parts and the time; every process of a run gets the first one's."""
     from accelerate.utils import broadcast_object_list
 
-    name = f"{config.data}-{config.model}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    name = f"{'-'.join(parts)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     return broadcast_object_list([name])[0]
 
 
-def make_folder(folder: Path, config: TrainConfig, about: dict[str, Any]) -> None:
+def make_folder(folder: Path, config: Any, about: dict[str, Any]) -> None:
     """Make a run's folder with its configuration, whole or not at all; one that exists is refused and left alone."""
     if folder.exists():
         raise DenseShortcutError(

@@ -16,7 +16,7 @@ from .data import Data
 from .display import Display
 from .loop import METRICS, make_accelerator, make_loader, placed, read_metrics, test_network, train_network
 from .network import network_label
-from .run import data_of, environment, make_folder
+from .run import RunInterrupted, data_of, environment, make_folder
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,11 @@ def tune(model: nn.Module, config: TrainConfig, data: Data, how: TuneConfig, *, 
     if not how.epochs:
         write_model(folder, config, data, model.state_dict())
         return Tuned(folder, config.data, len(data.test), start, start)
-    console = Console()
-    with Display([network_label(config)], how.epochs, console) as display:
-        train_network(config, data, folder, display, model)
+    try:
+        with Display([network_label(config)], how.epochs, Console()) as display:
+            train_network(config, data, folder, display, model)
+    except KeyboardInterrupt:
+        raise RunInterrupted(run) from None
     return Tuned(folder, config.data, len(data.test), start, read_metrics(folder / METRICS)[-1]["test_top1"])
 
 
@@ -82,8 +84,7 @@ def settings(folder: Path, card: dict[str, Any], how: TuneConfig) -> tuple[Train
     """The configuration and images to go on with: those of the network's run, but for what `how` says of the images."""
     given = {"data_dir": how.data_dir, "limit_train": how.limit_train, "limit_test": how.limit_test}
     config, data = data_of(folder, card, training=True, **given)
-    shortcut = {field: card["shortcut"][field] for field in card["shortcut"]}
-    return dataclasses.replace(config, model=card["model"], **shortcut), data
+    return dataclasses.replace(config, model=card["model"], **card["shortcut"]), data
 
 
 @torch.no_grad()

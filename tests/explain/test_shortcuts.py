@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -51,6 +52,16 @@ def test_inner_weights_are_summed_up_by_block_and_controls_without_weights_left_
 def test_the_start_is_that_of_a_new_network(options):
     model = ds.models.dsnet.dsnet56(**options)
     assert start_summary(model)["stages"] == weight_summary(model)["stages"]
+
+
+def test_each_row_of_a_container_has_its_own_place(tmp_path):
+    model = ds.plug_in(timm.create_model("convit_tiny", depth=4, local_up_to_layer=2, embed_dim=8, num_heads=2))
+    found = weight_summary(model)["stages"]
+    assert [(name, len(rows["spread"])) for name, rows in found.items()] == [("blocks", 2), ("blocks.shortcut2", 2)]
+    assert found == start_summary(model)["stages"]
+    second = timm.create_model("convit_tiny", depth=4, local_up_to_layer=2, embed_dim=8, num_heads=2)
+    record(tmp_path / SHORTCUTS, 1, ds.plug_in(second, blocks=r"blocks\.3"))
+    assert list(read_record(tmp_path / SHORTCUTS)[0]["stages"]) == ["blocks.shortcut2"]
 
 
 def test_a_pair_that_is_not_summed_has_no_number(tiny_dsnet):

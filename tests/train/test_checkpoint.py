@@ -18,6 +18,7 @@ from dense_shortcuts.train import checkpoint
 from dense_shortcuts.train.checkpoint import (
     CARD,
     WEIGHTS,
+    crop_of,
     load_all,
     read_model,
     read_tensors,
@@ -44,6 +45,11 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     with pytest.raises(DenseShortcutError, match=r"No space left .* free some space and go on"):
         write_tensors(path, {"x": torch.zeros(3)}, {"epoch": 2})
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [STATE]
+
+
+def test_the_crop_is_the_cards_and_an_early_cards_is_its_datas():
+    assert crop_of({"data": "imagefolder", "crop_pct": 0.95}) == 0.95
+    assert [crop_of({"data": data}) for data in ("imagefolder", "parquet", "cifar100")] == [0.875, 0.875, 1.0]
 
 
 def test_a_text_file_is_replaced_as_a_whole(tmp_path):

@@ -183,6 +183,11 @@ def test_an_unknown_optimizer_or_model_is_told_in_one_sentence(tiny):
         build_network(tiny(groups=7), 10)
 
 
+def test_the_twin_asks_for_nothing_of_what_plugging_takes(tiny):
+    asked = {"weighting": "softmax", "pattern": "powers", "window": 2, "inner_start": 0.5, "norm": "batch"}
+    assert twin(tiny(**asked, init="uniform")) == tiny(aggregate="identity")
+
+
 @pytest.mark.parametrize("model", ["dsnet20", "resnet18"])
 def test_the_twin_starts_with_the_hosts_own_weights(tiny, model):
     config = tiny(model=model)

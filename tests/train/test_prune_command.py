@@ -1,6 +1,7 @@
 """`dsnet prune`: what it says, leaves and trains on."""
 
 import json
+import signal
 
 import torch
 
@@ -34,3 +35,20 @@ def test_the_command_leaves_a_checkpoint_that_builds_itself_and_trains_on(tiny, 
     assert all(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     assert main(["prune", str(folder), "--keep", "0.5"]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_an_interrupted_one_names_the_folder_that_it_leaves(tiny, fit, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = tiny()
+    folder = tmp_path / "runs" / "a" / "stage-group"
+    fit(config, folder)
+    write_text(folder.parent / "config.yaml", write_yaml(config.resolved()))
+
+    def stop(*given):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("dense_shortcuts.train.tune.train_network", stop)
+    assert main(["prune", str(folder), "--keep", "0.5", "--epochs", "1", "--name", "cut"]) == 130
+    said = capsys.readouterr().err.strip()
+    assert said == "dsnet: interrupted: runs/cut was not trained to its end: remove it, or take another --name."
+    assert (tmp_path / "runs" / "cut" / "config.yaml").is_file()

@@ -1,7 +1,7 @@
 """Images for training: their sources, one a file, and the loaders of their batches."""
 
 from .images import Arrays, BrokenImage, Files
-from .loading import Data, epochs_of, load_data, make_loader, worker_error
+from .loading import Data, batches, epochs_of, load_data, make_loader
 from .stream import Stream
 from .transformed import EpochSampler, TransformedImages, mixed_seed
 
@@ -13,9 +13,9 @@ __all__ = [
     "Files",
     "Stream",
     "TransformedImages",
+    "batches",
     "epochs_of",
     "load_data",
     "make_loader",
     "mixed_seed",
-    "worker_error",
 ]

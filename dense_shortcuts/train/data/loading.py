@@ -1,7 +1,7 @@
 """The data set that a configuration asks for, and the loaders of its batches."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -230,6 +230,9 @@ def epochs_of(loader: DataLoader) -> EpochSampler | StreamShare:
     return source
 
 
-def worker_error(error: DenseShortcutError) -> DenseShortcutError:
-    """The error as it was raised: a loader's worker process wraps it in its traceback."""
-    return DenseShortcutError(str(error).rstrip().rsplit("DenseShortcutError: ", 1)[-1])
+def batches(loader: DataLoader) -> Iterator[Any]:
+    """The loader's batches; an error in one of its processes, which wrap it in a traceback, is raised as it was."""
+    try:
+        yield from loader
+    except DenseShortcutError as error:
+        raise DenseShortcutError(str(error).rstrip().rsplit("DenseShortcutError: ", 1)[-1]) from error
