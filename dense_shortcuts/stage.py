@@ -1,6 +1,7 @@
 """The stage container: runs a stage's blocks, keeps their feature maps, and forms each block's dense shortcut."""
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, overload
 
@@ -183,13 +184,18 @@ class _Join:
     """What a stage does at the end of block l = k + 1: makes X_l from the block's parts and the earlier maps."""
 
     def __init__(self, stage: DenseStage, place: Place, shortcut: DenseShortcut, memory: Memory) -> None:
-        self.stage, self.block, self.following, self.k = stage, place.block, place.following, place.k
+        self.stage, self.block, self.following, self._k = stage, place.block, place.following, place.k
         self.shortcut, self.memory = shortcut, memory
         self.tokens = has_tokens(place.block)
         self.last = place.following is None
         # a block that is not chosen keeps what its host does
         self.keep_identity = stage.keep_identity or not shortcut.sources[place.k]
         self.entered = False  # whether the memory has X_l already, from the pass that made it
+
+    @property
+    def k(self) -> int:
+        """The block's position in its row, a constant to torch.compile also where that compiles a block alone."""
+        return operator.index(self._k)
 
     def __call__(
         self,
@@ -277,7 +283,7 @@ class _Join:
         """X_l by the stream; None where it does not take the block."""
         stream = self.memory.stream
         assert stream is not None
-        if torch.is_grad_enabled() or self.keep_identity:
+        if torch.is_grad_enabled() or self.keep_identity or torch.compiler.is_compiling():
             return None
         found = None if norm is None else known(norm)
         fits = norm is None or (found is not None and found.fits(stream.first.shape[1]))

@@ -71,10 +71,33 @@ def test_what_was_compiled_in_place_runs_the_plugged_network(kind, part):
     COMPILED[part](net).compile(backend="eager")
     with torch.no_grad():
         net(X)
-        ds.plug_in(net, norm="group")
+    ds.plug_in(net, norm="group")
+    assert_run_alike(net, twin)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_may_be_compiled_one_by_one_after_plugging(kind):
+    """As regional compilation does; a block that has others before it or behind it is compiled without a break."""
+    torch._dynamo.reset()
+    net = ds.plug_in(host_of(kind).eval(), norm="group")
+    twin = copy.deepcopy(net)
+    for block in stage_of(net).blocks[:2]:
+        block.compile(backend="eager", fullgraph=True)
+    assert_run_alike(net, twin)
+
+
+def assert_run_alike(net: nn.Module, twin: nn.Module) -> None:
+    """Output and gradients of two plugged networks that share everything but the shortcuts' weights."""
+    with torch.no_grad():
         for (_, weight), (_, other) in zip(ds.shortcut_parameters(net), ds.shortcut_parameters(twin), strict=True):
             weight.copy_(other.uniform_(0.5, 1))
         assert_close(net(X), twin(X).double(), 1e-5, "output")
+    for each in (net, twin):
+        each.train()(X).square().mean().backward()
+    for (name, p), other in zip(net.named_parameters(), twin.parameters(), strict=True):
+        assert (p.grad is None) == (other.grad is None)
+        if p.grad is not None:
+            assert_close(p.grad, other.grad.double(), 1e-4, name)
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)

@@ -20,6 +20,7 @@ from .trace import RELU, Call, NoResidual, Parts, Piece, state_of, trace
 
 Settings = tuple[tuple[str, Any], ...]
 
+_NO_MATTER = ("training", "__class__", "_compiled_call_impl")  # attributes that leave the forward pass as it is
 _RELU = nn.ReLU()  # for hosts that call the function
 
 
@@ -92,9 +93,9 @@ class TracedBlock:
         return join(branch, _submodule(self, parts.norm), identity, after)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; the forward pass may depend on it, so it is traced anew but for a mode or other numbers."""
+        """Set an attribute; the forward pass may depend on it, so it is traced anew but for PyTorch's own or numbers."""
         numbers = isinstance(value, Tensor) and isinstance(getattr(self, name, None), Tensor)
-        if name not in ("training", "__class__") and not numbers:
+        if name not in _NO_MATTER and not numbers:
             self._dense_trace.parts.clear()
             self._dense_trace.states.clear()
         super().__setattr__(name, value)
