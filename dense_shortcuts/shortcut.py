@@ -177,7 +177,7 @@ class DenseShortcut(nn.Module):
         tiled = isinstance(self.tiling, Tiling) and self.tiling.size < self.depth
         if tiled or not self.weighted or self.weighting == "attention" or not all(self.sources):
             return None
-        if not ops.fused.is_eager(x) or not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+        if not ops.is_eager(x) or not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
             return None
         norms = [*map(self.norm, range(self.depth)), last]
         forms = [None if norm is None else known(norm) for norm in norms]

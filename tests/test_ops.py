@@ -13,7 +13,8 @@ from torch import Tensor
 
 import dense_shortcuts as ds
 from dense_shortcuts import ops
-from dense_shortcuts.ops import compiled, cpu, forms, fused, native, reference
+from dense_shortcuts.ops import compiled, cpu, forms, fused, native, reference, tiles
+from dense_shortcuts.ops.sums import Sum
 from dense_shortcuts.tiling import Tiling
 
 
@@ -131,9 +132,9 @@ def test_compiled_operator_at_one_go_matches_its_parts(before, groups, dtype, to
     weight = numbers(3, c)
     for summed, relu, missing in ((maps_of, True, 0), (maps_of[1:], False, 1), (maps_of[2:], True, 2)):
         head = ([branch], None) if before == "addend" else ([], branch)
-        given = (*head, affine, fixed, 1e-3, summed, weight, rates, shifts, relu, groups, 1e-3)
-        y, own, theirs = native.block(*given, None)
-        expected = fused._block_by_parts(reference, *given, None)
+        given = Sum(*head, affine, fixed, 1e-3, summed, weight, rates, shifts, relu, groups, 1e-3)
+        y, own, theirs = native.block(given, None)
+        expected = fused._block_by_parts(reference, given, None)
         for ours, wanted in zip(([y], own, theirs), ([expected[0]], *expected[1:]), strict=True):
             assert_all_close(ours, wanted, tolerance)
 
@@ -141,8 +142,8 @@ def test_compiled_operator_at_one_go_matches_its_parts(before, groups, dtype, to
         grads[missing] = None
         later = maps(2, shape, dtype, seed=3)
         arguments = (
-            *(y, own, later[0] if missing else None, *grads[1:], later, [numbers(rows, c), numbers(rows, c)], head[1]),
-            *(affine, fixed, theirs, summed, weight, rates, shifts, 1e-3, relu, groups, 1e-3),
+            *(y, own, later[0] if missing else None, *grads[1:], later, [numbers(rows, c), numbers(rows, c)], theirs),
+            *given[1:],
         )
         if groups == ops.NONE:
             arguments = (*arguments[:3], None, None, *arguments[5:])
@@ -181,12 +182,11 @@ def test_the_registered_operators_pass_opcheck(groups, later, backend):
     affine = list(torch.randn(2, 3).requires_grad_().unbind())
     weight = torch.randn(2, 3, requires_grad=True)
     rates, shifts = ([torch.randn(rows, 3, requires_grad=True) for _ in range(2)] for _ in range(2))
-    settings = (True, groups, 1e-5, later, backend)
     for before, norm, fixed in ((None, [], []), (branch, affine, []), (branch, [], affine_rows(affine))):
         addends = [other] if before is None else []
         link = links_to(x, rows)
-        arguments = (addends, before, norm, fixed, 1e-5, [x], link, weight, rates, shifts, *settings)
-        torch.library.opcheck(fused.block.registered, arguments)
+        given = Sum(addends, before, norm, fixed, 1e-5, [x], weight, rates, shifts, True, groups, 1e-5)
+        torch.library.opcheck(fused.block.registered, (*given, link, later, backend))
     torch.library.opcheck(fused.enter.registered, (branch, groups, 1e-5, later, rows, backend))
 
 
@@ -205,9 +205,9 @@ def test_the_registered_operators_of_tiles_pass_opcheck(backend):
     scales = torch.randn(3, 2, 2, 3, requires_grad=True)
     tile = [torch.zeros(1).expand(x.shape).requires_grad_() for _ in range(3)]
     tile.append(torch.zeros(1).expand(scales.shape).requires_grad_())
-    torch.library.opcheck(fused.ahead.registered, ([x, other], tile, scales, [2], backend))
+    torch.library.opcheck(tiles.ahead.registered, ([x, other], tile, scales, [2], backend))
     links = [*links_to(x, 2), *links_to(other, 2)]
-    torch.library.opcheck(fused.close.registered, (other, links, [3, 1], 2, backend))
+    torch.library.opcheck(tiles.close.registered, (other, links, [3, 1], 2, backend))
 
 
 DEPTHS = [1, 2, 3, 8, 31, 32, 33, 37, 64]

@@ -1,9 +1,10 @@
 """The operator: what a dense shortcut computes, apart from any module."""
 
-from . import fused  # registers the operators and their formulas, before any counter of operations begins
+from . import flops
 from .dispatch import BACKENDS, choose
 from .forms import BATCH, NONE, RAW, RUNNING, form, pool
 from .joining import Branch, Joined, ahead, close, enter, join, move, nested_form, running_form
+from .operators import is_eager
 from .reference import accumulation_dtype, dense_sum, moments
 from .stream import KnownNorm, Stream
 
@@ -24,7 +25,7 @@ __all__ = [
     "dense_sum",
     "enter",
     "form",
-    "fused",
+    "is_eager",
     "join",
     "moments",
     "move",
@@ -32,3 +33,5 @@ __all__ = [
     "pool",
     "running_form",
 ]
+
+flops.register()  # the operators are registered by now, and no counter of operations has begun

@@ -1,9 +1,11 @@
 """Which form of the operator runs: chosen once a call, before autograd; a named one never falls back."""
 
+import importlib
 import importlib.util
 import logging
 import os
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +41,12 @@ def choose(x: Tensor, wanted: str = "auto") -> str:
     if fault is not None:
         raise DenseShortcutError(f"the back end {wanted!r} cannot run here ({fault}): choose 'auto' or 'plain'.")
     return wanted
+
+
+@cache
+def kernels(backend: str) -> Any:
+    """The module of a back end's kernels, imported when first used: triton is not everywhere."""
+    return importlib.import_module(f".{backend}", __package__)
 
 
 def own_backend(device: str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:

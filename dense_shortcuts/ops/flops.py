@@ -21,7 +21,7 @@ def _addcmul(first: Shape, x: Shape, scale: Shape, *_: Any, out_shape: Shape, **
 
 
 def _block(addends: Any, branch: Any, affine: Any, fixed: Any, eps: float, maps: Any, *rest: Any, **_: Any) -> int:
-    weight, all_maps = rest[1], [*maps, branch, *addends]
+    weight, all_maps = rest[0], [*maps, branch, *addends]
     numbers = math.prod(next(shape for shape in all_maps if shape is not None))
     return 2 * numbers * (len(maps) * (weight is not None) + (branch is not None))
 
@@ -29,7 +29,7 @@ def _block(addends: Any, branch: Any, affine: Any, fixed: Any, eps: float, maps:
 def _pull_block(
     y: Shape, own: Any, grad: Any, grad_rate: Any, grad_shift: Any, later: Any, *rest: Any, **_: Any
 ) -> int:
-    branch, maps = rest[1], rest[5]
+    branch, maps = rest[2], rest[6]
     statistics = grad_rate is not None or grad_shift is not None
     # the later gradients and the statistics' own into G; a product with each map for its scale; G into the branch
     return 2 * math.prod(y) * (len(later) + statistics + len(maps) + 3 * (branch is not None))

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from ..errors import DenseShortcutError
-from . import forms, fused, native
+from . import forms, fused, native, tiles
 from .forms import NONE, RAW, form
+from .operators import is_eager
 from .reference import accumulation_dtype, dense_sum, moments
+from .sums import Sum
 
 
 class Branch(NamedTuple):
@@ -90,17 +92,12 @@ def join(
     if branch.map is not None and weight is not None and not rates:  # maps as they are, beside a branch with a form
         one = branch.map.new_ones((1, branch.map.shape[1]), dtype=accumulation_dtype(branch.map.dtype))
         rates, shifts = [one] * weight.shape[0], [torch.zeros_like(one)] * weight.shape[0]
-    if overwrite and not torch.is_grad_enabled() and fused.is_eager((*addends, *maps)[0]):
-        out = addends[0] if branch.map is None else branch.map
-        y, own, theirs, new = fused.run_block(
-            addends, *branch, maps, weight, rates, shifts, relu, groups, eps, 0, backend, out
-        )
+    given = Sum(addends, *branch, maps, weight, rates, shifts, relu, groups, eps)
+    if overwrite and not torch.is_grad_enabled() and is_eager(given.first):
+        y, own, theirs = fused.run_block(given, backend, addends[0] if branch.map is None else branch.map)
         return Joined(y, own, theirs, ())
     flat = [t for link in links for t in link] if torch.is_grad_enabled() else []
-    later = later if torch.is_grad_enabled() else 0
-    y, own, theirs, new = fused.block(
-        addends, *branch, maps, flat, weight, rates, shifts, relu, groups, eps, later, backend
-    )
+    y, own, theirs, new = fused.block(*given, flat, later if torch.is_grad_enabled() else 0, backend)
     return Joined(y, own, theirs, tuple(new))
 
 
@@ -112,7 +109,7 @@ def running_form(
     They are worked out at each use, for the buffers may change in between.
     """
     asked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias))
-    if backend == "native" and not asked and fused.is_eager(mean):
+    if backend == "native" and not asked and is_eager(mean):
         return native.running_form(mean, var, eps, weight, bias)
     dtype = accumulation_dtype(mean.dtype)
     rate = torch.rsqrt(var.to(dtype) + eps)
@@ -143,7 +140,7 @@ class _NestedForm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, mean: Tensor, var: Tensor, weight: Any, bias: Any, backend: str, *settings: Any) -> Any:
-        ctx.kernels = native if backend == "native" and fused.is_eager(mean) else forms
+        ctx.kernels = native if backend == "native" and is_eager(mean) else forms
         found: tuple[Tensor, ...] = ctx.kernels.nested_form(mean, var, weight, bias, *settings)
         ctx.save_for_backward(mean, var, weight, bias, *found[2:])
         ctx.mark_non_differentiable(*found[2:])
@@ -186,7 +183,7 @@ def move(
 def _is_plain(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether x holds numbers of a dtype that a compiled kernel may take and change as they lie in memory."""
     known = x.dtype == dtype and dtype in (torch.float32, torch.float64)
-    return known and x.device.type == "cpu" and x.is_contiguous() and fused.is_eager(x)
+    return known and x.device.type == "cpu" and x.is_contiguous() and is_eager(x)
 
 
 def _plain_sum(
@@ -232,7 +229,7 @@ def close(
     """
     if not torch.is_grad_enabled():
         return []
-    return fused.close(x, [t for link in links for t in link], counts, rows, backend)
+    return tiles.close(x, [t for link in links for t in link], counts, rows, backend)
 
 
 def ahead(
@@ -256,4 +253,4 @@ def ahead(
     if scales is None:
         x = maps[0]
         scales = x.new_ones((blocks, len(maps), 1, x.shape[1]), dtype=accumulation_dtype(x.dtype))
-    return fused.ahead(maps, [t for group in links for t in group], scales, sizes, backend)
+    return tiles.ahead(maps, [t for group in links for t in group], scales, sizes, backend)

@@ -2,6 +2,9 @@
 
 Each map is read from memory once and each output written once, by as many threads as PyTorch uses. Maps are taken
 channels_last or contiguous, in float32, float64, bfloat16 and (where the compiler knows it) float16, mixed if need be.
+
+Beside the five functions of every back end, by which the kernels are compared with `reference.py`, there are `enter`,
+`block` and their backward passes, which do the arithmetic per channel in the same call; the operators run these.
 """
 
 import ctypes
@@ -28,9 +31,10 @@ from .compiled import (
 )
 from .forms import BATCH, NONE, RAW, RUNNING, unnormalised_scales
 from .reference import accumulation_dtype
+from .sums import Back, Sum
 
 
-class _Given:
+class _Room:
     """What a compiled function is given, in the layout and accumulation type of one map; kept until it returns."""
 
     def __init__(self, first: Tensor) -> None:
@@ -72,7 +76,7 @@ def enter(x: Tensor, groups: int, eps: float) -> list[Tensor]:
     found = _new_statistics(x, groups)
     if groups != NONE:
         form = Form(groups, eps, None, None, *[t.data_ptr() for t in found])
-        _call("enter", x, shape_of(x), _Given(x).map(x), form, None)
+        _call("enter", x, shape_of(x), _Room(x).map(x), form, None)
     return found
 
 
@@ -97,82 +101,59 @@ def join(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.join`."""
     first = _standard((*addends, *maps)[0])
-    given = _Given(first)
-    pairs = _given_scales(given, maps, scales, bias)
-    y, found = _run_block(given, first, addends, None, pairs, relu, RAW if statistics else NONE, 0.0, out)
+    room = _Room(first)
+    pairs = _given_scales(room, maps, scales, bias)
+    y, found = _run_block(room, first, addends, None, pairs, relu, RAW if statistics else NONE, 0.0, out)
     return y, found[0], found[1]
 
 
-def block(
-    addends: Sequence[Tensor],
-    branch: Tensor | None,
-    affine: Sequence[Tensor],
-    fixed: Sequence[Tensor],
-    branch_eps: float,
-    maps: Sequence[Tensor],
-    weight: Tensor | None,
-    rates: Sequence[Tensor],
-    shifts: Sequence[Tensor],
-    relu: bool,
-    groups: int,
-    eps: float,
-    out: Tensor | None,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def block(given: Sum, out: Tensor | None) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """`fused.run_block` at one go: y, the statistics of its norm, and those of the branch's norm unless it is fixed."""
-    summed = maps if branch is None else [branch, *maps]
-    first = _standard((*addends, *summed)[0])
-    given = _Given(first)
-    norm, found = None, []
-    if branch is not None and not fixed:
-        found = _new_statistics(branch, BATCH)
-        norm = Form(BATCH, branch_eps, *_pair(given, affine), *[t.data_ptr() for t in found])
-    if rates:
-        pairs = _paired(given, summed, weight, rates, shifts, fixed or found[:2])
+    first = _standard(given.first)
+    room, norm, found = _Room(first), None, []
+    if given.branch is not None and not given.fixed:
+        found = _new_statistics(given.branch, BATCH)
+        norm = Form(BATCH, given.branch_eps, *_pair(room, given.affine), *[t.data_ptr() for t in found])
+    if given.rates:
+        pairs = _paired(room, given, given.fixed or found[:2])
     else:
-        pairs = _given_scales(given, summed, unnormalised_scales(weight, maps, first), None)
-    y, own = _run_block(given, first, addends, norm, pairs, relu, groups, eps, out)
+        pairs = _given_scales(room, given.summed, unnormalised_scales(given.weight, given.maps, first), None)
+    y, own = _run_block(room, first, given.addends, norm, pairs, given.relu, given.groups, given.eps, out)
     return y, own, found
 
 
-def _pair(given: _Given, tensors: Sequence[Tensor]) -> tuple[int | None, int | None]:
-    return (given.numbers(tensors[0]), given.numbers(tensors[1])) if tensors else (None, None)
+def _pair(room: _Room, tensors: Sequence[Tensor]) -> tuple[int | None, int | None]:
+    return (room.numbers(tensors[0]), room.numbers(tensors[1])) if tensors else (None, None)
 
 
-def _given_scales(given: _Given, maps: Sequence[Tensor], scales: Tensor, bias: Tensor | None) -> Pairs:
+def _given_scales(room: _Room, maps: Sequence[Tensor], scales: Tensor, bias: Tensor | None) -> Pairs:
     """The terms of a sum whose scales are known."""
     return Pairs(
-        maps=given.maps(maps),
+        maps=room.maps(maps),
         count=len(maps),
         rows=scales.shape[1],
-        scales=given.numbers(scales),
-        bias=given.numbers(bias),
+        scales=room.numbers(scales),
+        bias=room.numbers(bias),
     )
 
 
-def _paired(
-    given: _Given,
-    summed: Sequence[Tensor],
-    weight: Tensor | None,
-    rates: Sequence[Tensor],
-    shifts: Sequence[Tensor],
-    branch: Sequence[Tensor],
-) -> Pairs:
+def _paired(room: _Room, given: Sum, branch: Sequence[Tensor]) -> Pairs:
     """The terms of a sum whose scales and bias are to be made: the branch, if it has rate and shift, and maps."""
     return Pairs(
-        given.maps(summed),
-        len(summed),
+        room.maps(given.summed),
+        len(given.summed),
         len(branch) > 0,
-        given.numbers(weight),
-        len(rates),
-        given.tables(rates),
-        given.tables(shifts),
-        *_pair(given, branch),
-        rates[0].shape[0],
+        room.numbers(given.weight),
+        len(given.rates),
+        room.tables(given.rates),
+        room.tables(given.shifts),
+        *_pair(room, branch),
+        given.rows,
     )
 
 
 def _run_block(
-    given: _Given,
+    room: _Room,
     first: Tensor,
     addends: Sequence[Tensor],
     norm: Form | None,
@@ -185,7 +166,7 @@ def _run_block(
     y = first if out is first else torch.empty_like(first)
     found = _new_statistics(y, groups)
     own = Form(groups, eps, None, None, *[t.data_ptr() for t in found])
-    terms = (given.maps(addends), len(addends), norm, pairs)
+    terms = (room.maps(addends), len(addends), norm, pairs)
     _call("block", first, shape_of(first), *terms, relu, y.data_ptr(), KINDS[y.dtype], own)
     return y, found
 
@@ -203,21 +184,21 @@ def pull(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.pull`."""
     x = _standard(x)
-    given = _Given(x)
+    room = _Room(x)
     own = Through()
     if offset is not None:
-        own = Through(rows=offset.shape[0], offset=given.numbers(offset), slope=given.numbers(slope))
+        own = Through(rows=offset.shape[0], offset=room.numbers(offset), slope=room.numbers(slope))
     pulled = torch.empty_like(x)
-    scales = x.new_empty((len(maps), rows, x.shape[1]), dtype=given.dtype)
-    bias = x.new_empty((rows, x.shape[1]), dtype=given.dtype)
-    told = _pull(given, x, grad, own, later_grads, later_scales, relu, pulled)
-    sums = (given.maps(maps), len(maps), rows, scales.data_ptr(), bias.data_ptr())
+    scales = x.new_empty((len(maps), rows, x.shape[1]), dtype=room.dtype)
+    bias = x.new_empty((rows, x.shape[1]), dtype=room.dtype)
+    told = _pull(room, x, grad, own, later_grads, later_scales, relu, pulled)
+    sums = (room.maps(maps), len(maps), rows, scales.data_ptr(), bias.data_ptr())
     _call("pull", x, shape_of(x), told, *sums)
     return pulled, scales, bias
 
 
 def _pull(
-    given: _Given,
+    room: _Room,
     x: Tensor,
     grad: Tensor | None,
     own: Through,
@@ -227,12 +208,12 @@ def _pull(
     out: Tensor,
 ) -> Pull:
     return Pull(
-        given.map(x),
-        None if grad is None else given.maps([grad]),
+        room.map(x),
+        None if grad is None else room.maps([grad]),
         own,
-        given.maps(later_grads),
-        given.tables(later_scales),
-        given.integers([a.shape[0] for a in later_scales]),
+        room.maps(later_grads),
+        room.tables(later_scales),
+        room.integers([a.shape[0] for a in later_scales]),
         len(later_grads),
         relu,
         out.data_ptr(),
@@ -241,7 +222,7 @@ def _pull(
 
 
 def _through(
-    given: _Given,
+    room: _Room,
     x: Tensor,
     found: Sequence[Tensor],
     groups: int,
@@ -256,13 +237,13 @@ def _through(
     rate, _, pooled, variance = found
     (n, c), pixels = x.shape[:2], x.shape[2] * x.shape[3]
     count = pixels * {RAW: 1, BATCH: n}.get(groups, c // max(groups, 1))
-    made = some.new_empty((2, *some.shape), dtype=given.dtype)
-    given.kept.append(made)
+    made = some.new_empty((2, *some.shape), dtype=room.dtype)
+    room.kept.append(made)
     return Through(
         groups,
         eps,
         None,
-        *(given.numbers(t) for t in (rate if groups == RAW else pooled, variance, grad_rate, grad_shift)),
+        *(room.numbers(t) for t in (rate if groups == RAW else pooled, variance, grad_rate, grad_shift)),
         count,
         some.shape[0],
         made[0].data_ptr(),
@@ -284,67 +265,49 @@ def pull_entered(
 ) -> Tensor:
     """The backward pass of `fused.enter` at one go."""
     x = _standard(x)
-    given, pulled = _Given(x), torch.empty_like(x)
-    through = _through(given, x, own, groups, eps, grad_rate, grad_shift)
-    told = _pull(given, x, None, through, later_grads, later_scales, False, pulled)
+    room, pulled = _Room(x), torch.empty_like(x)
+    through = _through(room, x, own, groups, eps, grad_rate, grad_shift)
+    told = _pull(room, x, None, through, later_grads, later_scales, False, pulled)
     _call("pull", x, shape_of(x), told, None, 0, 0, None, None)
     return pulled
 
 
 def pull_block(
-    y: Tensor,
-    own: Sequence[Tensor],
-    grad: Tensor | None,
-    grad_rate: Tensor | None,
-    grad_shift: Tensor | None,
-    later_grads: Sequence[Tensor],
-    later_scales: Sequence[Tensor],
-    branch: Tensor | None,
-    affine: Sequence[Tensor],
-    fixed: Sequence[Tensor],
-    branch_norm: Sequence[Tensor],
-    maps: Sequence[Tensor],
-    weight: Tensor | None,
-    rates: Sequence[Tensor],
-    shifts: Sequence[Tensor],
-    branch_eps: float,
-    relu: bool,
-    groups: int,
-    eps: float,
+    y: Tensor, own: Sequence[Tensor], back: Back, branch_norm: Sequence[Tensor], given: Sum
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    """The backward pass of `fused.block` at one go, with the results of `fused._run_pull_block`."""
+    """The backward pass of `fused.block` at one go, with the arguments and results of `fused._run_pull_block`."""
     y = _standard(y)
-    given, c, g = _Given(y), y.shape[1], torch.empty_like(y)
-    summed = maps if branch is None else [branch, *maps]
+    room, c, rows, g = _Room(y), y.shape[1], given.rows, torch.empty_like(y)
+    branch, affine, fixed, weight = given.branch, given.affine, given.fixed, given.weight
+    count = len(given.summed)
 
-    def room(*shape: int) -> Tensor:
-        return y.new_empty(shape, dtype=given.dtype)
+    def new(*shape: int) -> Tensor:
+        return y.new_empty(shape, dtype=room.dtype)
 
-    through = _through(given, y, own, groups, eps, grad_rate, grad_shift)
-    told = _pull(given, y, grad, through, later_grads, later_scales, relu, g)
-    rows = rates[0].shape[0] if rates else 1
-    to_scales, to_bias = room(len(summed), rows, c), room(rows, c)
-    if not rates:
-        scales = unnormalised_scales(weight, maps, y)
+    through = _through(room, y, own, given.groups, given.eps, back.grad_rate, back.grad_shift)
+    told = _pull(room, y, back.grad, through, back.later_grads, back.later_scales, given.relu, g)
+    to_scales, to_bias = new(count, rows, c), new(rows, c)
+    if not given.rates:
+        scales = unnormalised_scales(weight, given.maps, y)
         to = PairGradients(scales=to_scales.data_ptr(), bias=to_bias.data_ptr())
-        _call("pull_block", y, shape_of(y), told, _given_scales(given, summed, scales, None), to, None, None)
+        _call("pull_block", y, shape_of(y), told, _given_scales(room, given.summed, scales, None), to, None, None)
         return g, scales, [], [], [], [] if weight is None else [_with_earlier(to_scales.sum(1), weight)], [], []
 
     assert weight is not None
-    scales, to_weight = room(len(summed), rows, c), room(*weight.shape)
-    to_rates, to_shifts, to_form = room(len(maps), rows, c), room(len(shifts), rows, c), room(2, 1, c)
-    pairs = _paired(given, summed, weight, rates, shifts, fixed or branch_norm[:2])
-    pairs.scales, pairs.bias = given.numbers(scales), given.numbers(room(rows, c))
+    scales, to_weight = new(count, rows, c), new(*weight.shape)
+    to_rates, to_shifts, to_form = new(len(given.maps), rows, c), new(len(given.shifts), rows, c), new(2, 1, c)
+    pairs = _paired(room, given, fixed or branch_norm[:2])
+    pairs.scales, pairs.bias = room.numbers(scales), room.numbers(new(rows, c))
     to = PairGradients(*(t.data_ptr() for t in (to_scales, to_bias, to_weight, to_rates, to_shifts, *to_form)))
-    to_branch = [] if branch is None else [torch.empty_like(branch, memory_format=given.layout)]
-    to_affine, back = [], None
+    to_branch = [] if branch is None else [torch.empty_like(branch, memory_format=room.layout)]
+    to_affine, theirs = [], None
     if branch is not None and not fixed:
-        to_affine = [room(c), room(c)]
-        back = _through(given, branch, branch_norm, BATCH, branch_eps, to_form[0], to_form[1])
-        back.weight, _ = _pair(given, affine)
-        back.grad_weight, back.grad_bias = (t.data_ptr() for t in to_affine)
+        to_affine = [new(c), new(c)]
+        theirs = _through(room, branch, branch_norm, BATCH, given.branch_eps, to_form[0], to_form[1])
+        theirs.weight, _ = _pair(room, affine)
+        theirs.grad_weight, theirs.grad_bias = (t.data_ptr() for t in to_affine)
     out = to_branch[0].data_ptr() if to_branch else None
-    _call("pull_block", y, shape_of(y), told, pairs, to, back, out)
+    _call("pull_block", y, shape_of(y), told, pairs, to, theirs, out)
     return (
         *(g, scales, to_branch, [t.to(p.dtype) for t, p in zip(to_affine, affine, strict=False)]),
         *(list(to_form) if fixed else [], [to_weight.to(weight.dtype)], list(to_rates), list(to_shifts)),
@@ -360,10 +323,10 @@ def running_form(
     mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """rate and shift, (1, C), of batch norm by its running statistics, (C,), with its affine parameters."""
-    given = _Given(mean)
-    rate = mean.new_empty((1, mean.shape[0]), dtype=given.dtype)
+    room = _Room(mean)
+    rate = mean.new_empty((1, mean.shape[0]), dtype=room.dtype)
     shift = torch.empty_like(rate)
-    affine, moments = map(given.numbers, (weight, bias)), map(given.numbers, (mean, var))
+    affine, moments = map(room.numbers, (weight, bias)), map(room.numbers, (mean, var))
     form = Form(RUNNING, eps, *affine, rate.data_ptr(), shift.data_ptr(), *moments)
     kernel("running", rate)(mean.shape[0], form)
     return rate, shift
@@ -373,10 +336,10 @@ def nested_form(
     mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, groups: int, outer_eps: float
 ) -> tuple[Tensor, ...]:
     """See `forms.nested_form`."""
-    (n, c), rows, given = mean.shape, 1 if groups == BATCH else mean.shape[0], _Given(mean)
+    (n, c), rows, room = mean.shape, 1 if groups == BATCH else mean.shape[0], _Room(mean)
     pooled = (1, c) if groups == BATCH else (n, groups)
     found = tuple(mean.new_empty(shape) for shape in ((rows, c), (rows, c), (1, c), (1, c), pooled, pooled))
-    numbers = [given.numbers(t) for t in (mean, var, weight, bias, *found)]
+    numbers = [room.numbers(t) for t in (mean, var, weight, bias, *found)]
     kernel("nested", mean)(Nested(n, c, groups, eps, outer_eps, *numbers))
     return found
 
@@ -393,10 +356,10 @@ def nested_form_backward(
     outer_eps: float,
 ) -> tuple[Tensor, ...]:
     """See `forms.nested_form_backward`."""
-    (n, c), given = mean.shape, _Given(mean)
+    (n, c), room = mean.shape, _Room(mean)
     to = tuple(mean.new_empty(shape) for shape in ((n, c), (n, c), (c,), (c,)))
-    numbers = [given.numbers(t) for t in (mean, var, weight, bias, None, None, *found)]
-    addresses = [given.numbers(t) for t in (*grads, *to)]
+    numbers = [room.numbers(t) for t in (mean, var, weight, bias, None, None, *found)]
+    addresses = [room.numbers(t) for t in (*grads, *to)]
     kernel("nested_backward", mean)(Nested(n, c, groups, eps, outer_eps, *numbers), *addresses)
     return to
 
@@ -410,9 +373,9 @@ def move(running: Sequence[Tensor], found: Sequence[Tensor], unbiased: float, st
 def mix(maps: Sequence[Tensor], scales: Tensor) -> list[Tensor]:
     """See `reference.mix`."""
     last = _standard(maps[-1])
-    given = _Given(last)
+    room = _Room(last)
     outputs = [torch.empty_like(last) for _ in range(scales.shape[0])]
-    told = (given.maps(maps), len(maps), given.numbers(scales), len(outputs), scales.shape[2])
+    told = (room.maps(maps), len(maps), room.numbers(scales), len(outputs), scales.shape[2])
     addresses = (ctypes.c_void_p * len(outputs))(*[y.data_ptr() for y in outputs])
     _call("mix", last, shape_of(last), *told, addresses, KINDS[last.dtype])
     return outputs
@@ -421,9 +384,9 @@ def mix(maps: Sequence[Tensor], scales: Tensor) -> list[Tensor]:
 def dots(grads: Sequence[Tensor], maps: Sequence[Tensor], rows: int) -> Tensor:
     """See `reference.dots`."""
     first = _standard(maps[0])
-    given = _Given(first)
-    out = first.new_empty((len(grads), len(maps), rows, first.shape[1]), dtype=given.dtype)
-    told = (given.maps(grads), len(grads), given.maps(maps), len(maps), rows)
+    room = _Room(first)
+    out = first.new_empty((len(grads), len(maps), rows, first.shape[1]), dtype=room.dtype)
+    told = (room.maps(grads), len(grads), room.maps(maps), len(maps), rows)
     _call("dots", first, shape_of(first), *told, out.data_ptr())
     return out
 
