@@ -11,6 +11,7 @@ from torch import nn
 
 from . import adapters, containers, layer_groups
 from .adapters import DenseBlock
+from .adapters import families as families  # whose blocks are known from here on
 from .errors import DenseShortcutError
 from .find import Found, Refused, find_stages
 from .norms import Norm

@@ -45,3 +45,15 @@ print(json.dumps(dict(
     assert seen["classes"] == 100
     public = {"plug_in", "unplug", "plan", "check", "load", "list_models", "shortcut_parameters", "DenseShortcutError"}
     assert public <= set(seen["names"])
+
+
+def test_the_stage_and_what_it_is_made_of_need_neither_timm_nor_torchvision():
+    seen = in_a_fresh_process("""
+import importlib.util, json, pathlib, sys, types
+package = types.ModuleType("dense_shortcuts")  # without its __init__, which registers the networks
+package.__path__ = list(importlib.util.find_spec("dense_shortcuts").submodule_search_locations)
+sys.modules["dense_shortcuts"] = package
+import dense_shortcuts.stage
+print(json.dumps(dict(loaded=sorted(name for name in ("timm", "torchvision") if name in sys.modules))))
+""")
+    assert seen["loaded"] == []

@@ -1,26 +1,13 @@
 """One file a block family: where the residual branch ends, what the projection shortcut is, what follows the add.
 
 A block that is plugged takes the class of its adapter; a class without an adapter is traced. Only the exact class
-counts: a subclass may have another forward pass.
+counts: a subclass may have another forward pass. `families.py` registers those of timm and torchvision.
 """
 
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor, nn
 
-from . import (
-    timm_dla,
-    timm_nfnet,
-    timm_positions,
-    timm_relpos,
-    timm_res2net,
-    timm_resnet,
-    timm_swin,
-    timm_vovnet,
-    torchvision_resnet,
-)
 from .block import DenseBlock
 from .trace import NoResidual
 from .traced import Reading, TracedBlock, understand, view
@@ -105,15 +92,6 @@ def has_tokens(block: Any) -> bool:
     """Whether the channels of a plugged block's maps are the last axis."""
     return block._dense_trace.layout.tokens if isinstance(block, TracedBlock) else block.tokens
 
-
-_families: list[Any] = [timm_dla, timm_nfnet, timm_positions, timm_relpos, timm_res2net, timm_resnet, timm_swin]
-_families += [timm_vovnet, torchvision_resnet]
-_newer = {"efficientvim": ".timm_pairs", "gemma4_vit": ".timm_gemma4", "lowformer": ".timm_lowformer"}
-for needed, name in _newer.items():  # not all in timm 1.0.20
-    if find_spec(f"timm.models.{needed}"):
-        _families.append(import_module(name, __name__))
-for cls in (cls for family in _families for cls in family.BLOCKS):
-    register_adapter(cls)
 
 __all__ = [
     "DenseBlock",

@@ -93,7 +93,7 @@ class TracedBlock:
         return join(branch, _submodule(self, parts.norm), identity, after)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; but for PyTorch's own and numbers the forward pass may depend on it, so it is traced anew."""
+        """Set an attribute; the forward pass may depend on it, unless it is a mode or numbers, and is traced anew."""
         numbers = isinstance(value, Tensor) and isinstance(getattr(self, name, None), Tensor)
         if name not in _NO_MATTER and not numbers:
             self._dense_trace.parts.clear()
