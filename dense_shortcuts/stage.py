@@ -208,24 +208,25 @@ class _Join:
         identity_norm: nn.Module | None = None,
     ) -> Tensor:
         backend = "native" if self.memory.stream is not None else ops.choose(branch, self.shortcut.backend)
-        summing = backend != "plain" and bool(self.shortcut.sources[self.k])
-        if identity_norm is not None and not (summing and self._joins_identity_norm(identity_norm)):
+        # without maps there is nothing to sum in one pass
+        fused = backend != "plain" and bool(self.shortcut.sources[self.k])
+        if identity_norm is not None and not (fused and self._joins_identity_norm(identity_norm)):
             identity, identity_norm = identity_norm(identity), None
         tokens, flat, host_form = self.tokens, is_flat(branch), branch
         if tokens or flat:
             branch, identity = as_map(branch, tokens), as_map(identity, tokens)
         if self.k == 0:
             self._begin(identity, identity_norm, backend)
-        norm_joins = norm is not None and summing and self._joins_norm(norm)
+        norm_joins = norm is not None and fused and self._joins_norm(norm)
         if norm is not None and not norm_joins:
             branch, norm = norm(branch), None
-        relu = summing and type(activation) is nn.ReLU and not observed(activation)
+        relu = fused and type(activation) is nn.ReLU and not observed(activation)
         ends = relu or activation is None
         x = self._stream(branch, norm, identity, relu) if self.memory.stream is not None and ends else None
         if x is None:
             self.memory = self.memory.leave_stream(self.k)
             addends = [identity] if self.keep_identity and not whole else []
-            x = self._sum(branch, norm, identity, addends, relu, ends, backend)
+            x = self._sum(branch, norm, identity, addends, relu, ends, backend, fused)
         if tokens or flat:
             x = from_map(x, tokens, host_form)
         elif activation is None and isinstance(x, torch.fx.Proxy):
@@ -248,10 +249,10 @@ class _Join:
         relu: bool,
         ends: bool,
         backend: str,
+        fused: bool,
     ) -> Tensor:
         """The sum of the branch, whose norm joins it or is None, and what else is added; X_l if the block `ends` so."""
         shortcut, k = self.shortcut, self.k
-        fused = backend != "plain" and bool(shortcut.sources[k])  # without maps there is nothing to sum in one pass
         memory = later = shortcut.sum_ahead(k, self.memory, backend)
         if self.stage.aggregate == "block" and not self.last:
             later, self.entered = memory.add(shortcut.enter(k + 1, branch, backend)), True

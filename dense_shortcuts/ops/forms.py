@@ -16,6 +16,12 @@ from .reference import accumulation_dtype
 BATCH, NONE, RAW, RUNNING = 0, -1, -2, -3
 
 
+def shapes(images: int, channels: int, groups: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of rate and shift, and of the pooled mean and variance, of a norm: a number of groups or one above."""
+    of_form = {NONE: (0,), BATCH: (1, channels)}.get(groups, (images, channels))
+    return of_form, {NONE: (0,), RAW: (0,), BATCH: (1, channels)}.get(groups, (images, groups))
+
+
 def form(
     mean: Tensor, var: Tensor, groups: int, eps: float, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

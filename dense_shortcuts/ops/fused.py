@@ -46,9 +46,7 @@ def _statistics(
 
 def _statistics_like(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Empty tensors in the shapes that `_statistics` gives for a map."""
-    n, c = x.shape[:2]
-    form = {NONE: (0,), BATCH: (1, c)}.get(groups, (n, c))
-    pooled = {NONE: (0,), RAW: (0,), BATCH: (1, c)}.get(groups, (n, groups))
+    form, pooled = forms.shapes(x.shape[0], x.shape[1], groups)
     first = x.new_empty(form, dtype=accumulation_dtype(x.dtype))
     return first, torch.empty_like(first), first.new_empty(pooled), first.new_empty(pooled)
 

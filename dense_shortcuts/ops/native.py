@@ -29,7 +29,7 @@ from .compiled import (
     shape_of,
     threads,
 )
-from .forms import BATCH, NONE, RAW, RUNNING, unnormalised_scales
+from .forms import BATCH, NONE, RAW, RUNNING, shapes, unnormalised_scales
 from .reference import accumulation_dtype
 from .sums import Back, Sum
 
@@ -85,8 +85,7 @@ def _new_statistics(x: Tensor, groups: int) -> list[Tensor]:
     (n, c), dtype = x.shape[:2], accumulation_dtype(x.dtype)
     if groups > 0 and c % groups:
         raise ValueError(f"a norm of {groups} groups was given a map of {c} channels, which they do not divide")
-    form = (0,) if groups == NONE else (1, c) if groups == BATCH else (n, c)
-    pooled = (0,) if groups in (NONE, RAW) else (1, c) if groups == BATCH else (n, groups)
+    form, pooled = shapes(n, c, groups)
     return [x.new_empty(shape, dtype=dtype) for shape in (form, form, pooled, pooled)]
 
 
