@@ -243,6 +243,8 @@ def _move_statistics(
     if running_mean is None or running_var is None or num_batches_tracked is None:
         return rate
     num_batches_tracked.add_(1)
+    if isinstance(count, int) and count == 0:  # an empty batch says nothing, as with PyTorch's own
+        return rate
     dtype = running_mean.dtype
     # momentum=None asks for the cumulative average, as in PyTorch
     step: float | Tensor = 1.0 / num_batches_tracked.to(dtype) if momentum is None else momentum
@@ -269,10 +271,11 @@ def _across_processes(
     from torch.distributed.nn.functional import all_reduce
 
     group = _tensor(norm.process_group) or dist.group.WORLD
-    mean, var = pool(mean, var, 0)
+    # a process without images takes part with zeros that weigh nothing: a mean over none would be NaN for all
+    mean, var = pool(mean, var, 0) if count else (mean.sum(0, keepdim=True), var.sum(0, keepdim=True))
     total = mean.new_tensor(float(count))
     dist.all_reduce(total, group=group)
-    share = count / total
+    share = count / total.clamp(min=1)
     joint = all_reduce(mean * share, group=group)
     var = all_reduce((var + (mean - joint).square()) * share, group=group)
     rate, shift, _, _ = form(joint, var, BATCH, norm.eps, None, None)

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,15 +14,16 @@ from .adapters import DenseBlock
 from .adapters import families as families  # whose blocks are known from here on
 from .errors import DenseShortcutError
 from .find import Found, Refused, find_stages
-from .norms import Norm
+from .norms import NORMS, Norm
 from .ops import BACKENDS
 from .pattern import PATTERNS, sources
 from .shortcut import DenseShortcut, InnerShortcut
 from .stage import DenseStage, Row
+from .weighting import INITS
 
 AGGREGATES = ("stage", "block", "dense_identity")
 
-Blocks = Collection[str] | str | Callable[[str, nn.Module], bool] | None
+Blocks = Collection[str] | str | re.Pattern[str] | Callable[[str, nn.Module], bool] | None
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,10 @@ class Plan:
 
 
 def plan(model: nn.Module, **options: Any) -> Plan:
-    """What `plug_in` with the same keywords would do. Changes nothing.
+    """What `plug_in` with the same keywords would do, stage by stage; printing it gives a table. Changes nothing.
 
     Raises:
+        TypeError: a keyword that `plug_in` does not have.
         DenseShortcutError: an unknown name or number, a network with nothing to plug into or already plugged, a block
             class that is not understood, a group count that does not divide a width.
     """
@@ -149,6 +151,7 @@ def plan_options(model: nn.Module, options: Options) -> Plan:
     _check_model(model)
     found, refused = find_stages(model)
     chosen = _chosen_stages(found, options)
+    _check_blocks(found, options.blocks)
     rows = [(stage, row) for stage in chosen for row in stage.rows]
     stages = [_plan_row(model, *place, options) for place in rows if any(_sources(model, *place, options))]
     if not stages:
@@ -208,11 +211,23 @@ def _chosen_stages(found: list[Found], options: Options) -> list[Found]:
         return found
     names = [stage.name for stage in found]
     for wanted in options.stages:
-        if wanted not in names and wanted not in range(1, len(found) + 1):
+        if wanted not in names and (isinstance(wanted, bool) or wanted not in range(1, len(found) + 1)):
             raise DenseShortcutError(
                 f"there is no stage {wanted!r}: the network has stages 1 to {len(found)}, named {', '.join(names)}."
             )
     return [stage for n, stage in enumerate(found, 1) if n in options.stages or stage.name in options.stages]
+
+
+def _check_blocks(found: list[Found], blocks: Blocks) -> None:
+    """That every name in a list of blocks is one."""
+    if blocks is None or isinstance(blocks, str | re.Pattern) or callable(blocks):
+        return
+    known = [f"{stage.name}.{stage.names[n]}".lstrip(".") for stage in found for n in stage.blocks]
+    for name in blocks:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            told = f"did you mean {near[0]!r}" if near else f"they are {', '.join(known)}"
+            raise DenseShortcutError(f"there is no block {name!r} in the network's stages: {told}.")
 
 
 def _sources(model: nn.Module, stage: Found, row: Row, options: Options) -> tuple[tuple[int, ...], ...]:
@@ -227,7 +242,7 @@ def _sources(model: nn.Module, stage: Found, row: Row, options: Options) -> tupl
 def _is_chosen(name: str, block: nn.Module, blocks: Blocks) -> bool:
     if blocks is None:
         return True
-    if isinstance(blocks, str):
+    if isinstance(blocks, str | re.Pattern):
         return re.search(blocks, name) is not None
     return bool(blocks(name, block)) if callable(blocks) else name in blocks
 
@@ -244,8 +259,21 @@ def _check_options(options: Options) -> None:
         value = getattr(options, name)
         if value is not None and (type(value) is not int or value < 1):
             raise DenseShortcutError(f"{name}={value!r} cannot be: give a whole number, 1 or above.")
-    if isinstance(options.stages, str):
-        raise DenseShortcutError(f"stages={options.stages!r} is one name: give a list, [{options.stages!r}].")
+    if options.stages is not None and (isinstance(options.stages, str) or not isinstance(options.stages, Iterable)):
+        raise DenseShortcutError(f"stages={options.stages!r} is one stage: give a list, [{options.stages!r}].")
+    for what, word, names in (("norm", options.norm, NORMS), ("init", options.start(), INITS)):
+        if isinstance(word, str) and word not in names:
+            raise DenseShortcutError(f"unknown {what} {word!r}: choose one of {', '.join(names)}.")
+    if isinstance(options.norm, nn.Module):
+        raise DenseShortcutError(
+            f"norm is one {type(options.norm).__name__} and every map needs its own: give a callable that takes a "
+            "channel count and returns a module."
+        )
+    if options.keep_identity and options.aggregate == "dense_identity":
+        raise DenseShortcutError(
+            "aggregate='dense_identity' has no weights that could start at zero, so keep_identity would not start as "
+            "the host: leave one of the two out."
+        )
     if options.keep_identity and options.weighting != "channel":
         raise DenseShortcutError(
             f"weights by {options.weighting} cannot start at zero, so keep_identity would not start as the host: "
@@ -259,7 +287,9 @@ def _check_options(options: Options) -> None:
 
 
 def _check_model(model: nn.Module) -> None:
-    """Refuse what wraps a network rather than being one."""
+    """Refuse what wraps a network rather than being one, or is none."""
+    if not isinstance(model, nn.Module):
+        raise DenseShortcutError(f"{model!r} is no network: give an nn.Module, such as timm.create_model('resnet50').")
     wrappers = {
         "OptimizedModule": "compiled: plug the network in first and compile it then",
         "DistributedDataParallel": "wrapped in DistributedDataParallel: plug the network in first and wrap it then",
@@ -313,11 +343,12 @@ def plug_in(
         window: sum only so many of the nearest maps; None is all.
         every: give only every so-manieth block of a stage a dense shortcut; the others keep their host's.
         stages: which stages, by number from 1 in the network's order or by module name; None is all.
-        blocks: which blocks: a list of module names, a regular expression to search in them, or a callable that takes
-            name and module; the others keep their host's shortcut. None is all.
+        blocks: which blocks: a list of module names, a regular expression (text or compiled) to search in them, or a
+            callable that takes name and module; the others keep their host's shortcut. None is all.
         inner: DS2, a weighted shortcut around the 3x3 of each bottleneck as well.
         inner_start: the start of its weight v.
-        keep_identity: keep the host's own shortcut beside the dense one. The network then starts as its host.
+        keep_identity: keep the host's own shortcut beside the dense one. Unless `init` or `inner_start` says otherwise
+            the network then starts as its host.
         backend: form of the operator: "auto", "plain" (PyTorch alone, any device), "cpu", "native" or "triton".
 
     Returns:
@@ -345,21 +376,31 @@ def plug_in(
         backend=backend,
     )
     planned = plan_options(model, options)
+    _match_hosts(model, planned)
     for stage in planned.found:
         _plug_stage(model.get_submodule(stage.name), stage, planned)
     layer_groups.group_with_blocks(model)
     return model
 
 
+def _match_hosts(model: nn.Module, planned: Plan) -> None:
+    """Give all that will be added the host's device, dtype and mode; what may fail does so before anything changes."""
+    for stage in planned.found:
+        container = model.get_submodule(stage.name)
+        for row_plan in (each for each in planned.stages if each.name == stage.name):
+            first = container.get_submodule(stage.names[row_plan.row.first])
+            _match(row_plan.shortcut, first, container.training)
+            for name, inner in row_plan.inner.items():
+                block = container.get_submodule(name)
+                _match(inner, block, block.training)
+
+
 def _plug_stage(container: nn.Module, stage: Found, planned: Plan) -> None:
     rows = {each.row: each for each in planned.stages if each.name == stage.name}
     for row, row_plan in rows.items():
-        _match(row_plan.shortcut, container.get_submodule(stage.names[row.first]), container.training)
         for n in range(row.first, row.stop):
-            block, inner = container.get_submodule(stage.names[n]), row_plan.inner.get(stage.names[n])
-            if inner is not None:
-                _match(inner, block, block.training)
-            adapters.plug(block, stage.blocks[n], inner)
+            name = stage.names[n]
+            adapters.plug(container.get_submodule(name), stage.blocks[n], row_plan.inner.get(name))
     shortcuts = {row: row_plan.shortcut for row, row_plan in rows.items()}
     aggregate, keep_identity = planned.options.aggregate, planned.options.keep_identity
     dense = containers.dense_class(container)

@@ -44,7 +44,8 @@ class Memory(NamedTuple):
 
     partial has a sum (N, C, H, W) for each block of the group under way, closed the links from each group of maps to
     the later groups of blocks (`tiling.py`). Where every block runs once and in order (`once`) and no gradient is
-    recorded, stream may keep the maps in place of terms.
+    recorded, stream may keep the maps in place of terms. last is what the block before gave back, and the version that
+    its memory had then.
     """
 
     terms: tuple[Term, ...] = ()
@@ -52,6 +53,7 @@ class Memory(NamedTuple):
     closed: tuple[list[Tensor], ...] = ()
     once: bool = False
     stream: ops.Stream | None = None
+    last: tuple[Tensor, int] | None = None
 
     def add(self, term: Term) -> "Memory":
         return self._replace(terms=(*self.terms, term))
@@ -59,6 +61,27 @@ class Memory(NamedTuple):
     def begin(self) -> "Memory":
         """What a row of blocks begins with."""
         return Memory(once=self.once)
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the maps, which all have the same."""
+        return self.stream.first.shape if self.stream is not None else self.terms[0].map.shape
+
+    def finished(self) -> int:
+        """Number of maps."""
+        return len(self.terms) if self.stream is None else self.stream.finished
+
+    def after(self, x: Tensor) -> "Memory":
+        """The same behind a block that gave back x."""
+        return self._replace(last=(x, -1 if x.is_inference() else x._version)) if ops.is_eager(x) else self
+
+    def follows(self, x: Tensor) -> bool:
+        """Whether x is what the block before gave back, as far as can be seen."""
+        if self.last is None or not ops.is_eager(x):
+            return True
+        last, version = self.last
+        same = x.data_ptr() == last.data_ptr() and x.shape == last.shape and x.stride() == last.stride()
+        return same and (version == -1 or x.is_inference() or x._version == version)
 
     def storages(self) -> list[int]:
         """Where the storages of the maps are."""
@@ -177,7 +200,11 @@ class DenseShortcut(nn.Module):
         tiled = isinstance(self.tiling, Tiling) and self.tiling.size < self.depth
         if tiled or not self.weighted or self.weighting == "attention" or not all(self.sources):
             return None
-        if not ops.is_eager(x) or not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+        if (
+            not ops.is_eager(x)
+            or not x.numel()
+            or not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
+        ):
             return None
         norms = [*map(self.norm, range(self.depth)), last]
         forms = [None if norm is None else known(norm) for norm in norms]

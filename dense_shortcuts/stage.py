@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import ops
 from .adapters import has_tokens, map_of
+from .errors import DenseShortcutError
 from .hooks import has_hooks, observed
 from .norms import frozen_statistics, joins, known
 from .shortcut import DenseShortcut, Memory, as_branch
@@ -105,6 +106,8 @@ class DenseStage(nn.Module):
         """One pass over the stage as callables to run one after the other, each of which may be checkpointed.
 
         A block alone cannot stand here, for it needs the earlier maps; timm's checkpoint_seq iterates over stages.
+        A later block's gradient reaches a map past the tensor that a step gave. To have the gradient of such a tensor
+        itself, put a hook on the block or take the plain back end; those of parameters and inputs are whole.
         """
         memories = [Memory()] * (len(self) + 1)
         return (Step(self, n, place, memories) for n, place in enumerate(self.places()))
@@ -133,10 +136,13 @@ class DenseStage(nn.Module):
         """
         if place.shortcut is None:
             return place.block(x, *args, **kwargs), memory.begin()
+        if place.k:
+            _check_follows(place.k, x, memory)
         join = _Join(self, place, place.shortcut, memory if place.k else memory.begin())
         with frozen_statistics(place.block, place.shortcut) if _is_recomputing() else contextlib.nullcontext():
-            result = place.block(x, *args, join=join, **kwargs)  # by name: hooks see the host's own arguments
-            return result, join.remember(map_of(place.block, result))
+            result = place.block(x, *args, join=join, **kwargs)
+            x = map_of(place.block, result)
+            return result, join.remember(x).after(x)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """X_L, (N, C, H', W'), from the stage's input (N, C_in, H, W).
@@ -212,11 +218,13 @@ class _Join:
         fused = backend != "plain" and bool(self.shortcut.sources[self.k])
         if identity_norm is not None and not (fused and self._joins_identity_norm(identity_norm)):
             identity, identity_norm = identity_norm(identity), None
-        tokens, flat, host_form = self.tokens, is_flat(branch), branch
-        if tokens or flat:
+        tokens, host_form = self.tokens, branch
+        reshaped = not is_map(branch, tokens)
+        if reshaped:
             branch, identity = as_map(branch, tokens), as_map(identity, tokens)
         if self.k == 0:
             self._begin(identity, identity_norm, backend)
+        self._check_shape(branch)
         norm_joins = norm is not None and fused and self._joins_norm(norm)
         if norm is not None and not norm_joins:
             branch, norm = norm(branch), None
@@ -227,11 +235,26 @@ class _Join:
             self.memory = self.memory.leave_stream(self.k)
             addends = [identity] if self.keep_identity and not whole else []
             x = self._sum(branch, norm, identity, addends, relu, ends, backend, fused)
-        if tokens or flat:
+        if reshaped:
             x = from_map(x, tokens, host_form)
         elif activation is None and isinstance(x, torch.fx.Proxy):
             x = torch.positive(x)  # a node of the block's own: feature extractors take its last
         return x if relu or activation is None else activation(x)
+
+    def _check_shape(self, branch: Tensor) -> None:
+        """That a branch may be added to the maps, which the kernels rely on.
+
+        Raises:
+            DenseShortcutError: the shapes or the number of channels differ.
+        """
+        if isinstance(branch, torch.fx.Proxy):
+            return
+        shape, channels = self.memory.shape, self.shortcut.channels
+        if branch.shape != shape or shape[1] != channels:
+            raise DenseShortcutError(
+                f"a branch of shape {tuple(branch.shape)} meets maps of shape {tuple(shape)} in a stage plugged in "
+                f"for {channels} channels: leave the stage out with plug_in(stages=..), or plug_in(blocks=..)."
+            )
 
     def _begin(self, identity: Tensor, identity_norm: nn.Module | None, backend: str) -> None:
         """Remember X_0, in a stream where the row may be run by one."""
@@ -284,7 +307,7 @@ class _Join:
         """X_l by the stream; None where it does not take the block."""
         stream = self.memory.stream
         assert stream is not None
-        if torch.is_grad_enabled() or self.keep_identity or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or self.keep_identity or torch.compiler.is_compiling() or observed(self.block):
             return None
         found = None if norm is None else known(norm)
         fits = norm is None or (found is not None and found.fits(stream.first.shape[1]))
@@ -326,33 +349,64 @@ class _Join:
         return own != identity.untyped_storage().data_ptr() and own not in self.memory.storages()
 
     def _is_observed(self) -> bool:
-        """Whether a hook may take X_l: on its block, or on the next one or a layer in it, as their input."""
+        """Whether somebody may take X_l or give another one in its place.
+
+        A hook on its block may do both; where gradients are recorded, one on the next block, or on a layer in it, which
+        is given X_l, may do the first.
+        """
+        if observed(self.block):
+            return True
         if not torch.is_grad_enabled():
             return False
-        return observed(self.block) or (self.following is not None and has_hooks(self.following))
+        return self.following is not None and has_hooks(self.following)
+
+
+def _check_follows(k: int, x: Tensor, memory: Memory) -> None:
+    """That block l = k + 1 of a row is given what the block before it gave back.
+
+    Raises:
+        DenseShortcutError: it was changed in between, or the block before was left out.
+    """
+    if memory.finished() != k + 1:
+        raise DenseShortcutError(
+            "a block of a dense stage was run without those before it (a slice, or blocks left out at random), so it "
+            "has no earlier maps: run all of them, or leave the stage out with plug_in(stages=..)."
+        )
+    if not _is_recomputing() and not memory.follows(x):
+        raise DenseShortcutError(
+            "the feature map is changed between two blocks of a dense stage, which are therefore no chain: leave the "
+            "stage out with plug_in(stages=..), or plug_in(blocks=..)."
+        )
 
 
 def as_map(x: Tensor, tokens: bool) -> Tensor:
-    """A view as a map (N, C, H, W): tokens have their channels last, (N, L, C) or (N, H, W, C), sequences (N, C, L).
+    """A view as a map (N, C, H, W), of tokens, whose channels are last, or of a map of any number of axes.
 
-    What torch.fx records does not know how many axes its tokens have: all of them go into one, as those of (N, L, C).
+    (N, C) becomes (N, C, 1, 1), a sequence (N, C, L) becomes (N, C, 1, L), a volume (N, C, D, H, W) becomes
+    (N, C, D H, W). What torch.fx records does not know how many axes its tokens have: all of them go into one, as those
+    of (N, L, C).
     """
-    if tokens and isinstance(x, torch.fx.Proxy):
-        return x.movedim(-1, 1).flatten(2).unsqueeze(2)
+    if isinstance(x, torch.fx.Proxy):
+        return x.movedim(-1, 1).flatten(2).unsqueeze(2) if tokens else x
     x = x.movedim(-1, 1) if tokens else x
-    return x.unsqueeze(2) if is_flat(x) else x
+    if x.ndim == 5:
+        return x.flatten(2, 3)
+    return x[:, :, None, None] if x.ndim == 2 else x.unsqueeze(2) if x.ndim == 3 else x
 
 
-def is_flat(x: Tensor) -> bool:
-    """Whether x is (N, L, C) or (N, C, L); what torch.fx records is taken for maps, whose shape it does not know."""
-    return not isinstance(x, torch.fx.Proxy) and x.ndim == 3
+def is_map(x: Tensor, tokens: bool) -> bool:
+    """Whether x is (N, C, H, W) as it stands; what torch.fx records is taken for that."""
+    return not tokens and (isinstance(x, torch.fx.Proxy) or x.ndim == 4)
 
 
 def from_map(x: Tensor, tokens: bool, like: Tensor) -> Tensor:
     """A map in the form of `like`, one that `as_map` was given."""
     if tokens and isinstance(x, torch.fx.Proxy):
         return x.movedim(1, -1).reshape(like.shape)
-    x = x.squeeze(2) if is_flat(like) else x
+    if like.ndim == 5:
+        x = x.unflatten(2, like.shape[1:3] if tokens else like.shape[2:4])
+    elif like.ndim < 4:
+        x = x[:, :, 0, 0] if like.ndim == 2 else x.squeeze(2)
     return x.movedim(1, -1) if tokens else x
 
 

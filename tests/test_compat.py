@@ -254,26 +254,30 @@ def sgd_steps(net: nn.Module, x: Tensor, share: float) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value.clone() for name, value in net.state_dict().items()}
 
 
+# The images of the first of two processes, of seven: statistics must be weighted by the count, which may be zero.
+PARTS = [("group", 3), ("batch", 3), ("group", 7), ("batch", 7)]
+
+
 def one_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     x = joint_batch()
-    mine = x[:3] if rank == 0 else x[3:]  # 3 and 4 images: statistics must be weighted by the count
-    for norm in ("group", "batch"):
+    for norm, first in PARTS:
         ddp = nn.parallel.DistributedDataParallel(batch_free_net(norm))
         nn.SyncBatchNorm.convert_sync_batchnorm(ddp)  # after wrapping: DDP refuses PyTorch's GPU-only layer on a CPU
-        torch.save(sgd_steps(ddp, mine, 2 / len(x)), Path(folder) / f"{norm}{rank}.pt")
+        mine = x[:first] if rank == 0 else x[first:]
+        torch.save(sgd_steps(ddp, mine, 2 / len(x)), Path(folder) / f"{norm}{first}-{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_two_processes_take_the_step_of_one_process_on_the_joined_batch(tmp_path):
     mp.spawn(one_rank, args=(str(tmp_path),), nprocs=2, join=True)
     x = joint_batch()
-    for norm in ("group", "batch"):
+    for norm, first in PARTS:
         net = batch_free_net(norm)
         start = {name: value.clone() for name, value in net.state_dict().items()}
         expected = sgd_steps(net, x, 1 / len(x))
-        ranks = [torch.load(tmp_path / f"{norm}{rank}.pt", weights_only=True) for rank in range(2)]
+        ranks = [torch.load(tmp_path / f"{norm}{first}-{rank}.pt", weights_only=True) for rank in range(2)]
         assert list(ranks[0]) == list(expected)
         for name, value in expected.items():
             # X_0 is seen through N alone, and batch norm takes what its own norm adds to a channel out again

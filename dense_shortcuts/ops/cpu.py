@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .reference import accumulation_dtype
+from .reference import accumulation_dtype, new_map
 
 PIECE_BYTES = 2**21  # a piece of every operand of a sum, within two cores' second-level caches
 
@@ -61,7 +61,7 @@ def join(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.join`."""
     first = (*addends, *maps)[0]
-    y = first if addends and out is first else torch.empty_like(first)
+    y = first if addends and out is first else new_map(first)
     mean = first.new_empty(first.shape[:2] if statistics else (0,), dtype=accumulation_dtype(first.dtype))
     var = torch.empty_like(mean)
     for piece in _pieces(first):
@@ -104,7 +104,7 @@ def pull(
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.pull`."""
-    pulled = torch.empty_like(x)
+    pulled = new_map(x)
     dtype = accumulation_dtype(x.dtype)
     grad_scales = x.new_zeros((len(maps), rows, x.shape[1]), dtype=dtype)
     grad_bias = x.new_zeros((rows, x.shape[1]), dtype=dtype)
@@ -131,7 +131,7 @@ def pull(
 
 def mix(maps: Sequence[Tensor], scales: Tensor) -> list[Tensor]:
     """See `reference.mix`."""
-    outputs = [torch.empty_like(maps[-1]) for _ in scales]
+    outputs = [new_map(maps[-1]) for _ in scales]
     for piece in _pieces(maps[-1]):
         for output, row in zip(outputs, scales, strict=True):
             total = _working(output, piece).zero_()

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from ..errors import DenseShortcutError
@@ -27,20 +28,25 @@ def choose(x: Tensor, wanted: str = "auto") -> str:
         wanted: "auto" or a back end by name; the environment variable DENSE_SHORTCUTS_BACKEND goes before "auto".
 
     Raises:
-        DenseShortcutError: unknown name, or a named back end that cannot run here or not on such a map.
+        DenseShortcutError: unknown name, or a named back end that cannot run here, or not on such a map or in such a
+            transform. An empty map needs no kernel: it takes the plain form under any name.
     """
     wanted = os.environ.get(VARIABLE, "auto") if wanted == "auto" else wanted
     if wanted not in BACKENDS:
         raise DenseShortcutError(f"unknown back end {wanted!r}: choose one of {', '.join(BACKENDS)}.")
-    if wanted == "plain" or (wanted == "auto" and is_traced(x)):
+    if wanted == "plain" or (wanted == "auto" and (is_traced(x) or is_transformed())):
         return "plain"
+    if is_transformed():
+        raise DenseShortcutError(
+            f"the back end {wanted!r} has no rules for torch.func's transforms and forward-mode gradients: "
+            "choose 'auto' or 'plain'."
+        )
     device = x.device.type
-    if wanted == "auto":
-        return _automatic(device, x.dtype)
-    fault = unusable(wanted, device, x.dtype)
+    fault = None if wanted == "auto" else unusable(wanted, device, x.dtype)
     if fault is not None:
         raise DenseShortcutError(f"the back end {wanted!r} cannot run here ({fault}): choose 'auto' or 'plain'.")
-    return wanted
+    chosen = _automatic(device, x.dtype) if wanted == "auto" else wanted
+    return chosen if x.numel() else "plain"  # an empty map is nothing for a kernel
 
 
 @cache
@@ -101,6 +107,11 @@ def _automatic_once(device: str, dtype: torch.dtype) -> str:
     level = logging.INFO if own != "plain" else logging.WARNING
     _logger.log(level, "dense shortcuts on %s in %s use the %s back end: %s", device, dtype, own, reason)
     return own
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is under way: both need PyTorch's operators."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def is_traced(x: Tensor) -> bool:

@@ -24,14 +24,17 @@ from . import forms, reference
 from .dispatch import kernels
 from .forms import BATCH, NONE, RAW, unnormalised_scales
 from .operators import Operator, flatten, run_backward, unflatten
-from .reference import accumulation_dtype
+from .reference import accumulation_dtype, new_map
 from .sums import Back, Sum
 
 
 def _new_links(x: Tensor, later: int, rows: int) -> list[Tensor]:
-    """Two empty tensors a later block, of one element each; only their gradients matter."""
-    shapes = [(x.shape, x.dtype), ((rows, x.shape[1]), accumulation_dtype(x.dtype))] * later
-    return [x.new_zeros(1, dtype=dtype).expand(shape) for shape, dtype in shapes]
+    """Two tensors a later block, views of one element for all of them; only their gradients matter."""
+    if not later:
+        return []
+    grad, scale = x.new_zeros(1), x.new_zeros(1, dtype=accumulation_dtype(x.dtype))
+    pairs = [(grad.expand(x.shape), scale.expand(rows, x.shape[1])) for _ in range(later)]
+    return [link for pair in pairs for link in pair]
 
 
 def _statistics(
@@ -149,7 +152,7 @@ def _scales(given: Sum, branch: Sequence[Tensor]) -> tuple[Tensor, Tensor | None
 def _block_like(*inputs: Any) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     *fields, _, later, _ = inputs
     given = Sum(*fields)
-    y, branch = torch.empty_like(given.first), given.branch
+    y, branch = new_map(given.first), given.branch
     branch_norm = _statistics_like(branch, BATCH) if branch is not None and not given.fixed else ()
     return y, list(_statistics_like(y, given.groups)), list(branch_norm), _new_links(y, later, given.rows)
 
@@ -308,9 +311,9 @@ def _(y: Tensor, *inputs: Any) -> Any:
     scales = y.new_empty((len(given.summed), given.rows, y.shape[1]), dtype=accumulation_dtype(y.dtype))
     each = [scales.new_empty(given.rows, y.shape[1]) for _ in range(len(maps) + len(shifts))]
     return (
-        torch.empty_like(y),
+        new_map(y),
         scales,
-        [] if branch is None else [torch.empty_like(branch)],
+        [] if branch is None else [new_map(branch)],
         [] if branch is None or fixed else [torch.empty_like(p) for p in given.affine],
         [scales.new_empty(1, y.shape[1]) for _ in fixed],
         [] if weight is None else [torch.empty_like(weight)],
@@ -390,7 +393,7 @@ pull_entered = torch.library.custom_op("dense_shortcuts::pull_entered", _run_pul
 
 @pull_entered.register_fake
 def _(x: Tensor, *given: Any) -> Tensor:
-    return torch.empty_like(x)
+    return new_map(x)
 
 
 block = Operator("block", _block, _block_like, _block_setup, _block_backward)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import DenseShortcutError
 from . import forms, fused, native, tiles
-from .forms import NONE, RAW, form
+from .forms import BATCH, NONE, RAW, form
 from .operators import is_eager
 from .reference import accumulation_dtype, dense_sum, moments
 from .sums import Sum
@@ -202,10 +202,17 @@ def _plain_sum(
     return dense_sum(addends, maps, scales * torch.stack(list(rates)), bias)
 
 
+def _has_no_images(x: Tensor) -> bool:
+    return isinstance(x, Tensor) and x.shape[0] == 0  # what torch.fx records knows no shape
+
+
 def _plain_gather(x: Tensor, groups: int, eps: float) -> Sequence[Tensor]:
     if groups == NONE:
         return ()
     mean, var = moments(x)
+    if groups == BATCH and _has_no_images(x):  # zeros, for numbers that are not would spread to gradients
+        zero = mean.sum(0, keepdim=True)
+        return zero, zero, zero, zero
     return (mean, var, mean, var) if groups == RAW else form(mean, var, groups, eps, None, None)
 
 

@@ -30,7 +30,7 @@ from .compiled import (
     threads,
 )
 from .forms import BATCH, NONE, RAW, RUNNING, shapes, unnormalised_scales
-from .reference import accumulation_dtype
+from .reference import accumulation_dtype, new_map
 from .sums import Back, Sum
 
 
@@ -307,10 +307,17 @@ def pull_block(
         theirs.grad_weight, theirs.grad_bias = (t.data_ptr() for t in to_affine)
     out = to_branch[0].data_ptr() if to_branch else None
     _call("pull_block", y, shape_of(y), told, pairs, to, theirs, out)
+    to_branch = [] if branch is None else [_in_form_of(to_branch[0], branch)]
     return (
         *(g, scales, to_branch, [t.to(p.dtype) for t, p in zip(to_affine, affine, strict=False)]),
         *(list(to_form) if fixed else [], [to_weight.to(weight.dtype)], list(to_rates), list(to_shifts)),
     )
+
+
+def _in_form_of(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient laid out as other back ends give it, where the branch and the sum are laid out differently."""
+    wanted = new_map(x)
+    return grad if grad.stride() == wanted.stride() else wanted.copy_(grad)
 
 
 def _with_earlier(grad: Tensor, weight: Tensor) -> Tensor:

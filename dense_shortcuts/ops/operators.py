@@ -1,6 +1,7 @@
 """How an operator with a gradient of its own is registered with PyTorch, and the short way to it in eager mode."""
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -39,6 +40,27 @@ def unflatten(flat: Sequence[Any], lengths: Sequence[int | None]) -> list[Any]:
     return [next(rest) if n is None else [next(rest) for _ in range(n)] for n in lengths]
 
 
+def _apart(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The same with memory for each link, which `run` makes of one element: a registered operator's results may not
+    share any."""
+
+    @wraps(run)  # whose annotations give the operator its schema
+    def apart(*inputs: Any) -> Any:
+        output = run(*inputs)
+        single = isinstance(output, list)
+        flat, lengths = flatten([output] if single else output)
+        seen: set[int] = set()
+        for n, x in enumerate(flat):
+            place = x.untyped_storage()._cdata
+            if place in seen:
+                flat[n] = x.new_zeros(1).expand(x.shape)
+            seen.add(place)
+        grouped = unflatten(flat, lengths)
+        return grouped[0] if single else tuple(grouped)
+
+    return apart
+
+
 class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, operator: "Operator", lengths: list[int | None], *flat: Any) -> Any:
@@ -75,8 +97,8 @@ class Operator:
     ) -> None:
         """run computes, shapes gives empty tensors like its results; the other two as for `register_autograd`."""
         self.run, self.setup, self.backward = run, setup, backward
-        self.registered = torch.library.custom_op(f"dense_shortcuts::{name}", run, mutates_args=())
-        self.registered.register_fake(shapes)
+        self.registered = torch.library.custom_op(f"dense_shortcuts::{name}", _apart(run), mutates_args=())
+        self.registered.register_fake(_apart(shapes))
         self.registered.register_autograd(backward, setup_context=setup)
 
     def runner(self, flat: Sequence[Any]) -> Callable[..., Any]:

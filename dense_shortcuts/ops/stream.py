@@ -69,7 +69,7 @@ class Stream:
         self.table = (Map * (depth + 1))()  # the branch at hand, then the maps
         self.shape, self.kind = shape_of(x), KINDS[x.dtype]
         self.kernel, self.threads = kernel("block", x), threads(x)
-        self.maps, self.storages = [x] * depth, [0] * depth
+        self.maps, self.storages, self.finished = [x] * depth, [0] * depth, 0
         self._keep(0, x)
         if self.normalised:
             self._enter(norms[0], last)
@@ -86,6 +86,7 @@ class Stream:
         if i < len(self.maps):  # no block sums X_L
             self.maps[i], self.storages[i] = x, x.untyped_storage().data_ptr()
             self.table[i + 1] = Map(x.data_ptr(), self.kind)
+            self.finished = i + 1
 
     def map(self, i: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Map X_i, and rate and shift of its norm, (1 or N, C); None for none."""

@@ -15,15 +15,16 @@ from torch import Tensor
 from . import reference
 from .dispatch import kernels
 from .operators import Operator
-from .reference import accumulation_dtype
+from .reference import accumulation_dtype, new_map
 
 
 def _new_links(x: Tensor, maps: int, counts: Sequence[int], rows: int) -> list[Tensor]:
     """For each later group of blocks, an empty tensor a block and one for the scales between it and these maps."""
-    links, dtype = [], accumulation_dtype(x.dtype)
+    links = []
+    grad, scale = x.new_zeros(1), x.new_zeros(1, dtype=accumulation_dtype(x.dtype))
     for count in counts:
-        links += [x.new_zeros(1).expand(x.shape) for _ in range(count)]
-        links.append(x.new_zeros(1, dtype=dtype).expand(count, maps, rows, x.shape[1]))
+        links += [grad.expand(x.shape) for _ in range(count)]
+        links.append(scale.expand(count, maps, rows, x.shape[1]))
     return links
 
 
@@ -51,7 +52,7 @@ def _ahead_like(maps: Sequence[Tensor], links: Sequence[Tensor], scales: Tensor,
 
 
 def _sums_like(maps: Sequence[Tensor], scales: Tensor) -> list[Tensor]:
-    return [torch.empty_like(maps[-1]) for _ in range(scales.shape[0])]
+    return [new_map(maps[-1]) for _ in range(scales.shape[0])]
 
 
 def _close(x: Tensor, links: Sequence[Tensor], counts: Sequence[int], rows: int, backend: str) -> list[Tensor]:
