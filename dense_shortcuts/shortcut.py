@@ -20,6 +20,7 @@ from .norms import (
     statistics,
     uses_running_statistics,
 )
+from .ops.reference import dense_sum
 from .pattern import Sources, Sparse
 from .pattern import sources as all_sources
 from .tiling import Tiling
@@ -369,7 +370,7 @@ class InnerShortcut(nn.Module):
         scales, bias = self.weight[None, None, part].to(ops.accumulation_dtype(branch.dtype)), None
         if term.scale is not None and term.shift is not None:
             scales, bias = scales * term.scale[:, part], scales[0] * term.shift[:, part]
-        return ops.dense_sum([branch], [term.map[:, part]], scales, bias)
+        return dense_sum([branch], [term.map[:, part]], scales, bias)
 
 
 def enter(norm: nn.Module | None, x: Tensor, *, later: int, backend: str) -> Term:

@@ -8,7 +8,6 @@ from hosts import assert_close
 from torch import nn
 
 import dense_shortcuts as ds
-from dense_shortcuts.ops import dense_sum
 from dense_shortcuts.shortcut import DenseShortcut
 
 
@@ -164,55 +163,6 @@ def test_batch_norm_refuses_a_single_number_per_channel_as_pytorch_does():
     stage[0].bn1.eval(), stage[0].bn2.eval(), stage[1].bn1.eval(), stage[1].bn2.eval()
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         stage(torch.randn(1, 8, 1, 1))
-
-
-@pytest.mark.parametrize("per_sample", [True, False])
-@pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("maps", [1, 2, 3, 8, 31, 32, 33, 37, 64])
-def test_dense_sum_equals_a_loop_over_maps_samples_and_channels(maps, with_bias, per_sample):
-    n, c = 2, 3
-    lead = n if per_sample else 1
-    tensors = [torch.randn(n, c, 3, 2, dtype=torch.float64) for _ in range(maps + 1)]
-    scales = torch.randn(maps, lead, c, dtype=torch.float64)
-    bias = torch.randn(lead, c, dtype=torch.float64) if with_bias else None
-    leaves = [t.requires_grad_() for t in (*tensors, scales, *([bias] if with_bias else []))]
-
-    branch, xs = tensors[0], tensors[1:]
-    y = dense_sum([branch], xs, scales, bias)
-    rows = []
-    for b in range(n):
-        for ch in range(c):
-            s = b if per_sample else 0
-            total = branch[b, ch] + (bias[s, ch] if with_bias else 0.0)
-            for i in range(maps):
-                total = total + scales[i, s, ch] * xs[i][b, ch]
-            rows.append(total)
-    wanted = torch.stack(rows).reshape(n, c, 3, 2)
-    assert_close(y, wanted, 1e-12, "sum")
-    upstream = torch.randn_like(wanted)
-    actual = torch.autograd.grad(y, leaves, upstream)
-    expected = torch.autograd.grad(wanted, leaves, upstream)
-    for k, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        assert_close(a, e, 1e-12, f"gradient {k}")
-
-
-def test_dense_sum_without_scales_adds_the_maps_as_they_are_and_writes_into_none():
-    tensors = [torch.randn(2, 3, 4, 5) for _ in range(4)]
-    before = [t.clone() for t in tensors]
-    y = dense_sum(tensors[:1], tensors[1:], None, None)
-    assert torch.equal(y, tensors[0] + tensors[1] + tensors[2] + tensors[3])
-    y.add_(1.0)
-    assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_dense_sum_of_half_precision_maps_keeps_the_sum_in_float32(dtype):
-    """64 additions in half precision would lose a percent; one rounding at the end loses less than 2^-8."""
-    xs = [torch.rand(1, 2, 5, 3).to(dtype) for _ in range(65)]
-    y = dense_sum(xs[:1], xs[1:], torch.ones(64, 1, 2), None)
-    wanted = torch.stack(xs).double().sum(0)
-    assert y.dtype == dtype
-    assert ((y.double() - wanted).abs() / wanted).max() <= 2**-8
 
 
 def test_group_norm_statistics_are_formed_once_for_each_map_and_not_for_each_pair(monkeypatch):

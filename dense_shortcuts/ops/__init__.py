@@ -5,8 +5,9 @@ from .dispatch import BACKENDS, choose
 from .forms import BATCH, NONE, RAW, RUNNING, form, pool
 from .joining import Branch, Joined, ahead, close, enter, join, move, nested_form, running_form
 from .operators import is_eager
-from .reference import accumulation_dtype, dense_sum, moments
+from .reference import accumulation_dtype, moments
 from .stream import KnownNorm, Stream
+from .summing import dense_sum
 
 __all__ = [
     "BACKENDS",
