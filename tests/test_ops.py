@@ -173,11 +173,23 @@ def test_the_written_gradient_of_a_norms_form_is_that_of_autograd(groups):
     assert_all_close(found, expected, 1e-10)
 
 
+def turned(x: Tensor) -> Tensor:
+    """The same numbers, with rows and columns of pixels the other way round in memory."""
+    return x.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+def images_inside(x: Tensor) -> Tensor:
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "native"])
-@pytest.mark.parametrize("later", [0, 2])
-@pytest.mark.parametrize("groups", [ops.NONE, ops.RAW, ops.BATCH, 1, 3])
-def test_the_registered_operators_pass_opcheck(groups, later, backend):
-    branch, x, other = (t.requires_grad_() for t in maps(3, (2, 3, 4, 2), torch.float32))
+@pytest.mark.parametrize(
+    ("groups", "later", "form"),
+    [(groups, later, Tensor.contiguous) for groups in (ops.NONE, ops.RAW, ops.BATCH, 1, 3) for later in (0, 2)]
+    + [(groups, 2, form) for groups in (ops.BATCH, 3) for form in (turned, images_inside)],
+)
+def test_the_registered_operators_pass_opcheck(groups, later, form, backend):
+    branch, x, other = (form(t).requires_grad_() for t in maps(3, (2, 3, 4, 2), torch.float32))
     rows = 1 if groups == ops.BATCH else 2
     affine = list(torch.randn(2, 3).requires_grad_().unbind())
     weight = torch.randn(2, 3, requires_grad=True)
@@ -200,8 +212,9 @@ def links_to(x: Tensor, rows: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "native"])
-def test_the_registered_operators_of_tiles_pass_opcheck(backend):
-    x, other = (t.requires_grad_() for t in maps(2, (2, 3, 4, 2), torch.float32))
+@pytest.mark.parametrize("form", [Tensor.contiguous, turned, images_inside])
+def test_the_registered_operators_of_tiles_pass_opcheck(form, backend):
+    x, other = (form(t).requires_grad_() for t in maps(2, (2, 3, 4, 2), torch.float32))
     scales = torch.randn(3, 2, 2, 3, requires_grad=True)
     tile = [torch.zeros(1).expand(x.shape).requires_grad_() for _ in range(3)]
     tile.append(torch.zeros(1).expand(scales.shape).requires_grad_())
