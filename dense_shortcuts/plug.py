@@ -269,11 +269,6 @@ def _check_options(options: Options) -> None:
             f"norm is one {type(options.norm).__name__} and every map needs its own: give a callable that takes a "
             "channel count and returns a module."
         )
-    if options.keep_identity and options.aggregate == "dense_identity":
-        raise DenseShortcutError(
-            "aggregate='dense_identity' has no weights that could start at zero, so keep_identity would not start as "
-            "the host: leave one of the two out."
-        )
     if options.keep_identity and options.weighting != "channel":
         raise DenseShortcutError(
             f"weights by {options.weighting} cannot start at zero, so keep_identity would not start as the host: "
@@ -347,8 +342,8 @@ def plug_in(
             callable that takes name and module; the others keep their host's shortcut. None is all.
         inner: DS2, a weighted shortcut around the 3x3 of each bottleneck as well.
         inner_start: the start of its weight v.
-        keep_identity: keep the host's own shortcut beside the dense one. Unless `init` or `inner_start` says otherwise
-            the network then starts as its host.
+        keep_identity: keep the host's own shortcut beside the dense one. The network then starts as its host, unless
+            `init`, `inner_start` or "dense_identity" says otherwise.
         backend: form of the operator: "auto", "plain" (PyTorch alone, any device), "cpu", "native" or "triton".
 
     Returns:

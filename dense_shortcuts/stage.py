@@ -141,8 +141,8 @@ class DenseStage(nn.Module):
         join = _Join(self, place, place.shortcut, memory if place.k else memory.begin())
         with frozen_statistics(place.block, place.shortcut) if _is_recomputing() else contextlib.nullcontext():
             result = place.block(x, *args, join=join, **kwargs)
-            x = map_of(place.block, result)
-            return result, join.remember(x).after(x)
+            given_on = result[0] if isinstance(result, tuple) else result
+            return result, join.remember(map_of(place.block, result)).after(given_on)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """X_L, (N, C, H', W'), from the stage's input (N, C_in, H, W).

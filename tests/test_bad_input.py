@@ -4,6 +4,7 @@ Each works or is refused in one sentence; a refused call leaves the model as it 
 """
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -270,6 +271,12 @@ FAULTY: list[tuple[dict[str, Any], str]] = [
     ({"every": 1.5}, "every=1.5"),
     ({"groups": 0}, "groups=0"),
     ({"stages": "layer1"}, "['layer1']"),
+    ({"stages": 3}, "[3]"),
+    ({"stages": [True]}, "no stage True"),
+    ({"blocks": ["1.0", "1.O"]}, "there is no block '1.O'"),
+    ({"init": "near", "aggregate": "dense_identity"}, "unknown init 'near'"),
+    ({"norm": "bach", "aggregate": "dense_identity"}, "unknown norm 'bach'"),
+    ({"norm": nn.BatchNorm2d(8)}, "give a callable"),
     ({"stages": [2]}, "no stage 2"),
     ({"stages": ["layer9"]}, "'layer9'"),
     ({"blocks": "nothing"}, "no block"),
@@ -292,12 +299,41 @@ def test_a_wrong_argument_leaves_a_traced_network_as_it_was(options, named):
     assert_same(before, snapshot(net))
 
 
+def test_what_is_no_network_is_refused():
+    for call in (ds.plan, ds.plug_in):
+        with pytest.raises(ds.DenseShortcutError, match="'resnet18' is no network"):
+            call("resnet18")
+
+
+class Stubborn(nn.GroupNorm):
+    """A norm that cannot be moved, as where a device has no memory left."""
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        raise RuntimeError("no memory left")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_failure_while_moving_what_is_added_leaves_the_network_as_it_was(kind):
+    net, made = host_of(kind), []
+    before = snapshot(net)
+
+    def norm(channels: int) -> nn.Module:
+        made.append(channels)
+        return (Stubborn if len(made) == 3 else nn.GroupNorm)(1, channels)
+
+    with pytest.raises(RuntimeError, match="no memory left"):
+        ds.plug_in(net, norm=norm)
+    assert_same(before, snapshot(net))
+    assert len(made) >= 3 and not ds.dense_stages(net)
+
+
 # Per-block choice -----------------------------------------------------------------------------------------------------
 
 
 CHOICES: dict[str, Any] = {
     "a list": ["1.0", "1.2"],
     "a regular expression": r"^1\.[02]$",
+    "a compiled one": re.compile(r"^1\.[02]$"),
     "a callable": lambda name, module: name != "1.1" and isinstance(module, Plain),
 }
 
