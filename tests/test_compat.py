@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from hosts import assert_close
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -171,28 +172,54 @@ def test_the_whole_network_is_one_graph_for_the_compiler(kind, variant):
 def test_one_compiled_graph_serves_another_batch_size_and_resolution(norm):
     torch._dynamo.reset()
     net = short_net("timm_basic", norm=norm)
-    compiled = torch.compile(copy.deepcopy(net), fullgraph=True, backend="aot_eager")
-    for shape in ((2, 3, 9, 7), (5, 3, 9, 7), (3, 3, 12, 8), (7, 3, 6, 10)):
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(copy.deepcopy(net), fullgraph=True, backend=graphs)
+    for shape in ((2, 3, 9, 7), (5, 3, 9, 7), (3, 3, 12, 8), (7, 3, 6, 10), (4, 3, 9, 7), (6, 3, 12, 8), (9, 3, 11, 5)):
         x = torch.randn(shape)
         actual = run(compiled, x)
         actual = (*actual[:2], {name.removeprefix("_orig_mod."): g for name, g in actual[2].items()})
         assert_runs_agree(actual, run(net, x), 1e-4)
+    assert graphs.frame_count <= 3, "a ragged batch is compiled anew each time"
 
 
-def test_compiled_code_trains_as_eager_does():
+@pytest.mark.parametrize(
+    ("device", "mode"),
+    [
+        ("cpu", None),
+        pytest.param(
+            "cuda", "reduce-overhead", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+        ),
+    ],
+)
+def test_compiled_code_trains_as_eager_does(device, mode):
+    """On a GPU in CUDA graphs."""
     torch._dynamo.reset()
-    net = short_net("timm_basic")
+    net = short_net("timm_basic").to(device)
     twin = copy.deepcopy(net)
-    compiled = torch.compile(twin, fullgraph=True)
+    compiled = torch.compile(twin, fullgraph=True, mode=mode)
     optimizers = [torch.optim.SGD(n.parameters(), 0.02) for n in (net, twin)]
     for _ in range(3):
-        x = torch.randn(SHAPE)
+        x = torch.randn(SHAPE).to(device)
         for model, optimizer in zip((net, compiled), optimizers, strict=True):
             optimizer.zero_grad()
             model(x).square().mean().backward()
             optimizer.step()
     for (name, value), (_, other) in zip(twin.state_dict().items(), net.state_dict().items(), strict=True):
         assert_close(value, other.double(), 1e-4, name)
+
+
+@pytest.mark.parametrize("backend", ["plain", "cpu", "native"])
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_deterministic_mode_takes_every_operation_and_repeats_to_the_bit(norm, backend):
+    x = torch.randn(SHAPE)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = [run(short_net("timm_basic", norm=norm, backend=backend), x) for _ in range(2)]
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert all(torch.equal(grad, runs[1][2][name]) for name, grad in runs[0][2].items())
 
 
 # Copies ---------------------------------------------------------------------------------------------------------------
