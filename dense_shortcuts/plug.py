@@ -201,7 +201,9 @@ def _inner_shortcuts(blocks: dict[str, Any], options: Options) -> dict[str, Inne
     for name, block in blocks.items():
         widths = block.inner_widths()
         if widths is not None:
-            inner[name] = InnerShortcut(*widths, norm=options.norm, groups=options.groups, start=options.inner_start)
+            inner[name] = InnerShortcut(
+                *widths, norm=options.norm, groups=options.groups, start=options.inner_start, backend=options.backend
+            )
     return inner
 
 

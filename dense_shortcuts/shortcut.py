@@ -20,7 +20,6 @@ from .norms import (
     statistics,
     uses_running_statistics,
 )
-from .ops.reference import dense_sum
 from .pattern import Sources, Sparse
 from .pattern import sources as all_sources
 from .tiling import Tiling
@@ -342,16 +341,24 @@ class InnerShortcut(nn.Module):
         weighted: how many of its first channels pass a 3x3 and get a weight (all but Res2Net's last piece).
         norm, groups: N, see `make_norm`.
         start: v at the start; at 0 DS2 equals DS.
+        backend: form of the operator, see `ops.choose`.
 
     Attributes:
         weight: v, (weighted,).
     """
 
     def __init__(
-        self, channels: int, weighted: int, *, norm: Norm = "group", groups: int | None = None, start: float = 0.0
+        self,
+        channels: int,
+        weighted: int,
+        *,
+        norm: Norm = "group",
+        groups: int | None = None,
+        start: float = 0.0,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.start = start
+        self.start, self.backend = start, backend
         self.weight = nn.Parameter(torch.full((weighted,), start))
         self.norm = make_norm(norm, channels, groups)
 
@@ -362,7 +369,7 @@ class InnerShortcut(nn.Module):
 
     def enter(self, hidden: Tensor) -> Term:
         """H_1, (N, channels, H, W), with the statistics of its norm."""
-        return enter(self.norm, hidden, later=0, backend="plain")
+        return enter(self.norm, hidden, later=0, backend=ops.choose(hidden, self.backend))
 
     def forward(self, branch: Tensor, term: Term, start: int = 0) -> Tensor:
         """branch + v * N(H_1) for the channels from `start` on that the branch, (N, C, H, W), stands for."""
@@ -370,7 +377,7 @@ class InnerShortcut(nn.Module):
         scales, bias = self.weight[None, None, part].to(ops.accumulation_dtype(branch.dtype)), None
         if term.scale is not None and term.shift is not None:
             scales, bias = scales * term.scale[:, part], scales[0] * term.shift[:, part]
-        return dense_sum([branch], [term.map[:, part]], scales, bias)
+        return ops.dense_sum([branch], [term.map[:, part]], scales, bias, backend=self.backend)
 
 
 def enter(norm: nn.Module | None, x: Tensor, *, later: int, backend: str) -> Term:

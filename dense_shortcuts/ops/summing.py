@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -46,7 +47,8 @@ def dense_sum(
     Source: the affine form of DS, a = w / sigma and b = -sum w * mu / sigma (docs/paper-map.md).
     """
     first = (*addends, *maps)[0]
-    _check(first, addends, maps, scales, bias)
+    if not isinstance(first, torch.fx.Proxy):  # which knows no shapes
+        _check(first, addends, maps, scales, bias)
     backend = choose(first, backend)
     if backend == "plain" or not maps:
         y = reference.dense_sum(addends, maps, scales, bias)
