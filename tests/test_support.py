@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
 import dense_shortcuts as ds
@@ -52,16 +53,17 @@ def test_a_check_that_fails_is_told(monkeypatch):
     assert row.verdict == "failed" and row.checks["unplug"].startswith("no: the host did not come back")
 
 
-def test_keeping_the_host_is_seen_to_fail_where_a_branch_that_starts_at_zero_would_hide_it(monkeypatch):
-    """ConvNeXt's branches start at 1e-6 of their sum: without random layer scales anything would keep the host."""
+def test_a_plug_that_loses_a_branch_which_starts_at_zero_is_seen(monkeypatch):
+    """timm's ResNets start the last norm of every branch at zero: with fresh weights no branch is seen at all."""
 
     def without_branches(host, **options):
-        for name, parameter in host.named_parameters():
-            if name.endswith("gamma"):
-                parameter.data.mul_(1 + 1e-9)
+        for module in host.modules():
+            if isinstance(module, BasicBlock | Bottleneck):
+                nn.init.zeros_((module.bn3 if isinstance(module, Bottleneck) else module.bn2).weight)
+                nn.init.zeros_((module.bn3 if isinstance(module, Bottleneck) else module.bn2).bias)
         return host
 
-    made = subject.make(Place("timm", "convnext", "test_convnext"), torch.device("cpu"))
+    made = subject.make(RESNET, torch.device("cpu"))
     assert checks._keeps_host(made) == "yes"
     monkeypatch.setattr(checks, "plug_in", without_branches)
     assert checks._keeps_host(made) == "no: the output moved"
