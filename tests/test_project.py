@@ -36,6 +36,12 @@ def test_every_package_that_is_imported_is_declared():
         assert {normalised(each) for each in known} & declared, f"{name} is imported and not declared"
 
 
+def test_every_public_name_has_its_place_in_the_pages_of_the_api():
+    pages = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.md"))
+    shown = {line.rpartition(".")[2] for line in pages.splitlines() if line.startswith("::: ")}
+    assert set(ds.__all__) <= shown
+
+
 def normalised(distribution: str) -> str:
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
