@@ -93,6 +93,28 @@ def test_a_verdict_says_no_more_than_the_checks(results, shapes_alone, verdict):
     assert examining.Row(*RESNET, checks=results, shapes_alone=shapes_alone).verdict == verdict
 
 
+def test_all_that_a_network_gives_is_looked_at():
+    class Backbone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer1, self.layer2 = copy.deepcopy(blocks), copy.deepcopy(blocks)
+
+        def forward(self, x):
+            first = self.layer1(x)
+            return {"0": first, "1": [self.layer2(first)]}
+
+    blocks = torchvision.models.resnet18().layer1
+    host = Backbone().eval()
+    made = subject.Subject(
+        Place("torchvision", "", ""), host, ds.plug_in(copy.deepcopy(host)), torch.randn(2, 64, 8, 8)
+    )
+    assert checks._step(made) == "yes"
+    output = host(made.x)
+    other = {"0": output["0"], "1": [output["1"][0] + 1]}
+    assert checks._equal(output, output) and checks._close(output, output)
+    assert not checks._equal(other, output) and not checks._close(other, output)
+
+
 def test_features_that_the_host_itself_cannot_give_are_the_hosts():
     class AsksForItsData(nn.Sequential):
         def forward(self, x):

@@ -31,46 +31,53 @@ def _yes(condition: bool, otherwise: str) -> str:
     return "yes" if condition else f"no: {otherwise}"
 
 
-def _first(output: Any) -> Tensor:
-    while not isinstance(output, Tensor):
-        output = next(iter(output.values() if isinstance(output, dict) else output))
-    return output
+def _tensors(output: Any) -> list[Tensor]:
+    """All that a network gives, for a backbone may give a map of each stage."""
+    if isinstance(output, Tensor):
+        return [output]
+    return [tensor for each in (output.values() if isinstance(output, dict) else output) for tensor in _tensors(each)]
 
 
-def _equal(found: Tensor, expected: Tensor) -> bool:
+def _equal(found: Any, expected: Any) -> bool:
     """Bit for bit; on the meta device, in shape."""
-    return found.shape == expected.shape and (expected.is_meta or torch.equal(found, expected))
+    pairs = list(zip(_tensors(found), _tensors(expected), strict=True))
+    return all(a.shape == b.shape and (b.is_meta or torch.equal(a, b)) for a, b in pairs)
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
+def _close(found: Any, expected: Any) -> bool:
     """To the roundings of float32, by the scale of the largest number; on the meta device, in shape."""
-    if expected.is_meta or found.shape != expected.shape:
-        return found.shape == expected.shape
-    return bool((found - expected).abs().max() <= 1e-4 * expected.abs().max())
+    pairs = list(zip(_tensors(found), _tensors(expected), strict=True))
+    return all(a.shape == b.shape and (b.is_meta or _near(a, b)) for a, b in pairs)
+
+
+def _near(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).abs().max() <= 1e-4 * b.abs().max())
 
 
 @torch.no_grad()
 def _forward(subject: Subject) -> str:
-    found, expected = _first(subject.plugged(subject.x)), _first(subject.host(subject.x))
-    if found.shape != expected.shape:
-        return f"no: {tuple(found.shape)} in place of {tuple(expected.shape)}"
-    if found.is_meta:
+    found, expected = subject.plugged(subject.x), subject.host(subject.x)
+    shapes = [[tuple(tensor.shape) for tensor in _tensors(output)] for output in (found, expected)]
+    if shapes[0] != shapes[1]:
+        return f"no: {shapes[0]} in place of {shapes[1]}"
+    if subject.on_meta:
         return "yes"
-    return _yes(bool(found.isfinite().all()) and not torch.equal(found, expected), "not finite, or the host's output")
+    finite = all(bool(tensor.isfinite().all()) for tensor in _tensors(found))
+    return _yes(finite and not _equal(found, expected), "not finite, or the host's output")
 
 
 @torch.no_grad()
 def _keeps_host(subject: Subject) -> str:
     host, x = copy.deepcopy(subject.host).double(), subject.x.double()
-    expected = _first(host(x))
-    return _yes(_equal(_first(plug_in(host, keep_identity=True)(x)), expected), "the output moved")
+    expected = host(x)
+    return _yes(_equal(plug_in(host, keep_identity=True)(x), expected), "the output moved")
 
 
 def _step(subject: Subject) -> str:
     network = copy.deepcopy(subject.plugged).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)  # whose step does not shrink with the gradient
     before = {name: p.detach().clone() for name, p in shortcut_parameters(network)}
-    _first(network(subject.x)).square().mean().backward()
+    sum(tensor.square().mean() for tensor in _tensors(network(subject.x))).backward()  # type: ignore[union-attr]
     if subject.on_meta:
         still = [name for name, p in shortcut_parameters(network) if p.grad is None]
         return _yes(not still, f"{len(still)} of {len(before)} weights have no gradient, such as {still[:1]}")
@@ -91,7 +98,7 @@ def _features(subject: Subject) -> str:
         found = plug_in(backbone, keep_identity=True)(x)
     else:
         found = _torchvision_features(plug_in(copy.deepcopy(subject.host), keep_identity=True))(x)
-    return _yes(all(_close(a, b) for a, b in zip(found, expected, strict=True)), "features moved")
+    return _yes(_close(found, expected), "features moved")
 
 
 def _timm_features(subject: Subject) -> nn.Module:
@@ -110,9 +117,9 @@ def _torchvision_features(network: nn.Module) -> Callable[[Tensor], list[Tensor]
 
 @torch.no_grad()
 def _compiles(subject: Subject) -> str:
-    def compiled(model: nn.Module) -> Tensor:
+    def compiled(model: nn.Module) -> Any:
         torch._dynamo.reset()
-        return _first(torch.compile(model, fullgraph=True, backend="eager")(subject.x))
+        return torch.compile(model, fullgraph=True, backend="eager")(subject.x)
 
     try:
         found = compiled(subject.plugged)
@@ -122,7 +129,7 @@ def _compiles(subject: Subject) -> str:
         except Exception as error:
             return f"host: {type(error).__name__}"
         raise
-    return _yes(_close(found, _first(subject.plugged(subject.x))), "another output")
+    return _yes(_close(found, subject.plugged(subject.x)), "another output")
 
 
 @torch.no_grad()
@@ -131,13 +138,13 @@ def _round_trip(subject: Subject) -> str:
     for parameter in other.parameters():
         parameter.zero_()
     other.load_state_dict(subject.plugged.state_dict())
-    return _yes(_equal(_first(other(subject.x)), _first(subject.plugged(subject.x))), "another output")
+    return _yes(_equal(other(subject.x), subject.plugged(subject.x)), "another output")
 
 
 @torch.no_grad()
 def _unplugs(subject: Subject) -> str:
     back, host = unplug(copy.deepcopy(subject.plugged)), subject.host
-    same = _equal(_first(back(subject.x)), _first(host(subject.x)))
+    same = _equal(back(subject.x), host(subject.x))
     return _yes(same and list(back.state_dict()) == list(host.state_dict()), "the host did not come back")
 
 
