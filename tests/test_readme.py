@@ -170,7 +170,7 @@ def test_linked_and_named_files_are_there():
 
 def test_the_families_it_counts_are_those_of_the_page_on_support():
     residual, served = re.search(
-        r"Of the (\d+) families .*?blocks, (\d+) can\s+be plugged into", README, re.DOTALL
+        r"Of the (\d+) families .*?blocks, (\d+)\s+can\s+be\s+plugged\s+into", README, re.DOTALL
     ).groups()
     page = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
     assert re.search(rf"[Oo]f {residual} (families )?with residual blocks {served} are served", page)
