@@ -4,7 +4,7 @@ import timm, dense_shortcuts as ds
 net = ds.plug_in(timm.create_model("resnet50"))
 """
 
-from . import models  # registers the families with timm
+from . import models as models  # registers the families with timm
 from .adapters import DenseBlock, register_adapter
 from .check import check
 from .errors import DenseShortcutError
@@ -18,22 +18,26 @@ from .stage import DenseStage
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "DenseBlock",
-    "DenseShortcut",
-    "DenseShortcutError",
-    "DenseStage",
-    "Plan",
-    "check",
-    "dense_stages",
-    "fuse",
-    "list_models",
-    "load",
-    "models",
-    "param_groups",
-    "plan",
+__all__ = [  # noqa: RUF022, by use
+    # plug into a network
     "plug_in",
-    "register_adapter",
-    "shortcut_parameters",
+    "plan",
     "unplug",
+    "Plan",
+    # its weights, its health, its form for inference
+    "load",
+    "check",
+    "fuse",
+    # train it; teach a block
+    "param_groups",
+    "register_adapter",
+    "DenseBlock",
+    # what is added
+    "DenseStage",
+    "DenseShortcut",
+    "dense_stages",
+    "shortcut_parameters",
+    # the registered networks
+    "list_models",
+    "DenseShortcutError",
 ]

@@ -4,5 +4,6 @@
 class DenseShortcutError(ValueError):
     """Something the caller can mend: one sentence that says what is wrong and what to do.
 
-    Whatever raises it has changed nothing. The command line prints it and exits with code 2.
+    A call that refuses its arguments has changed nothing. What fails at work, such as a run whose loss is not finite or
+    whose disk is full, leaves what it had made by then. The command line prints the sentence and exits with code 2.
     """

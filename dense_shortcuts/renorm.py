@@ -1,4 +1,4 @@
-"""From one norm of the dense shortcuts to another by training on: group norm trains best, batch norm deploys best."""
+"""Another norm for a trained network's dense shortcuts, such as batch norm, which folds away; then training on."""
 
 import dataclasses
 import json

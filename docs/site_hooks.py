@@ -42,6 +42,7 @@ SECTIONS: dict[str, list[tuple[str, str]]] = {
     "API": [
         ("Plugging in", "api/plug.md"),
         ("The operator", "api/operator.md"),
+        ("A backbone", "api/backbone.md"),
         ("Training", "api/train.md"),
         ("Deploying", "api/deploy.md"),
         ("The unified view", "api/summation.md"),

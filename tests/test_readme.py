@@ -168,10 +168,18 @@ def test_linked_and_named_files_are_there():
     assert [path for path in {*links, *named} if not (ROOT / path).is_file()] == []
 
 
+def test_the_families_it_counts_are_those_of_the_page_on_support():
+    residual, served = re.search(
+        r"Of the (\d+) families .*?blocks, (\d+)\s+can\s+be\s+plugged\s+into", README, re.DOTALL
+    ).groups()
+    page = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
+    assert re.search(rf"[Oo]f {residual} (families )?with residual blocks {served} are served", page)
+
+
 def test_the_table_of_choices_holds_plug_ins_keywords_with_values_that_it_takes():
     rows = re.findall(r"^\| `(\w+)` \| (.+?) \| `(.+?)` \|$", README, re.MULTILINE)
     keywords = {n: p for n, p in inspect.signature(ds.plug_in).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    assert {name for name, _, _ in rows} == set(keywords) - {"groups"}
+    assert {name for name, _, _ in rows} == set(keywords)
     host = timm.create_model("resnet26", channels=(8, 8, 8, 8))
     for name, values, default in rows:
         accepted = [value for value in re.findall(r'`"(\w+)"`', values)]

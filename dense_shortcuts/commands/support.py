@@ -8,17 +8,18 @@ import tyro
 
 @dataclass(frozen=True)
 class Support:
-    """Plug into one network of every architecture of timm and torchvision, and write what works as a table."""
+    """Plan every network of timm and torchvision, plug into one of each architecture, and write down what works."""
 
     pattern: tyro.conf.Positional[str] = "*"
     """A wildcard of network names, such as 'resnet*'."""
     output: Path = Path("support")
-    """Folder for the table, support.md, and the rows as JSON lines; rows that are there already are not made anew."""
+    """Folder for the page, support.md, and what was seen as JSON lines; what is there already is not made anew."""
 
     def run(self, line: str) -> None:
-        from ..support import markdown, sweep
+        from ..support.report import markdown
+        from ..support.sweep import sweep
 
         self.output.mkdir(parents=True, exist_ok=True)
-        rows = sweep(self.pattern, self.output / "rows.jsonl", print)
-        (self.output / "support.md").write_text(markdown(rows, line), encoding="utf-8")
-        print(f"table: {self.output / 'support.md'}")
+        plans, rows = sweep(self.pattern, self.output, print)
+        (self.output / "support.md").write_text(markdown(plans, rows, line), encoding="utf-8")
+        print(f"page: {self.output / 'support.md'}")

@@ -32,8 +32,8 @@ class TrainConfig:
     aggregate: Literal["stage", "block", "dense_identity", "identity"] = "stage"
     """What a dense shortcut sums: feature maps of the stage, outputs of residual branches, or maps as they are;
     `identity` is the host network without dense shortcuts."""
-    norm: Literal["group", "batch", "layer", "instance", "none"] = "group"
-    """Normalisation of each summed feature map."""
+    norm: Literal["group", "batch", "layer", "instance", "none", "auto"] = "group"
+    """Normalisation of each summed feature map; `auto` is layer norm for tokens, such as a ViT's, else group norm."""
     groups: int | None = None
     """Groups of the group norm; None takes at most 32, four channels each at least."""
     init: Literal["nearest", "uniform", "ones", "zeros", "random"] | None = None

@@ -13,6 +13,7 @@ from train_helpers import unclocked
 
 import dense_shortcuts as ds
 from dense_shortcuts import DenseShortcutError
+from dense_shortcuts.norms import TokenNorm
 from dense_shortcuts.train import loop
 from dense_shortcuts.train.checkpoint import CARD, WEIGHTS, read_tensors
 from dense_shortcuts.train.config import TrainConfig
@@ -205,6 +206,16 @@ def test_a_host_name_with_options_is_the_network_plugged_by_hand(tiny):
     expected = ds.plug_in(timm.create_model("resnet26", num_classes=10), **options).state_dict()
     built = build_network(config, 10).state_dict()
     assert built.keys() == expected.keys() and all(torch.equal(v, built[k]) for k, v in expected.items())
+
+
+def test_norm_auto_is_layer_norm_for_tokens_and_group_norm_for_maps(tiny):
+    def shortcut_norms(model, norm):
+        network = build_network(tiny(model=model, norm=norm), 10)
+        return {type(norm) for stage in ds.dense_stages(network).values() for norm in stage.shortcut.norms}
+
+    assert shortcut_norms("test_vit", "auto") == shortcut_norms("test_vit", "layer") == {TokenNorm}
+    assert shortcut_norms("dsnet20", "auto") == shortcut_norms("dsnet20", "group") == {torch.nn.GroupNorm}
+    assert network_label(tiny(norm="auto")) == "stage-auto"
 
 
 def test_the_learning_rate_warms_up_then_falls_as_a_cosine_by_steps():
