@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import containers
@@ -56,7 +57,7 @@ def find_stages(model: nn.Module) -> tuple[list[Found], list[Refused]]:
     refused: list[Refused] = []
     inside: list[str] = []
     for name, module in model.named_modules():
-        if any(name.startswith(prefix) for prefix in inside):
+        if any(name.startswith(prefix) for prefix in inside) or isinstance(module, torch.jit.ScriptModule):
             continue
         stage = _stage(model, name, module, refused)
         if stage is not None:
@@ -103,6 +104,8 @@ def _may_be_container(module: nn.Module) -> bool:
 
 def _may_be_block(module: nn.Module) -> bool:
     """Whether a child may be a residual block: PyTorch's own layers and containers are none, nor what runs children."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True  # to be refused with the reason: it has no forward pass that could be looked at
     own = type(module).__module__.startswith(("torch.nn.", "torch.ao."))
     if own or next(module.children(), None) is None:
         return False
@@ -155,7 +158,7 @@ def _is_sequence(model: nn.Module, name: str, module: nn.Module, kept: set[int])
 def _runs_children(module: nn.Module) -> bool:
     """Whether a module's own forward pass is a loop over its children."""
     cls: Any = type(module)
-    return _own_code(cls) and feeds(cls, Held("self.children()")) is True
+    return _own_code(cls) and feeds(cls, Held("children()")) is True
 
 
 def _verdicts(model: nn.Module, name: str, kept: set[int]) -> set[bool]:
@@ -169,7 +172,7 @@ def _verdicts(model: nn.Module, name: str, kept: set[int]) -> set[bool]:
         depth = inner[::-1].index(False) if False in inner else len(inner)
         if any(inner[: len(inner) - depth]):
             continue  # a list of modules that have the container: nothing in it has a name of its own
-        path = ".".join(["self", *parts[n : len(parts) - depth]])
+        path = ".".join(parts[n : len(parts) - depth])
         count = len(model.get_submodule(name)._modules)
         verdict = feeds(owner, Held(path, depth, frozenset(kept), count))
         if verdict is not None:
@@ -182,7 +185,7 @@ def _is_list(module: nn.Module) -> bool:
 
 
 def _own_code(cls: type[nn.Module]) -> bool:
-    return not cls.__module__.startswith("torch.nn.")
+    return not cls.__module__.startswith("torch.")
 
 
 def _check_unshared(model: nn.Module, found: list[Found]) -> None:

@@ -21,7 +21,7 @@ class Held:
     """Blocks as a class holds them.
 
     Attributes:
-        path: what the class calls the container, such as self.blocks.
+        path: the container's name in the class, such as encoder.blocks.
         depth: how many lists stand around the blocks there, 1 for stages in a list.
         kept: positions of the blocks that the class must not call one by one.
         count: how many blocks there are.
@@ -41,7 +41,7 @@ def feeds(cls: Any, held: Held) -> bool | None:
     """
     found: list[bool] = []
     for function in _run_by_forward(cls):
-        reading = _Reading(held)
+        reading = _Reading(held, _first_name(function))
         reading.visit(function)
         found += reading.verdicts
     return all(found) if found else None
@@ -68,7 +68,7 @@ def _run_by_forward(cls: Any) -> list[ast.AST]:
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 of = ast.unparse(node.func.value)
-                if of == "self":
+                if of == _first_name(tree):
                     call(node.func.attr)
                 elif of.startswith("super("):
                     call(node.func.attr, place + 1)
@@ -89,14 +89,21 @@ def _source(function: Any) -> ast.AST | None:
         return None
 
 
+def _first_name(tree: ast.AST) -> str:
+    """What a method calls self."""
+    method = next((node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)), None)
+    return method.args.args[0].arg if method is not None and method.args.args else "self"
+
+
 class _Reading(ast.NodeVisitor):
     """Goes through a method with the names that stand for the container, a list in it or a block, and judges each use.
 
     An expression's level is 0 for the container, and one more for what is in it; a block is at level depth + 1.
     """
 
-    def __init__(self, held: Held) -> None:
-        self.held, self.levels, self.verdicts = held, {held.path: 0}, list[bool]()
+    def __init__(self, held: Held, itself: str) -> None:
+        self.held, self.levels = held, {f"{itself}.{held.path}": 0}
+        self.verdicts: list[bool] = []
         self.by_index: set[str] = set()
 
     def level(self, node: ast.expr) -> int | None:
@@ -209,12 +216,18 @@ def _uses(body: list[Any], block: str) -> bool:
 
 
 def _is_given(call: ast.Call, block: str) -> bool:
-    args = [arg.value if isinstance(arg, ast.Starred | ast.Attribute) else arg for arg in call.args]
-    if isinstance(call.func, ast.Name) and call.func.id == block:
-        return True
-    if isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) == block:
-        return True
-    return ast.unparse(call.func) not in _ASKS and any(isinstance(arg, ast.Name) and arg.id == block for arg in args)
+    """Whether a call is one of the block, or is given it. A method of the block is not looked at: a step has none."""
+    if ast.unparse(call.func) in _ASKS:
+        return False
+    args = [arg.value if isinstance(arg, ast.Starred) else arg for arg in call.args]
+    return any(ast.unparse(node) in (block, f"{block}.__call__") for node in (call.func, *args))
+
+
+def _asks_for_a_method(node: ast.AST | None, block: str) -> bool:
+    return isinstance(node, ast.Call) and any(
+        isinstance(part, ast.Attribute) and ast.unparse(part.value) == block and part.attr != "__call__"
+        for part in (node.func, *node.args)
+    )
 
 
 @dataclass
@@ -254,6 +267,8 @@ def _chains(body: list[Any], block: str) -> bool:
 def _note_call(flow: _Flow, node: Any, block: str) -> None:
     given = _argument(node.value, block)
     if given is None:
+        if _asks_for_a_method(node.value, block):  # which a step refuses as it runs
+            flow.targets += [part for target in _targets(node) for part in _parts(target)]
         return
     flow.calls += [call for call in ast.walk(node.value) if isinstance(call, ast.Call) and _is_given(call, block)]
     firsts = [_parts(target)[0] for target in _targets(node)]
