@@ -1,20 +1,18 @@
 """Where a network has rows of residual blocks: its containers, what feeds what in them, and which are residual."""
 
-import ast
-import inspect
 import re
-import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import containers
 from .adapters import NoResidual, has_adapter, read
 from .errors import DenseShortcutError
+from .loops import Held, feeds
 from .stage import Row
 
 
@@ -59,7 +57,7 @@ def find_stages(model: nn.Module) -> tuple[list[Found], list[Refused]]:
     refused: list[Refused] = []
     inside: list[str] = []
     for name, module in model.named_modules():
-        if any(name.startswith(prefix) for prefix in inside):
+        if any(name.startswith(prefix) for prefix in inside) or isinstance(module, torch.jit.ScriptModule):
             continue
         stage = _stage(model, name, module, refused)
         if stage is not None:
@@ -87,7 +85,7 @@ def _stage(model: nn.Module, name: str, module: nn.Module, refused: list[Refused
     rows = tuple(_rows(views, containers.cuts(model, name) or ()))
     if not rows:
         return None
-    if not _is_sequence(model, name, module):
+    if not _is_sequence(model, name, module, {n for row in rows for n in range(row.first, row.stop)}):
         if written:
             raise DenseShortcutError(
                 f"{name or 'the network'} is a {type(module).__name__} that holds {type(written[0]).__name__} blocks: "
@@ -106,6 +104,8 @@ def _may_be_container(module: nn.Module) -> bool:
 
 def _may_be_block(module: nn.Module) -> bool:
     """Whether a child may be a residual block: PyTorch's own layers and containers are none, nor what runs children."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True  # to be refused with the reason: it has no forward pass that could be looked at
     own = type(module).__module__.startswith(("torch.nn.", "torch.ao."))
     if own or next(module.children(), None) is None:
         return False
@@ -142,104 +142,50 @@ def _changes_width(views: dict[int, Any], n: int) -> bool:
     return views[n].out_channels() != views[n - 1].out_channels() or views[n].tokens != views[n - 1].tokens
 
 
-def _is_sequence(model: nn.Module, name: str, module: nn.Module) -> bool:
-    """Whether a container runs its children one after the other."""
+def _is_sequence(model: nn.Module, name: str, module: nn.Module, kept: set[int]) -> bool:
+    """Whether the blocks of a container at these positions are run one after the other, as far as sources show."""
     if isinstance(module, nn.Sequential):
-        return type(module).forward is nn.Sequential.forward
+        plain = type(module).forward is nn.Sequential.forward
+        return plain and False not in _verdicts(model, name, kept)
     if isinstance(module, nn.ModuleList):
-        parent, _, attribute = name.rpartition(".")
-        return containers.cuts(model, name) is not None or _loops_over(type(model.get_submodule(parent)), attribute)
+        if containers.cuts(model, name) is not None:
+            return True
+        verdicts = _verdicts(model, name, kept)
+        return True in verdicts and False not in verdicts
     return containers.is_known(module) or _runs_children(module)
 
 
 def _runs_children(module: nn.Module) -> bool:
     """Whether a module's own forward pass is a loop over its children."""
     cls: Any = type(module)
-    return _own_code(cls) and _feeds(cls, r"self\.children\(\)")
+    return _own_code(cls) and feeds(cls, Held("children()")) is True
 
 
-def _loops_over(parent: Any, attribute: str) -> bool:
-    """Whether a class runs the modules of its list `attribute` one after the other, as far as its source shows."""
-    return _own_code(parent) and _feeds(parent, rf"self\.{re.escape(attribute)}\b")
+def _verdicts(model: nn.Module, name: str, kept: set[int]) -> set[bool]:
+    """What the modules around a container, whose code is somebody's own, do with its blocks (`loops.feeds`)."""
+    parts, found = name.split("."), set()
+    for n in range(len(parts)):
+        owner: Any = type(model.get_submodule(".".join(parts[:n])))
+        if not _own_code(owner):
+            continue
+        inner = [_is_list(model.get_submodule(".".join(parts[:k]))) for k in range(n + 1, len(parts))]
+        depth = inner[::-1].index(False) if False in inner else len(inner)
+        if any(inner[: len(inner) - depth]):
+            continue  # a list of modules that have the container: nothing in it has a name of its own
+        path = ".".join(parts[n : len(parts) - depth])
+        count = len(model.get_submodule(name)._modules)
+        verdict = feeds(owner, Held(path, depth, frozenset(kept), count))
+        if verdict is not None:
+            found.add(verdict)
+    return found
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList) or type(module).forward is nn.Sequential.forward
 
 
 def _own_code(cls: type[nn.Module]) -> bool:
-    return not cls.__module__.startswith("torch.nn.")
-
-
-@cache
-def _feeds(cls: Any, iterated: str) -> bool:
-    """Whether each loop over what `iterated` matches gives a variable to the block and takes its result into it."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
-    except (OSError, TypeError, SyntaxError):
-        return False
-    loops = [
-        loop
-        for function in _run_by_forward(tree)
-        for loop in ast.walk(function)
-        if isinstance(loop, ast.For) and re.search(_or_aliases(function, iterated), ast.unparse(loop.iter))
-    ]
-    return bool(loops) and all(_chains(loop) for loop in loops)
-
-
-def _run_by_forward(tree: ast.AST) -> list[ast.FunctionDef]:
-    """The methods of a class whose names begin with forward, and those that they call on self."""
-    methods = {f.name: f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)}
-    run = [name for name in methods if name.startswith("forward")]
-    for name in run:  # grows as it goes
-        called = re.findall(r"\bself\.(\w+)\(", ast.unparse(methods[name]))
-        run += [other for other in dict.fromkeys(called) if other in methods and other not in run]
-    return [methods[name] for name in run]
-
-
-def _or_aliases(function: ast.FunctionDef, iterated: str) -> str:
-    """The pattern `iterated`, or a local name for what it matches."""
-    names = [
-        target.id
-        for node in ast.walk(function)
-        if isinstance(node, ast.Assign) and re.match(iterated, ast.unparse(node.value))
-        for target in node.targets
-        if isinstance(target, ast.Name)
-    ]
-    return "|".join([iterated, *(rf"\b{name}\b" for name in names)])
-
-
-def _chains(loop: ast.For) -> bool:
-    """Whether a loop has `x = block(x, ..)`, or the same through a checkpoint function, and nothing else for x.
-
-    A block may give back more: `x, size = block(x, size)`.
-    """
-    names = {node.id for node in ast.walk(loop.target) if isinstance(node, ast.Name)}
-    fed: set[str] = set()
-    others: set[str] = set()
-    for node in ast.walk(loop):
-        if isinstance(node, ast.Assign):
-            given = _argument(node.value, names)
-            for target in node.targets:
-                parts = _parts(target)
-                if given is not None and parts[0] == given:
-                    fed.add(given)
-                else:
-                    others.update(parts)
-        elif isinstance(node, ast.AugAssign):
-            others.add(ast.unparse(node.target))
-    return len(fed) == 1 and not fed & others
-
-
-def _argument(value: ast.expr, blocks: set[str]) -> str | None:
-    """What a call gives to a block: the first argument of block(x, ..), the second of checkpoint(block, x, ..)."""
-    if not isinstance(value, ast.Call):
-        return None
-    if isinstance(value.func, ast.Name) and value.func.id in blocks and value.args:
-        return ast.unparse(value.args[0])
-    if len(value.args) > 1 and isinstance(value.args[0], ast.Name) and value.args[0].id in blocks:
-        return ast.unparse(value.args[1])
-    return None
-
-
-def _parts(target: ast.expr) -> list[str]:
-    return [ast.unparse(part) for part in (target.elts if isinstance(target, ast.Tuple) else [target])]
+    return not cls.__module__.startswith("torch.")
 
 
 def _check_unshared(model: nn.Module, found: list[Found]) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 import hosts
 import pytest
 import torch
+import torchvision
 from hosts import assert_close
 from test_plug import assert_same, one_sentence, snapshot
-from test_trace import Plain, network
+from test_trace import Plain, Residual, network
 from torch import Tensor, nn
 
 import dense_shortcuts as ds
@@ -361,3 +362,19 @@ def test_stages_are_chosen_by_number_or_name():
     for chosen in ([2], ["layer2"]):
         net = ds.plug_in(hosts.small_net(), stages=chosen)
         assert list(ds.dense_stages(net)) == ["layer2"] and type(net.layer1) is nn.Sequential
+
+
+def test_a_scripted_block_stays_as_it_is_and_a_network_of_nothing_else_is_refused_for_that():
+    net = torchvision.models.resnet18()
+    net.layer2[1] = torch.jit.script(net.layer2[1])
+    planned = ds.plan(net)
+    assert [(r.where, r.reason) for r in planned.refused] == [
+        ("layer2.1", "it is scripted, so its code cannot be changed")
+    ]
+    assert ds.plug_in(net).eval()(torch.randn(1, 3, 32, 32)).isfinite().all()
+    blocks = nn.Sequential(*[torch.jit.script(Residual(nn.Conv2d(4, 4, 1))) for _ in range(2)])
+    with pytest.raises(ds.DenseShortcutError, match="it is scripted"):
+        ds.plan(blocks)
+    inside = nn.Sequential(*[Residual(torch.jit.script(nn.Conv2d(4, 4, 1))) for _ in range(2)])
+    with pytest.raises(ds.DenseShortcutError, match="its branch is scripted"):
+        ds.plan(inside)

@@ -15,6 +15,7 @@ from timm.models import FeatureHookNet
 from timm.models.dla import DlaBasic, DlaBottle2neck, DlaBottleneck, DlaTree
 from timm.models.xception_aligned import XceptionAligned
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import dense_shortcuts as ds
 from dense_shortcuts.explain.cam import cam_maps
@@ -279,3 +280,282 @@ def test_a_tree_compiles_in_one_graph():
     torch._dynamo.reset()
     with torch.no_grad():
         assert_close(torch.compile(net, fullgraph=True, backend="eager")(x), net(x), 1e-12, "output")
+
+
+# Which owners are seen to feed each block to the next
+
+
+class _Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x)
+
+
+class _Owner(nn.Module):
+    """Four blocks in a list, or in a sequence, and other layers of the same shape."""
+
+    list_class: Any = nn.ModuleList
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        blocks = [_Plain() for _ in range(4)]
+        self.blocks = nn.Sequential(*blocks) if self.list_class is nn.Sequential else nn.ModuleList(blocks)
+        self.post = nn.ModuleList([nn.Conv2d(4, 4, 1) for _ in range(4)])
+
+    def halve(self, block: Any, x: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d(block(x), 2)
+
+
+class Loop(_Owner):
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Inherits(Loop):
+    pass
+
+
+class CallsItsParent(Loop):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Enumerated(_Owner):
+    def forward(self, x):
+        seen = []
+        for _, (block, post) in enumerate(zip(self.blocks, self.post, strict=True)):
+            y: Tensor = block(x)
+            x = y
+            seen.append(post(x))
+        return seen[-1]
+
+
+class LocalList(_Owner):
+    def forward(self, x):
+        blocks = list(self.blocks)
+        for n, block in enumerate(blocks):
+            x = checkpoint(block, x, use_reentrant=False) if n % 2 else block(x)
+        return x
+
+
+class OfASequence(Loop):
+    list_class = nn.Sequential
+
+
+class CallsASequence(_Owner):
+    list_class = nn.Sequential
+
+    def forward(self, x):
+        return self.blocks(x) * len(self.blocks)
+
+
+class InTwoLists(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.stages = nn.ModuleList([nn.ModuleList([_Plain() for _ in range(4)]) for _ in range(2)])
+
+    def forward(self, x):
+        for stage in self.stages:
+            for block in stage:
+                x = block(x)
+            x = x * 2
+        return x
+
+
+class Through(nn.Module):
+    """Runs the blocks of another module's."""
+
+    def __init__(self, owner: nn.Module) -> None:
+        super().__init__()
+        self.owner = owner
+
+    def forward(self, x):
+        for block in self.owner.blocks:
+            x = block(x)
+        return x
+
+
+CHAINS = [
+    Loop, Inherits, CallsItsParent, Enumerated, LocalList, OfASequence, CallsASequence, InTwoLists,
+    lambda: Through(_Owner()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", CHAINS)
+def test_owners_that_feed_each_block_to_the_next_are_plugged_and_start_as_their_host(make):
+    host, x = make().double(), images(4, 6)
+    net = ds.plug_in(copy.deepcopy(host), keep_identity=True)
+    assert {(row.first, row.stop) for stage in ds.dense_stages(net).values() for row in stage.rows} == {(0, 4)}
+    assert torch.equal(net(x), host(x))
+    net(x).square().sum().backward()
+    host(x).square().sum().backward()
+    for name, p in host.named_parameters():
+        if p.grad is not None:
+            assert_close(net.get_parameter(name).grad, p.grad, 1e-12, name)
+
+
+class AnotherLayerBetween(_Owner):
+    def forward(self, x):
+        for block, post in zip(self.blocks, self.post, strict=True):
+            x = block(x)
+            x = post(x)
+        return x
+
+
+class AnnotatedChange(_Owner):
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+            x: Tensor = nn.functional.avg_pool2d(x, 2)
+        return x
+
+
+class WalrusChange(_Owner):
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+            if (x := torch.tanh(x)) is None:
+                break
+        return x
+
+
+class InPlaceMethod(_Owner):
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+            x[:, 0].mul_(0.5)
+        return x
+
+
+class InPlaceFunction(_Owner):
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+            nn.functional.relu(x, inplace=True)
+        return x
+
+
+class SetsAPart(_Owner):
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+            x[:, 0] = 0
+        return x
+
+
+class ThroughAHelper(_Owner):
+    def forward(self, x):
+        for block in self.blocks:
+            x = self.halve(block, x)
+        return x
+
+
+class Twice(_Owner):
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+            x = block(x)
+        return x
+
+
+class AResultChanged(_Owner):
+    def forward(self, x):
+        for block in self.blocks:
+            y = block(x)
+            y = y * 2
+            x = y
+        return x
+
+
+class Backwards(_Owner):
+    def forward(self, x):
+        for block in reversed(self.blocks):
+            x = block(x)
+        return x
+
+
+class EverySecond(_Owner):
+    def forward(self, x):
+        for block in self.blocks[::2]:
+            x = block(x)
+        return x
+
+
+class ChangedInASequence(AnnotatedChange):
+    list_class = nn.Sequential
+
+
+class SequenceInParallel(_Owner):
+    list_class = nn.Sequential
+
+    def forward(self, x):
+        return sum(block(x) for block in self.blocks)
+
+
+class SequenceByIndex(_Owner):
+    list_class = nn.Sequential
+
+    def forward(self, x):
+        for n in range(4):
+            x = self.blocks[n](x)
+        return x
+
+
+class SequenceInSlices(_Owner):
+    list_class = nn.Sequential
+
+    def forward(self, x):
+        return self.blocks[2:](self.blocks[:2](x) * 2)
+
+
+class SequenceByItsChildren(_Owner):
+    list_class = nn.Sequential
+
+    def forward(self, x):
+        for _, block in self.blocks.named_children():
+            x = block(x)
+        return x
+
+
+NO_CHAINS = [
+    AnotherLayerBetween, AnnotatedChange, WalrusChange, InPlaceMethod, InPlaceFunction, SetsAPart, ThroughAHelper,
+    Twice, AResultChanged, Backwards, EverySecond, ChangedInASequence, SequenceInParallel, SequenceByIndex,
+    SequenceInSlices, SequenceByItsChildren,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", NO_CHAINS)
+def test_owners_that_do_anything_else_between_their_blocks_are_refused_before_anything_is_changed(make):
+    net = make()
+    with pytest.raises(ds.DenseShortcutError, match="does not feed each block to the next"):
+        ds.plug_in(net)
+    assert not ds.dense_stages(net)
+
+
+def test_a_sequence_whose_owner_calls_a_layer_before_the_blocks_by_its_index_is_plugged():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features = nn.Sequential(nn.Conv2d(4, 4, 1), _Plain(), _Plain())
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.features[0](x)
+            for block in self.features[1:]:
+                x = block(x)
+            return x
+
+    host, x = Net(), images(4, 6).float()
+    net = ds.plug_in(copy.deepcopy(host), keep_identity=True)
+    assert_close(net(x), host(x).double(), 1e-6, "output")
+
+
+def test_a_host_that_may_call_a_method_of_a_block_is_plugged_for_its_other_passes():
+    net = timm.create_model("xception41", num_classes=3)
+    assert [(s.row.first, s.row.stop) for s in ds.plan(net).stages] == [(0, 1), (1, 2), (2, 11), (11, 12)]

@@ -98,19 +98,49 @@ def test_the_parts_of_timms_training_script_train_average_and_load_a_plugged_net
 # Hugging Face transformers --------------------------------------------------------------------------------------------
 
 RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 2], "layer_type": "basic"}
-CONVNEXT = {"hidden_sizes": [8, 16], "depths": [2, 2], "num_stages": 2, "layer_scale_init_value": 1.0}
-HUGGING_FACE = {
-    "ResNetModel": ("ResNetConfig", RESNET),
-    "ResNetForImageClassification": ("ResNetConfig", RESNET | {"layer_type": "bottleneck"}),
-    "ResNetBackbone": ("ResNetConfig", RESNET | {"out_features": ["stage1", "stage2"]}),
-    "ConvNextModel": ("ConvNextConfig", CONVNEXT),
-    "ConvNextBackbone": ("ConvNextConfig", CONVNEXT | {"out_features": ["stage1", "stage2"]}),
+CONVNEXT = {"hidden_sizes": [8, 16], "depths": [2, 3], "num_stages": 2, "layer_scale_init_value": 1.0}
+VIT = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 32}
+VIT |= {"patch_size": 8}
+SEGFORMER = {"hidden_sizes": [8, 16], "depths": [2, 3], "num_encoder_blocks": 2, "num_attention_heads": [1, 2]}
+SEGFORMER |= {"sr_ratios": [2, 1], "patch_sizes": [7, 3], "strides": [4, 2], "mlp_ratios": [2, 2]}
+FOCAL = {"image_size": 32, "embed_dim": 8, "depths": [2, 3], "focal_levels": [1, 1], "focal_windows": [3, 3]}
+HUGGING_FACE: dict[str, tuple[str, dict[str, Any], dict[str, int]]] = {
+    "ResNetModel": ("ResNetConfig", RESNET, {"encoder.stages.0.layers": 2, "encoder.stages.1.layers": 2}),
+    "ResNetForImageClassification": (
+        "ResNetConfig",
+        RESNET | {"layer_type": "bottleneck"},
+        {"resnet.encoder.stages.0.layers": 2, "resnet.encoder.stages.1.layers": 2},
+    ),
+    "ResNetBackbone": (
+        "ResNetConfig",
+        RESNET | {"out_features": ["stage1", "stage2"]},
+        {"encoder.stages.0.layers": 2, "encoder.stages.1.layers": 2},
+    ),
+    "ConvNextModel": ("ConvNextConfig", CONVNEXT, {"encoder.stages.0.layers": 2, "encoder.stages.1.layers": 3}),
+    "ConvNextBackbone": (
+        "ConvNextConfig",
+        CONVNEXT | {"out_features": ["stage1", "stage2"]},
+        {"encoder.stages.0.layers": 2, "encoder.stages.1.layers": 3},
+    ),
+    "ConvNextV2Model": (
+        "ConvNextV2Config",
+        CONVNEXT | {"depths": [3, 2]},
+        {"encoder.stages.0.layers": 3, "encoder.stages.1.layers": 2},
+    ),
+    "ViTModel": ("ViTConfig", VIT, {"layers": 3}),
+    "DeiTModel": ("DeiTConfig", VIT, {"layers": 3}),
+    "BeitModel": ("BeitConfig", VIT, {"layers": 3}),
+    "Dinov2Model": ("Dinov2Config", VIT, {"encoder.layer": 3}),
+    "CLIPVisionModel": ("CLIPVisionConfig", VIT, {"encoder.layers": 3}),
+    "SiglipVisionModel": ("SiglipVisionConfig", VIT, {"encoder.layers": 3}),
+    "SegformerModel": ("SegformerConfig", SEGFORMER, {"stages.0.blocks": 2, "stages.1.blocks": 3}),
+    "FocalNetModel": ("FocalNetConfig", FOCAL, {"encoder.stages.0.layers": 2, "encoder.stages.1.layers": 3}),
 }
 
 
 def hugging_face(name: str) -> nn.Module:
     transformers = pytest.importorskip("transformers")
-    config, settings = HUGGING_FACE[name]
+    config, settings, _ = HUGGING_FACE[name]
     torch.manual_seed(2)
     return getattr(transformers, name)(getattr(transformers, config)(**settings)).eval()
 
@@ -121,17 +151,25 @@ def outputs(net: nn.Module, x: Tensor) -> list[Tensor]:
     return list(maps)
 
 
+def pulled(net: nn.Module) -> dict[str, Tensor]:
+    """Gradients of a network's own parameters."""
+    torch.stack([y.square().mean() for y in outputs(net, IMAGES.double())]).sum().backward()
+    return {n: p.grad for n, p in net.named_parameters() if ".shortcut." not in f".{n}" and p.grad is not None}
+
+
 @pytest.mark.parametrize("name", HUGGING_FACE)
 def test_networks_of_transformers_start_as_their_host_train_and_are_given_back(name):
     net = hugging_face(name)
     before, expected = snapshot(net), outputs(net, IMAGES)
+    assert {stage.name: stage.depth for stage in ds.plan(net).stages} == HUGGING_FACE[name][2]
     exact = outputs(copy.deepcopy(net).double(), IMAGES.double())
+    gradients = pulled(copy.deepcopy(net).double())
     ds.plug_in(net, keep_identity=True)
-    assert len(ds.dense_stages(net)) == 2
     for actual, wanted in zip(outputs(net, IMAGES), expected, strict=True):
         assert_close(actual, wanted.double(), 1e-5, "output")
     for actual, wanted in zip(outputs(copy.deepcopy(net).double(), IMAGES.double()), exact, strict=True):
         assert torch.equal(actual, wanted)
+    assert_all_close(pulled(copy.deepcopy(net).double()), gradients, 1e-9)
     torch.stack([y.square().mean() for y in outputs(net, IMAGES)]).sum().backward()
     assert all(p.grad.abs().max() > 0 for _, p in ds.shortcut_parameters(net))
     ds.unplug(net.zero_grad() or net)

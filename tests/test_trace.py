@@ -568,6 +568,63 @@ def test_a_stage_is_not_taken_for_a_block(first):
         assert rows == [(f"{inner}", 2 if first is Plain else 1), ("0.1", 1)], rows
 
 
+class RunsAList(nn.Module):
+    """Not a block either: its blocks have to be looked into for the sum at its end."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.before, self.blocks = nn.Identity(), nn.ModuleList([Plain() for _ in range(depth)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x)
+        for each in self.blocks:
+            x = each(x)
+        return x
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_a_module_that_runs_a_list_of_blocks_is_a_stage_and_not_a_block(depth):
+    net = nn.Sequential(nn.Sequential(RunsAList(depth), RunsAList(depth)))
+    assert [(s.name, s.depth) for s in ds.plan(net).stages] == [("0.0.blocks", depth), ("0.1.blocks", depth)]
+
+
+class Sequence(nn.Module):
+    """Maps (N, C, L); `wide` channels inside."""
+
+    def __init__(self, channels: int, wide: int) -> None:
+        super().__init__()
+        self.back = nn.Conv1d(wide, channels, 1)  # made first, so that its width is seen first
+        self.conv = nn.Conv1d(channels, wide, 3, padding=1)
+        self.norm = nn.BatchNorm1d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.norm(self.back(F.relu(self.conv(x)))))
+
+
+@pytest.mark.parametrize(("channels", "wide"), [(64, 16), (16, 16), (16, 64), (8, 256)])
+def test_convolutions_over_a_sequence_have_their_channels_second_at_any_length(channels, wide):
+    host = nn.Sequential(*[Sequence(channels, wide) for _ in range(3)]).double().eval()
+    planned = ds.plan(host)
+    assert planned.stages[0].channels == channels and not planned.found[0].blocks[0].tokens
+    net = ds.plug_in(copy.deepcopy(host), norm=None, init="nearest")
+    for length in (7, wide, channels, 50):
+        x = torch.randn(2, channels, length, dtype=torch.float64)
+        assert_close(net(x), host(x), 1e-12, f"length {length}")
+
+
+def test_blocks_over_volumes_are_refused_for_that():
+    class Volume(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv3d(C, C, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.conv(x)
+
+    with pytest.raises(ds.DenseShortcutError, match=r"it takes volumes \(N, C, D, H, W\)"):
+        ds.plan(nn.Sequential(Volume(), Volume()))
+
+
 class ForOneSize(nn.Module):
     """Takes maps of 5x5 positions and no others, for it has a number for each, or for each pair of them."""
 
@@ -662,3 +719,85 @@ def test_further_arguments_of_a_block_act_as_in_the_host(options, given):
     plugged = ds.plug_in(copy.deepcopy(host), **options)
     for train in (True, False):
         assert_runs_agree(run(plugged.train(train)), run(host.train(train)))
+
+
+@block
+def HasDefaults(self, x, size=(3, 3), sizes=[1, 1], more={"scale": 0.5}, *args, **kwargs):  # noqa: B006
+    return x + F.avg_pool2d(self.f(x), size, sizes[0], 1) * more["scale"]
+
+
+@block
+def PassesOn(self, x, *args, **kwargs):
+    return x + self.g(x, *args, **kwargs)
+
+
+@block
+def TakesAList(self, x, size=None, scale: float = 1.0):
+    out = self.f(x)
+    if size is not None:
+        out = F.avg_pool2d(out, size, 1, 1)
+    return x + out * scale
+
+
+@pytest.mark.parametrize("cls", [HasDefaults, PassesOn])
+def test_defaults_of_any_kind_and_arguments_that_are_passed_on_are_understood(cls):
+    assert_equal_to_host(cls, "plain")
+
+
+class Gives(nn.Module):
+    """Gives its blocks what it is given."""
+
+    def __init__(self, cls: type[nn.Module]) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.blocks = nn.ModuleList([cls() for _ in range(2)])
+
+    def forward(self, x: Tensor, *args: Any, **given: Any) -> Tensor:
+        for each in self.blocks:
+            x = each(x, *args, **given)
+        return x
+
+
+@pytest.mark.parametrize("size", [[3, 3], (3, 3), 3], ids=str)
+def test_a_list_or_tuple_that_a_block_is_given_acts_as_in_the_host(size):
+    host, x = Gives(TakesAList).double().eval(), torch.randn(2, C, 6, 5, dtype=torch.float64)
+    net = ds.plug_in(copy.deepcopy(host), keep_identity=True)
+    assert torch.equal(net(x, size), host(x, size)) and torch.equal(net(x, size=size), host(x, size))
+    assert torch.equal(net(x), host(x)) and not torch.equal(net(x), net(x, size))
+
+
+def test_a_number_that_changes_at_each_call_is_right_and_keeps_no_more_than_a_few_cuts():
+    host, x = Gives(TakesAList).double().eval(), torch.randn(1, C, 3, 3, dtype=torch.float64)
+    net = ds.plug_in(copy.deepcopy(host), keep_identity=True)
+    for n in range(40):
+        assert torch.equal(net(x, scale=n / 7), host(x, scale=n / 7))
+    assert len(net.blocks[0]._dense_trace.parts) <= 16
+
+
+class Keyword(nn.Module):
+    """Hands on what it is given to a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = globals()["_TakesMore"]()
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        return x + self.inner(x, **kwargs)
+
+
+def test_keyword_arguments_that_a_block_passes_on_reach_its_layers():
+    host, x = Gives(Keyword).double().eval(), torch.randn(2, C, 6, 5, dtype=torch.float64)
+    net = ds.plug_in(copy.deepcopy(host), keep_identity=True)
+    gate = torch.rand(2, 1, 6, 5, dtype=torch.float64)
+    for given in ({}, {"twice": True}, {"gate": gate}, {"gate": gate, "power": 0.3}):
+        assert torch.equal(net(x, **given), host(x, **given))
+
+
+def test_what_a_block_cannot_be_given_is_an_error_of_one_sentence_or_its_hosts():
+    net, x = ds.plug_in(Gives(TakesAList)), torch.randn(1, C, 3, 3)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'other'"):
+        net(x, other=1)
+    with pytest.raises(ds.DenseShortcutError, match="is given a set, of which nothing can be kept"):
+        net(x, size={3})
+    with pytest.raises(ds.DenseShortcutError, match="give it by name"):
+        ds.plug_in(Gives(PassesOn))(x, 1)

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from .verify import NoResidual, shadow
 
-_SIZES = ("size", "feat_size", "H", "W")
+_PAIRS = ("size", "feat_size", "input_dimensions")
+_SIDES = ("H", "W", "height", "width")
+_MASKS = ("attention_mask", "attn_mask", "mask")
 
 
 class Layout(NamedTuple):
@@ -38,28 +40,40 @@ def probe(block: nn.Module, needed: tuple[str, ...] = ()) -> Layout:
     Raises:
         NoResidual: it takes neither maps (N, C, H, W) nor tokens (N, L, C) or (N, H, W, C).
     """
-    double, lengths = shadow(block).eval(), _lengths(block)
+    double, dtype, lengths = shadow(block).eval(), _dtype(block), _lengths(block)
+
+    def run(shape: tuple[int, ...], tokens: bool) -> Layout | None:
+        others = _guesses(needed, shape[2] if not tokens or len(shape) == 4 else math.isqrt(shape[1]))
+        result = _run(double, torch.empty(shape, device="meta", dtype=dtype), others)
+        if result is None or result.ndim != len(shape):
+            return None
+        return Layout(result.shape[-1 if tokens else 1], tokens, shape, dtype, tuple(others))
+
     for channels in _widths(block):
-        for shape, tokens in _shapes(channels, lengths):
-            side = shape[2] if not tokens or len(shape) == 4 else math.isqrt(shape[1])
-            others = _guesses(needed, side)
-            result = _run(double, torch.empty(shape, device="meta", dtype=_dtype(block)), others)
-            if result is not None and result.ndim == len(shape):
-                return Layout(result.shape[-1 if tokens else 1], tokens, shape, _dtype(block), tuple(others))
-    raise NoResidual("it takes neither maps (N, C, H, W) nor tokens (N, L, C) or (N, H, W, C)")
+        for sizes, tokens in _free_shapes(channels):
+            layouts = [run(shape, tokens) for shape in sizes]
+            if layouts[0] is not None and None not in layouts:
+                return layouts[0]
+    for channels in _widths(block):
+        for shape, tokens in _fixed_shapes(channels, lengths):
+            if (layout := run(shape, tokens)) is not None:
+                return layout
+    if any(isinstance(module, nn.Conv3d) for module in block.modules()):
+        raise NoResidual("it takes volumes (N, C, D, H, W), and a stage sums maps (N, C, H, W) or tokens alone")
+    raise NoResidual("it takes neither maps (N, C, H, W) or (N, C, L) nor tokens (N, L, C) or (N, H, W, C)")
 
 
 def _guesses(needed: tuple[str, ...], side: int) -> list[Any]:
-    """The height and width of the map that tokens stand for, by which some transformers call their blocks.
+    """What some transformers call their blocks with: the size of the map that tokens stand for, and a mask or None.
 
     Raises:
         NoResidual: an argument of another name.
     """
-    guesses = []
+    guesses: list[Any] = []
     for name in needed:
-        if name not in _SIZES:
+        if name not in (*_PAIRS, *_SIDES, *_MASKS):
             raise NoResidual(f"its forward pass needs a second argument, {name}")
-        guesses.append(side if name in ("H", "W") else (side, side))
+        guesses.append((side, side) if name in _PAIRS else side if name in _SIDES else None)
     return guesses
 
 
@@ -98,16 +112,30 @@ def _lengths(block: nn.Module) -> list[int]:
     return [*_widths(block), *list(sides)[:8], *pairs[:8]]
 
 
-def _shapes(channels: int, lengths: list[int]) -> list[tuple[tuple[int, ...], bool]]:
-    """Shapes to try, with whether their channels are last; no side is as long as the channels, so none is mistaken."""
+def _free_shapes(channels: int) -> list[tuple[list[tuple[int, ...]], bool]]:
+    """Shapes to try of what takes any length, with whether their channels are last; all of one entry have to work.
+
+    One length alone may be taken for channels: a Conv1d of 16 channels takes (2, 16, C) whatever C is. No side is as
+    long as the channels, so none is mistaken.
+    """
+    side = 16 if channels not in (16, 256) else 32
+    other = 32 if side == 16 and channels not in (32, 1024) else 64
+    return [
+        ([(2, channels, side, side)], False),
+        ([(2, channels, side * side), (2, channels, other * other)], False),
+        ([(2, side * side, channels), (2, other * other, channels)], True),
+        ([(2, side, side, channels)], True),
+    ]
+
+
+def _fixed_shapes(channels: int, lengths: list[int]) -> list[tuple[tuple[int, ...], bool]]:
+    """Shapes to try of what is made for one length, with whether their channels are last."""
     side = 16 if channels not in (16, 256) else 32
     sides = [math.isqrt(tokens) for tokens in lengths]
     windows = [((2, channels, 28, 28), False), ((2, 28, 28, channels), True)] if channels != 28 else []  # of 7 or 14
     fixed = [s for s, tokens in zip(sides, lengths, strict=True) if s * s == tokens and s not in (1, channels)]
     return [
-        ((2, channels, side, side), False),
         ((2, side * side, channels), True),
-        ((2, side, side, channels), True),
         *(((2, tokens, channels), True) for tokens in lengths if tokens != channels),
         *(((2, channels, s, s), False) for s in fixed),
         *windows,

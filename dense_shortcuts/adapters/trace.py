@@ -45,11 +45,45 @@ class Call:
 
     Attributes:
         inputs: names of further arguments that the pieces take, in the order of its signature.
-        settings: further arguments with their values, which the pieces are made for.
+        settings: further arguments with their values (`frozen`), which the pieces are made for.
     """
 
     inputs: tuple[str, ...] = ()
     settings: tuple[tuple[str, Any], ...] = ()
+
+    def named_settings(self) -> dict[str, Any]:
+        """The settings as the block is given them."""
+        return {name: _thawed(value) for name, value in self.settings}
+
+
+class _Frozen(NamedTuple):
+    """A list, tuple or dict as something that can be a key of a dict."""
+
+    kind: type
+    items: tuple[Any, ...]
+
+
+def frozen(value: Any) -> Any:
+    """A value in a form that can be compared and be a key of a dict, for lists, tuples and dicts of such values too.
+
+    Raises:
+        NoResidual: it is another value that cannot.
+    """
+    if type(value) in (list, tuple):
+        return _Frozen(type(value), tuple(map(frozen, value)))
+    if type(value) is dict:
+        return _Frozen(dict, tuple((name, frozen(each)) for name, each in value.items()))
+    if type(value).__hash__ is None or isinstance(value, torch.Tensor):
+        raise NoResidual(f"it is given a {type(value).__name__}, of which nothing can be kept")
+    return value
+
+
+def _thawed(value: Any) -> Any:
+    if not isinstance(value, _Frozen):
+        return value
+    if value.kind is dict:
+        return {name: _thawed(each) for name, each in value.items}
+    return value.kind(map(_thawed, value.items))
 
 
 @dataclass
@@ -107,9 +141,23 @@ class _Tracer(torch.fx.Tracer):
 
     proxy_buffer_attributes = True  # what is computed from a buffer is no constant
 
-    def __init__(self, opened: frozenset[str]) -> None:
+    def __init__(self, opened: frozenset[str], inputs: tuple[str, ...], settings: dict[str, Any]) -> None:
         super().__init__()
-        self.opened, self.switches = opened, _switches()
+        self.opened, self.inputs, self.settings, self.switches = opened, inputs, settings, _switches()
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """The inputs as nodes, and a function of them that has the settings as they are, none for *args and **kwargs.
+
+        torch.fx would take a list among the settings apart, and make a node of all **kwargs in one.
+        """
+        first, settings = list(inspect.signature(root_fn).parameters)[1], self.settings
+        x, *others = (self.create_proxy("placeholder", name, (), {}) for name in (first, *self.inputs))
+        given = dict(zip(self.inputs, others, strict=True))
+
+        def forward(block: nn.Module) -> Any:
+            return root_fn(block, x, **given, **settings)
+
+        return forward, [self.root]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self.opened
@@ -149,7 +197,7 @@ def trace(block: nn.Module, example: Example, call: Call = Call()) -> Parts:
         raise NoResidual("none of the addends at its end is its input or a projection of it")
     if len(rest) < len(terms) - 1:
         raise NoResidual("it adds its shortcut twice")
-    seen = verify(block, graph, inputs, example(), dict(call.settings))
+    seen = verify(block, graph, inputs, example(), call.named_settings())
     _check_shapes(seen, add, rest, shortcut)
     _check_writes(seen, add, after, inputs[0])
     return _cut(block, graph, inputs, add, rest, shortcut, after, opened)
@@ -174,7 +222,10 @@ def _look(block: nn.Module, call: Call) -> _Seen:
     What was opened must add the input itself, for a stage of blocks ends with a sum in its last block too.
     """
     seen = trial = _look_at(block, call, frozenset())
-    while not trial.adds_input():
+    while True:
+        _check_no_chain(block, trial.opened)
+        if trial.adds_input():
+            return trial
         fed = [term for term in _terms(trial.add) if term.all_input_nodes == trial.inputs[:1]]
         new = {str(term.target) for term in fed if _may_open(_module(block, term))}
         if not new:
@@ -182,7 +233,13 @@ def _look(block: nn.Module, call: Call) -> _Seen:
                 raise NoResidual("none of the addends at its end is its input or a projection of it")
             return seen  # what was opened on the way is a projection, which stays closed
         trial = _look_at(block, call, trial.opened | new)
-    return trial
+
+
+def _check_no_chain(block: nn.Module, opened: frozenset[str]) -> None:
+    """A list of residual modules is a row of blocks, and what runs it is none; a block has its wrappers by name."""
+    lists = Counter(name.rpartition(".")[0] for name in opened)
+    if any(n > 1 and isinstance(block.get_submodule(name), nn.ModuleList) for name, n in lists.items() if name):
+        raise NoResidual("it runs a list of residual blocks, which is a row of its own")
 
 
 def _look_at(block: nn.Module, call: Call, opened: frozenset[str]) -> _Seen:
@@ -233,19 +290,16 @@ def _graph(block: nn.Module, call: Call, opened: frozenset[str]) -> tuple[Graph,
     parameters = list(inspect.signature(type(block).forward).parameters.values())[1:]
     if not parameters:
         raise NoResidual("its forward pass takes no input")
-    concrete = dict(call.settings)
+    settings = call.named_settings()
     for parameter in parameters[1:]:
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or parameter.name in call.inputs:
             continue
-        if parameter.name in call.inputs or parameter.name in concrete:
-            continue
-        if parameter.default is parameter.empty:
+        if parameter.default is parameter.empty and parameter.name not in settings:
             raise NoResidual(f"its forward pass needs a second argument, {parameter.name}")
-        concrete[parameter.name] = parameter.default
     attributes = dict(vars(block))
     try:
         with _no_randomness():
-            graph = _Tracer(opened).trace(block, concrete_args=concrete)
+            graph = _Tracer(opened, call.inputs, settings).trace(block)
     except NoResidual:
         raise
     except Exception as error:  # a forward pass is anybody's code: whatever it raises on a proxy says the same
@@ -254,16 +308,12 @@ def _graph(block: nn.Module, call: Call, opened: frozenset[str]) -> tuple[Graph,
         if name not in attributes or attributes[name] is not value:
             made = "makes a constant tensor" if name.startswith("_tensor_constant") else f"sets its attribute {name}"
             raise NoResidual(f"its forward pass {made}")
-    first, *others = [node for node in graph.nodes if node.op == "placeholder"]
-    kept = [node for node in others if node.target in call.inputs]
-    for node in others:
-        if node not in kept:
-            _drop_default(graph, node)
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
     for node in list(graph.nodes):
         if type(_module(block, node)) is nn.Identity:  # hosts write "no projection" that way
             node.replace_all_uses_with(node.all_input_nodes[0])
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-    return graph, [first, *kept]
+    return graph, inputs
 
 
 @contextlib.contextmanager
@@ -282,16 +332,6 @@ def _no_randomness() -> Iterator[None]:
             numpy.random.set_state(of_numpy)
     if any(drawn):
         raise NoResidual("its forward pass draws random numbers outside its modules")
-
-
-def _drop_default(graph: Graph, node: Node) -> None:
-    """Remove an argument that was traced at its default, which leaves at most a check of itself behind."""
-    output = next(node for node in reversed(graph.nodes) if node.op == "output")
-    if node in _ancestors(output):
-        raise NoResidual(f"its forward pass depends on its argument {node.target}")
-    for checked in reversed([other for other in graph.nodes if node in _ancestors(other)]):
-        graph.erase_node(checked)
-    graph.erase_node(node)
 
 
 def _find_add(output: Node) -> tuple[Node, list[Node]]:

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from ..errors import DenseShortcutError
 from .block import Join, joined
 from .probe import Layout, probe
-from .trace import RELU, Call, NoResidual, Parts, Piece, state_of, trace
+from .trace import RELU, Call, NoResidual, Parts, Piece, frozen, state_of, trace
 
 Settings = tuple[tuple[str, Any], ...]
 
 _NO_MATTER = ("training", "__class__", "_compiled_call_impl")  # attributes that leave the forward pass as it is
+_KEPT = 16  # cuts of one block
 _RELU = nn.ReLU()  # for hosts that call the function
 
 
@@ -51,6 +52,10 @@ class Trace:
             del self.parts[key], self.states[key]
         if key not in self.parts:
             example = tuple(map(_without_data, inputs)) or self.layout.example()
+            while len(self.parts) >= _KEPT and not torch.compiler.is_compiling():
+                oldest = next(iter(self.parts))  # a number that differs at each call would fill the memory
+                del self.parts[oldest]
+                self.states.pop(oldest, None)
             try:
                 self.parts[key] = trace(view(block, self.host), lambda: example, call)
                 self.note(block, key, None)
@@ -168,14 +173,32 @@ def traced_class(host: Any) -> Any:
 
 
 def _arguments(host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], Settings]:
-    """A block's further arguments but those at their defaults: the inputs, tensors or needed, and the settings."""
+    """A block's further arguments but those at their defaults: the inputs, tensors or needed, and the settings.
+
+    Raises:
+        TypeError: the host's forward pass takes no such argument.
+        DenseShortcutError: no cut can be made for one of them.
+    """
     if not args and not kwargs:
         return {}, ()
     parameters = list(inspect.signature(host.forward).parameters.values())[2:]
-    named = {p.name: value for p, value in zip(parameters, args, strict=False)} | kwargs
-    given = {p.name: p for p in parameters if p.name in named and named[p.name] is not p.default}
-    inputs = {n: named[n] for n, p in given.items() if p.default is p.empty or isinstance(named[n], Tensor)}
-    return inputs, tuple((name, named[name]) for name in given if name not in inputs)
+    places = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    if len(args) > len(places):
+        raise DenseShortcutError(
+            f"a plugged {host.__name__} is given more by position than its trace can name: give it by name."
+        )
+    named = {p.name: value for p, value in zip(places, args, strict=False)} | kwargs
+    given = {p.name: named.pop(p.name) for p in parameters if p.name in named}
+    given = {p.name: given[p.name] for p in parameters if p.name in given and given[p.name] is not p.default}
+    if named and all(p.kind is not p.VAR_KEYWORD for p in parameters):
+        raise TypeError(f"{host.__name__}.forward() got an unexpected keyword argument '{next(iter(named))}'")
+    given |= named
+    needed = _needed_arguments(host)
+    inputs = {name: value for name, value in given.items() if name in needed or isinstance(value, Tensor)}
+    try:
+        return inputs, tuple((name, frozen(value)) for name, value in given.items() if name not in inputs)
+    except NoResidual as reason:
+        raise DenseShortcutError(f"a plugged {host.__name__} is not understood as it is called: {reason}.") from reason
 
 
 def view(block: Any, cls: Any) -> Any:
@@ -191,6 +214,9 @@ def understand(block: nn.Module) -> Reading:
     Raises:
         NoResidual: it is no residual block; the text says why.
     """
+    scripted = next((name for name, m in block.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
+    if scripted is not None:
+        raise NoResidual(f"its {scripted} is scripted" if scripted else "it is scripted, so its code cannot be changed")
     host: Any = type(block)
     needed, parts = _needed_arguments(host), {}
     layout = cache(lambda: probe(block, needed))  # found only for what else may be residual
