@@ -3,6 +3,7 @@
 It needs none of them. Any network that timm gives with features_only works: a DSNet, a host, or a host plugged in here.
 """
 
+import inspect
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from .errors import DenseShortcutError
 from .loading import load, shortcut_keys
 from .models import list_models
-from .plug import plug_in, unplug
+from .plug import dense_stages, plug_in, unplug
 from .shortcut import DenseShortcut, InnerShortcut
 from .train.checkpoint import read_tensors
 
@@ -25,7 +26,8 @@ class Backbone(nn.Module):
     """Feature maps of a timm network, from fine to coarse.
 
     Args:
-        model: a timm name, or a ready features_only network, of which all but dense shortcuts counts as loaded.
+        model: a timm name, or a ready features_only network, of which all but dense shortcuts counts as loaded. Its
+            levels are as they are, so that `out_indices` and `finest` go with a name only, and so does `pretrained`.
         out_indices: levels to give, counted as timm does in `feature_info` (0 is the stem of a ResNet); None gives the
             last level of each stride from `finest` on, or of all where fewer than two are so coarse.
         finest: smallest stride that None takes.
@@ -34,8 +36,8 @@ class Backbone(nn.Module):
         norm_eval: batch norms whose statistics were loaded go by them in training too.
         pretrained: timm's pretrained weights.
         weights: a .safetensors file with weights of this network, or of its host, in place of timm's.
-        **options: keywords of `plug_in`. A network that is not a DSNet is plugged in where any is given; `aggregate`
-            may also be "identity", the host.
+        **options: keywords of `plug_in`. A network that is not a DSNet is plugged in where any is given, a ready one in
+            place; `aggregate` may also be "identity", the host.
 
     Attributes:
         channels, reductions: width and stride of each map that `forward` gives.
@@ -43,7 +45,9 @@ class Backbone(nn.Module):
         notes: sentences that say what was loaded, frozen and left training; they are logged too.
 
     Raises:
-        DenseShortcutError: an unknown name, level or stage, weights of another network, or what `plug_in` refuses.
+        DenseShortcutError: an unknown name, level or stage, a network that gives no feature maps, weights of another
+            network, or what `plug_in` refuses.
+        TypeError: an unknown keyword.
     """
 
     def __init__(
@@ -59,9 +63,17 @@ class Backbone(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        features: Any = model
+        features: Any
         if isinstance(model, str):
             features = create_features(model, out_indices=out_indices, finest=finest, pretrained=pretrained, **options)
+        else:
+            if out_indices is not None or finest != 4 or pretrained:
+                raise DenseShortcutError(
+                    "out_indices, finest and pretrained choose what is built by a name, and a ready network was given: "
+                    "leave them out, or give them to timm.create_model."
+                )
+            features = _checked_features(model)
+            _set_shortcuts(features, options)
         self.notes: list[str] = []
         self.features = features
         self.channels = tuple(features.feature_info.channels())
@@ -189,11 +201,37 @@ def create_features(
             f"there are no pretrained weights of {name} ({reason}): give weights in a file, or the name of a host that "
             "timm has weights of."
         ) from error
-    if ours and host:
-        unplug(features)
-    elif not ours and options and not host:
-        plug_in(features, **options)
+    if host or not ours:
+        _set_shortcuts(features, options)
     return features
+
+
+def _set_shortcuts(features: nn.Module, options: dict[str, Any]) -> None:
+    """Plug a network in where there is any option; aggregate="identity" makes it a host."""
+    known = inspect.signature(plug_in).parameters
+    for name in options:
+        if name not in known:
+            raise TypeError(f"Backbone got an unexpected keyword {name!r}: it takes its own and those of plug_in")
+    if options.get("aggregate") == "identity":
+        if dense_stages(features):
+            unplug(features)
+    elif options:
+        plug_in(features, **options)
+
+
+def _checked_features(model: nn.Module) -> Any:
+    """A ready network that says what maps it gives.
+
+    Raises:
+        DenseShortcutError: one that does not.
+    """
+    info = getattr(model, "feature_info", None)
+    if not callable(getattr(info, "channels", None)) or not callable(getattr(info, "reduction", None)):
+        raise DenseShortcutError(
+            f"{type(model).__name__} does not say which feature maps it gives: make it by "
+            "timm.create_model(name, features_only=True), or give the name."
+        )
+    return model
 
 
 def checked_levels(name: str, out_indices: Sequence[int], count: int) -> tuple[int, ...]:

@@ -1,26 +1,30 @@
 """Folding for inference: norms that only scale and shift by constants go into the convolutions before them."""
 
 import copy
-from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .adapters import read
+from .adapters.traced import Reading
+from .conv_norms import Seen, is_bare, watch
 from .errors import DenseShortcutError
-from .norms import is_batch_norm, running_form
+from .norms import has_affine_form, running_form, uses_running_statistics
 from .plug import dense_stages
+from .shortcut import DenseShortcut
 from .stage import DenseStage, Row
 
 
 def fuse(model: nn.Module) -> nn.Module:
     """A copy of a plugged network for inference alone, with the same output to rounding and fewer passes over memory.
 
-    Batch norms behind a convolution, in the branches, the projection shortcuts and the stem, go into its weights. So do
-    batch norms of the dense shortcuts: their scale goes into the shortcut's weights and their shift into the bias of
-    the branch's last convolution, where a branch ends in one. Group, layer and instance norm depend on the image and
-    stay as they are.
+    Batch norms that are seen to run on a convolution's output directly go into its weights (`conv_norms.py`): in the
+    branches, the projection shortcuts, and the rest of the network where torch.fx can record it. What has hooks or
+    parametrizations, is shared or is used twice stays as it is. Batch norms of the dense shortcuts go too: their scale
+    into the shortcut's weights and their shift into the bias of the branch's last convolution, where a branch ends in
+    one. Group, layer and instance norm depend on the image and stay as they are.
 
     Args:
         model: a network that `plug_in` changed. It is left as it is.
@@ -36,18 +40,15 @@ def fuse(model: nn.Module) -> nn.Module:
     if is_fused(model):
         raise DenseShortcutError("the network is fused already: fuse the one it was made from.")
     fused = copy.deepcopy(model).eval().requires_grad_(False)
-    stages = dense_stages(fused).values()
-    for stage in stages:
+    seen = watch(fused)
+    for conv, norm in seen.pairs:
+        _fold(fused, conv, norm, seen)
+    for stage in dense_stages(fused).values():
         for row in stage.rows:
             for block in stage.blocks[row.first : row.stop]:
-                for conv, norm in read(block).conv_norms():
-                    _fold(block, conv, norm)
-                read(block).conv_norms()  # a traced block is traced anew here, for no compiler could do so later
-            _fold_shortcut(stage, row)
+                _trace_anew(block)
+            _fold_shortcut(stage, row, seen)
         stage.fused = True
-    _fold_sequences(fused)
-    if _is_stem(fused):
-        _fold(fused, "conv1", "bn1")
     return fused
 
 
@@ -56,50 +57,63 @@ def is_fused(model: nn.Module) -> bool:
     return any(stage.fused for stage in dense_stages(model).values())
 
 
-def _fold(parent: nn.Module, conv: str, norm: str) -> None:
-    """Fold a batch norm, by its name below `parent`, into the convolution before it, if they are such a pair."""
-    before, after = parent.get_submodule(conv), parent.get_submodule(norm)
-    if type(before) is not nn.Conv2d or type(after) is not nn.BatchNorm2d or after.running_mean is None:
+def _trace_anew(block: Any) -> None:
+    """Trace a block whose layers were replaced, where it is one that is traced; no compiler could do so later."""
+    reading: Any = read(block)
+    if isinstance(reading, Reading):
+        traced = reading.traced
+        dtype = next((p.dtype for p in block.parameters() if p.is_floating_point()), traced.layout.dtype)
+        traced.layout = traced.layout._replace(dtype=dtype)  # which may have changed since the block was plugged in
+        reading.conv_norms()
+
+
+def _fold(model: nn.Module, conv: str, norm: str, seen: Seen) -> None:
+    """Fold a batch norm into the convolution that it follows, where nothing else has to do with either."""
+    before, after = model.get_submodule(conv), model.get_submodule(norm)
+    if type(before) is not nn.Conv2d or type(after) is not nn.BatchNorm2d or not uses_running_statistics(after):
         return
-    parent.set_submodule(conv, fuse_conv_bn_eval(before, after).requires_grad_(False))
-    parent.set_submodule(norm, nn.Identity())
-
-
-def _fold_sequences(model: nn.Module) -> None:
-    """Every convolution that a batch norm follows in an nn.Sequential, as in projection shortcuts and deep stems."""
-    for module in model.modules():
-        if type(module) is nn.Sequential:
-            names = list(module._modules)
-            for conv, norm in pairwise(names):
-                _fold(module, conv, norm)
-
-
-def _is_stem(model: nn.Module) -> bool:
-    """Whether the network begins as timm's and torchvision's ResNet do: conv1, then bn1."""
-    names = [name for name, _ in model.named_children()]
-    return names[:2] == ["conv1", "bn1"]
+    if before.training or not (seen.is_own(before) and seen.is_own(after)):
+        return
+    folded = fuse_conv_bn_eval(before, after).requires_grad_(False)
+    seen.replace(before, folded)
+    model.set_submodule(conv, folded)
+    model.set_submodule(norm, nn.Identity())
 
 
 @torch.no_grad()
-def _fold_shortcut(stage: DenseStage, row: Row) -> None:
+def _fold_shortcut(stage: DenseStage, row: Row, seen: Seen) -> None:
     """Scales of batch norms into the shortcut's weights, shifts into the bias of the branch's last convolution."""
     shortcut = stage.shortcuts[row]
-    if not len(shortcut.norms) or not is_batch_norm(shortcut.norms[0]) or stage.aggregate == "block":
+    if type(shortcut) is not DenseShortcut or not shortcut.normalised or stage.aggregate == "block":
         return
     if shortcut.weighting == "attention":  # its weights are no constants
         return
-    blocks = [read(block) for block in stage.blocks[row.first : row.stop]]
-    summing = [k for k, maps in enumerate(shortcut.sources) if maps]
-    ends = [blocks[k].last_conv() for k in summing]
-    if any(end is None or end.bias is None for end in ends):
-        return
     norms = {i: norm for maps in shortcut.sources for i in maps if (norm := shortcut.norm(i)) is not None}
-    forms = {i: running_form(norm, shortcut.weights[0], "plain") for i, norm in norms.items()}
+    known = [has_affine_form(norm) and uses_running_statistics(norm) and is_bare(norm) for norm in norms.values()]
+    blocks = stage.blocks[row.first : row.stop]
+    summing = [k for k, maps in enumerate(shortcut.sources) if maps]
+    ends = [_end(blocks[k], seen) for k in summing]
+    if not all(known) or None in ends:
+        return
     folded = []
     for k, end in zip(summing, ends, strict=True):
-        rates, shifts = (torch.cat([forms[i][part] for i in shortcut.sources[k]]) for part in (0, 1))
         weight = shortcut.weight(k)
+        forms = [running_form(norms[i], weight, "plain") for i in shortcut.sources[k]]
+        rates, shifts = (torch.cat(parts) for parts in zip(*forms, strict=True))
         end.bias.add_((weight * shifts).sum(0))
         folded.append(nn.Parameter(weight * rates, requires_grad=False))
     shortcut.weights, shortcut.weighting = nn.ParameterList(folded), "channel"
     shortcut.norms = nn.ModuleList()
+
+
+def _end(block: Any, seen: Seen) -> Any:
+    """The convolution with a bias whose output is a block's branch, and in which nobody else has a part; else None."""
+    reading = read(block)
+    end = reading.last_conv()
+    if type(end) is not nn.Conv2d or end.bias is None or not seen.is_own(end):
+        return None
+    if isinstance(reading, Reading):
+        norms = [parts.norm for (training, _), parts in reading.traced.parts.items() if not training]
+        return end if not any(norms) else None
+    behind = [block.get_submodule(norm) for conv, norm in reading.conv_norms() if block.get_submodule(conv) is end]
+    return end if all(type(norm) is nn.Identity and is_bare(norm) for norm in behind) else None

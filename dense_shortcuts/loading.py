@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,22 +18,29 @@ _SHORTCUT_KEY = re.compile(r"(^|\.)(shortcut\d*\.(weights|norms)|inner\.(weight|
 
 
 def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, shortcuts: str = "keep") -> list[str]:
-    """Load a host's or a plugged network's weights; what a host's weights cannot give stays at its start.
+    """Load a host's or a plugged network's weights; shortcuts, which a host's weights do not have, are at their start.
+
+    Names and shapes are compared, and they do not say all of a plan: with or without `keep_identity`, aggregate "stage"
+    or "block", group or layer norm, and patterns of as many maps have the same. Keep the keywords of `plug_in` beside
+    the weights, as `dsnet train` does, and plug in by them before loading.
 
     Args:
-        model: a network, plugged in or not.
+        model: a network, plugged in or not, on a device that holds numbers.
         source: a state dict, or the path of a .safetensors file.
         shortcuts: shortcut keys that the model has no place for are refused by "keep" and left out by "drop".
 
     Returns:
-        The shortcut keys that the source does not have, which are also logged. Empty where every key was found.
+        The shortcut keys that the source does not have, which were set to their start (`reset_parameters`) and are also
+        logged. Empty where every key was found.
 
     Raises:
-        DenseShortcutError: missing, unexpected or differently shaped keys, all of them named; nothing is loaded.
+        DenseShortcutError: a model on the meta device; missing, unexpected or differently shaped keys, all of them
+            named; nothing is loaded.
     """
     if shortcuts not in ("keep", "drop"):
         raise DenseShortcutError(f"unknown shortcuts={shortcuts!r}: choose 'keep' or 'drop'.")
     state = dict(_read(Path(source)) if isinstance(source, str | Path) else source)
+    _check_device(model)
     own = model.state_dict()
     extra = sorted(state.keys() - own.keys())
     if shortcuts == "drop":
@@ -60,10 +68,30 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, shortcu
         )
     model.load_state_dict(state, strict=False)
     if started:
+        _start_shortcuts(model)
         _logger.warning(
             "%d shortcut keys are not in the weights and stay at their start: %s", len(started), ", ".join(started)
         )
     return started
+
+
+def _check_device(model: nn.Module) -> None:
+    """Refuse a network without numbers, into which PyTorch would copy nothing."""
+    empty = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if empty:
+        raise DenseShortcutError(
+            f"{len(empty)} tensors of the network are on the meta device, such as {empty[0]}: call "
+            "model.to_empty(device='cpu') before loading, and set buffers that are in no state dict."
+        )
+
+
+def _start_shortcuts(model: nn.Module) -> None:
+    """Set all that `plug_in` added to its start: after `to_empty` it may hold anything."""
+    for added in _added(model).values():
+        for module in added.modules():
+            reset: Any = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -80,12 +108,11 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 def shortcut_keys(model: nn.Module) -> set[str]:
     """Names in the state dict of what `plug_in` added."""
-    return {
-        f"{prefix}.{key}"
-        for prefix, module in model.named_modules()
-        if isinstance(module, DenseShortcut | InnerShortcut)
-        for key in module.state_dict()
-    }
+    return {f"{prefix}.{key}" for prefix, module in _added(model).items() for key in module.state_dict()}
+
+
+def _added(model: nn.Module) -> dict[str, nn.Module]:
+    return {n: module for n, module in model.named_modules() if isinstance(module, DenseShortcut | InnerShortcut)}
 
 
 def _looks_like_shortcut(key: str) -> bool:

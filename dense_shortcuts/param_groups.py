@@ -8,9 +8,30 @@ from .plug import shortcut_parameters
 
 
 def decayed_parameters(model: nn.Module) -> list[Tensor]:
-    """The weights of convolutions and linear layers; norms, biases, embeddings and scales are none."""
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]
-    return [m.weight for m in layers]
+    """The matrices of a network: weights of convolutions and linear layers, and of layers that keep them otherwise.
+
+    So do nn.MultiheadAttention, recurrent layers, timm's CondConv2d and whatever is parametrized. Norms, biases,
+    embeddings, tokens and scales are no matrices.
+    """
+    found = []
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
+            if _is_layers_weight(module, parameter) or _is_other_matrix(name, module, parameter):
+                found.append(parameter)
+    return found
+
+
+def _is_layers_weight(module: nn.Module, parameter: Tensor) -> bool:
+    layer = isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+    return layer and parameter is module._parameters.get("weight")
+
+
+def _is_other_matrix(name: str, module: nn.Module, parameter: Tensor) -> bool:
+    """Whether a parameter, by its name in the network, is a weight with more than one axis of more than one element."""
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) or "norm" in type(module).__name__.lower():
+        return False
+    own = name.rpartition("parametrizations.")[2] if ".original" in name else name.rpartition(".")[2]
+    return "weight" in own and sum(size > 1 for size in parameter.shape) > 1
 
 
 def param_groups(
@@ -26,7 +47,7 @@ def param_groups(
     Args:
         model: a network, plugged in or not.
         lr: learning rate of the host; None leaves it to the optimizer.
-        weight_decay: of the weights of the host's convolutions and linear layers; all else has 0.
+        weight_decay: of the host's matrices (`decayed_parameters`); all else has 0.
         shortcut_lr: learning rate of the shortcut weights; None is the host's.
         shortcut_weight_decay: of the shortcut weights, which without one may stay where they start.
 

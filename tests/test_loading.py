@@ -40,19 +40,42 @@ def refused(net: nn.Module, source, **options) -> str:
     return text
 
 
-def test_a_hosts_weights_load_into_the_plugged_network_and_the_missing_shortcut_keys_come_back(caplog):
+def test_a_hosts_weights_load_into_the_plugged_network_and_the_missing_shortcut_keys_come_back_at_their_start(caplog):
     host = net_of(seed=7)
     net = net_of(seed=8, norm="batch", inner=True)
     hosts.randomise_parameters(ds.shortcut_parameters(net), seed=9)
-    before = values(net)
+    net(torch.randn(2, 3, 9, 7))  # which moves the statistics of the shortcuts' norms
     with caplog.at_level(logging.INFO, logger="dense_shortcuts"):
         missing = ds.load(net, host.state_dict())
     added = [key for key in net.state_dict() if key not in host.state_dict()]
     assert sorted(missing) == sorted(added)
     assert all(key in caplog.text for key in added)
+    fresh = values(ds.plug_in(net_of(seed=8), norm="batch", inner=True))
     for name, value in net.state_dict().items():
-        expected = before[name] if name in added else host.state_dict()[name]
+        expected = fresh[name] if name in added else host.state_dict()[name]
         assert torch.equal(value, expected), name
+
+
+@pytest.mark.parametrize("weighting", ["channel", "softmax", "gate"])
+def test_a_network_from_the_meta_device_is_loaded_once_it_has_memory(weighting):
+    host, variant = net_of(seed=7), {"norm": "batch", "inner": True, "weighting": weighting}
+    net = ds.plug_in(net_of(seed=8).to("meta"), **variant)
+    with pytest.raises(ds.DenseShortcutError, match=r"tensors of the network are on the meta device, .*to_empty"):
+        ds.load(net, host.state_dict())
+    net.to_empty(device="cpu")
+    for tensor in net.state_dict().values():
+        tensor.fill_(7)  # whatever is there
+    missing = ds.load(net, host.state_dict())
+    wanted = values(ds.plug_in(host, **variant))
+    assert set(missing) < wanted.keys()
+    assert_untouched(net, wanted)
+
+
+def test_a_network_partly_on_the_meta_device_is_refused():
+    net = net_of(seed=8, norm="batch")
+    net.layer1.shortcut.norms[0].to("meta")
+    with pytest.raises(ds.DenseShortcutError, match=r"such as layer1\.shortcut\.norms\.0\.running_mean"):
+        ds.load(net, net_of(seed=7, norm="batch").state_dict())
 
 
 def test_a_timm_checkpoint_loads_into_its_dsnet():

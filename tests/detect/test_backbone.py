@@ -6,6 +6,7 @@ import detect_helpers
 import pytest
 import timm
 import torch
+import torchvision
 from detect_helpers import tiny_backbone  # noqa: F401 (registers it)
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -98,6 +99,35 @@ def test_levels_can_be_chosen_and_counted_from_the_end():
 def test_an_unknown_name_is_refused():
     with pytest.raises(DenseShortcutError, match="unknown model 'tiny_resnot'"):
         Backbone("tiny_resnot")
+
+
+def test_a_ready_network_is_plugged_in_by_the_options_or_refused():
+    def ready() -> nn.Module:
+        return timm.create_model("tiny_backbone", features_only=True, out_indices=(1, 2, 3, 4))
+
+    assert not ds.dense_stages(Backbone(ready()).features)
+    plugged = Backbone(ready(), norm="batch", keep_identity=True)
+    stages = ds.dense_stages(plugged.features).values()
+    assert len(stages) == 4 and all(type(stage.shortcut.norms[0]) is nn.BatchNorm2d for stage in stages)
+    assert plugged.loaded and not any(".shortcut." in name for name in plugged.loaded)
+    assert not ds.dense_stages(Backbone(ds.plug_in(ready()), aggregate="identity").features)
+    with pytest.raises(DenseShortcutError, match="plugged in already"):
+        Backbone(ds.plug_in(ready()), norm="batch")
+    for options in ({"nrom": "batch"}, {"aggregate": "identity", "nrom": "batch"}):
+        with pytest.raises(TypeError, match="nrom"):
+            Backbone(ready(), **options)
+        with pytest.raises(TypeError, match="nrom"):
+            Backbone("tiny_backbone", **options)
+    for options in ({"out_indices": (1,)}, {"finest": 8}, {"pretrained": True}):
+        with pytest.raises(DenseShortcutError, match="a ready network was given"):
+            Backbone(ready(), **options)
+
+
+@pytest.mark.parametrize("make", [torchvision.models.resnet18, lambda: timm.create_model("resnet18"), nn.Identity])
+def test_a_network_that_gives_no_maps_is_refused_in_one_sentence(make):
+    with pytest.raises(DenseShortcutError, match=r"does not say which feature maps .* features_only=True") as error:
+        Backbone(make())
+    assert "\n" not in str(error.value)
 
 
 # Weights --------------------------------------------------------------------------------------------------------------
