@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import ops
-from .adapters import has_tokens, map_of
+from .adapters import has_tokens, has_volumes, map_of
 from .errors import DenseShortcutError
 from .hooks import has_hooks, observed
 from .norms import frozen_statistics, joins, known
@@ -192,7 +192,7 @@ class _Join:
     def __init__(self, stage: DenseStage, place: Place, shortcut: DenseShortcut, memory: Memory) -> None:
         self.stage, self.block, self.following, self._k = stage, place.block, place.following, place.k
         self.shortcut, self.memory = shortcut, memory
-        self.tokens = has_tokens(place.block)
+        self.tokens, self.volumes = has_tokens(place.block), has_volumes(place.block)
         self.last = place.following is None
         # a block that is not chosen keeps what its host does
         self.keep_identity = stage.keep_identity or not shortcut.sources[place.k]
@@ -219,16 +219,16 @@ class _Join:
         if identity_norm is not None and not (fused and self._joins_identity_norm(identity_norm)):
             identity, identity_norm = identity_norm(identity), None
         tokens, host_form = self.tokens, branch
-        reshaped = not is_map(branch, tokens)
+        reshaped = not is_map(branch, tokens, self.volumes)
         if reshaped:
-            branch, identity = as_map(branch, tokens), as_map(identity, tokens)
+            branch, identity = (as_map(x, tokens, self.volumes) for x in (branch, identity))
         if self.k == 0:
             self._begin(identity, identity_norm, backend)
         self._check_shape(branch)
         norm_joins = norm is not None and fused and self._joins_norm(norm)
         if norm is not None and not norm_joins:
             branch, norm = norm(branch), None
-        relu = fused and type(activation) is nn.ReLU and not observed(activation)
+        relu = fused and ops.is_relu(activation) and not (isinstance(activation, nn.Module) and observed(activation))
         ends = relu or activation is None
         x = self._stream(branch, norm, identity, relu) if self.memory.stream is not None and ends else None
         if x is None:
@@ -236,7 +236,7 @@ class _Join:
             addends = [identity] if self.keep_identity and not whole else []
             x = self._sum(branch, norm, identity, addends, relu, ends, backend, fused)
         if reshaped:
-            x = from_map(x, tokens, host_form)
+            x = from_map(x, tokens, host_form, self.volumes)
         elif activation is None and isinstance(x, torch.fx.Proxy):
             x = torch.positive(x)  # a node of the block's own: feature extractors take its last
         return x if relu or activation is None else activation(x)
@@ -323,7 +323,7 @@ class _Join:
             return self.memory.begin()
         if self.entered:
             return self.memory
-        x = as_map(x, self.tokens)
+        x = as_map(x, self.tokens, self.volumes)
         backend = ops.choose(x, self.shortcut.backend)
         return self.memory.add(self.shortcut.enter(self.k + 1, x, backend))
 
@@ -379,34 +379,37 @@ def _check_follows(k: int, x: Tensor, memory: Memory) -> None:
         )
 
 
-def as_map(x: Tensor, tokens: bool) -> Tensor:
+def as_map(x: Tensor, tokens: bool, volumes: bool = False) -> Tensor:
     """A view as a map (N, C, H, W), of tokens, whose channels are last, or of a map of any number of axes.
 
     (N, C) becomes (N, C, 1, 1), a sequence (N, C, L) becomes (N, C, 1, L), a volume (N, C, D, H, W) becomes
-    (N, C, D H, W). What torch.fx records does not know how many axes its tokens have: all of them go into one, as those
-    of (N, L, C).
+    (N, C, D H, W). What torch.fx records does not know how many axes it has: tokens are all put into one, as those of
+    (N, L, C), and `volumes` says of others whether they are such.
     """
-    if isinstance(x, torch.fx.Proxy):
-        return x.movedim(-1, 1).flatten(2).unsqueeze(2) if tokens else x
+    recorded = isinstance(x, torch.fx.Proxy)
+    if recorded and tokens:
+        return x.movedim(-1, 1).flatten(2).unsqueeze(2)
     x = x.movedim(-1, 1) if tokens else x
-    if x.ndim == 5:
-        return x.flatten(2, 3)
-    return x[:, :, None, None] if x.ndim == 2 else x.unsqueeze(2) if x.ndim == 3 else x
+    axes = (5 if volumes else 4) if recorded else x.ndim
+    return {2: lambda: x[:, :, None, None], 3: lambda: x.unsqueeze(2), 4: lambda: x, 5: lambda: x.flatten(2, 3)}[axes]()
 
 
-def is_map(x: Tensor, tokens: bool) -> bool:
-    """Whether x is (N, C, H, W) as it stands; what torch.fx records is taken for that."""
-    return not tokens and (isinstance(x, torch.fx.Proxy) or x.ndim == 4)
+def is_map(x: Tensor, tokens: bool, volumes: bool) -> bool:
+    """Whether x is (N, C, H, W) as it stands; see `as_map` for what torch.fx records."""
+    return not tokens and (not volumes if isinstance(x, torch.fx.Proxy) else x.ndim == 4)
 
 
-def from_map(x: Tensor, tokens: bool, like: Tensor) -> Tensor:
+def from_map(x: Tensor, tokens: bool, like: Tensor, volumes: bool = False) -> Tensor:
     """A map in the form of `like`, one that `as_map` was given."""
-    if tokens and isinstance(x, torch.fx.Proxy):
+    recorded = isinstance(like, torch.fx.Proxy)
+    if recorded and tokens:
         return x.movedim(1, -1).reshape(like.shape)
-    if like.ndim == 5:
-        x = x.unflatten(2, like.shape[1:3] if tokens else like.shape[2:4])
-    elif like.ndim < 4:
-        x = x[:, :, 0, 0] if like.ndim == 2 else x.squeeze(2)
+    axes = (5 if volumes else 4) if recorded else like.ndim
+    if axes == 5:
+        first = 1 if tokens else 2
+        x = x.unflatten(2, (like.shape[first], like.shape[first + 1]))
+    elif axes < 4:
+        x = x[:, :, 0, 0] if axes == 2 else x.squeeze(2)
     return x.movedim(1, -1) if tokens else x
 
 

@@ -19,6 +19,19 @@ from torch import Tensor, nn
 import dense_shortcuts as ds
 from dense_shortcuts.adapters.traced import TracedBlock
 
+
+def video_mvit(after: bool) -> nn.Module:
+    def block(heads: int, given: int, made: int, stride: int) -> Any:
+        kernel, strides = [3, 3, 3], [1, stride, stride]
+        return torchvision.models.video.mvit.MSBlockConfig(heads, given, made, kernel, kernel, strides, [1, 2, 2])
+
+    blocks = [block(1, 8, 8, 1), block(1, 8, 8, 1), block(2, 8, 16, 2), block(2, 16, 16, 1), block(2, 16, 16, 1)]
+    return torchvision.models.video.MViT(
+        (32, 32), 4, blocks, residual_pool=True, residual_with_cls_embed=not after, rel_pos_embed=True,
+        proj_after_attn=after, dropout=0.0, stochastic_depth_prob=0.2, num_classes=8,
+    )  # fmt: skip
+
+
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 32, "patch_size": 8}
 HOSTS: dict[str, Any] = {
     "resnet": partial(timm.create_model, "resnet18d"),
@@ -153,6 +166,16 @@ HOSTS: dict[str, Any] = {
     "torchvision swin": partial(
         torchvision.models.SwinTransformer, [4, 4], 16, [2, 2], [2, 2], [4, 4], num_classes=8
     ),
+    "torchvision video resnet": partial(
+        torchvision.models.video.resnet.VideoResNet, torchvision.models.video.resnet.BasicBlock,
+        [torchvision.models.video.resnet.Conv3DSimple] * 4, [2, 1, 1, 1],
+        torchvision.models.video.resnet.BasicStem, num_classes=8,
+    ),
+    "torchvision video swin": partial(
+        torchvision.models.video.SwinTransformer3d, [2, 4, 4], 16, [2, 2], [2, 2], [2, 2, 2], num_classes=8,
+    ),
+    "torchvision video mvit, projections after the attention": partial(video_mvit, True),
+    "torchvision video mvit, projections after the mlp": partial(video_mvit, False),
     "torchvision vit": partial(torchvision.models.VisionTransformer, 32, 8, 2, 2, 32, 64, num_classes=8),
 }  # fmt: skip
 
@@ -177,8 +200,9 @@ def host_of(name: str) -> nn.Module:
 
 def images(name: str) -> Tensor:
     settings = getattr(HOSTS[name], "keywords", {})
-    side = settings.get("img_size", 32 if "vit" in name or "torchvision swin" in name else 64)
-    return torch.randn(2, 3, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    side = settings.get("img_size", 32 if "vit" in name or "swin" in name or "video" in name else 64)
+    frames = [4] if "video" in name else []
+    return torch.randn(2, 3, *frames, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
 
 
 def gradients(net: nn.Module, x: Tensor) -> dict[str, Tensor]:

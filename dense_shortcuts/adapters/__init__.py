@@ -88,6 +88,11 @@ def map_of(block: Any, result: Any) -> Tensor:
     return found
 
 
+def has_volumes(block: Any) -> bool:
+    """Whether a plugged block's maps are known to have three axes of positions."""
+    return isinstance(block, TracedBlock) and len(block._dense_trace.layout.shape) == 5
+
+
 def has_tokens(block: Any) -> bool:
     """Whether the channels of a plugged block's maps are the last axis."""
     return block._dense_trace.layout.tokens if isinstance(block, TracedBlock) else block.tokens
@@ -98,6 +103,7 @@ __all__ = [
     "NoResidual",
     "has_adapter",
     "has_tokens",
+    "has_volumes",
     "host_of",
     "map_of",
     "plug",

@@ -38,12 +38,12 @@ def probe(block: nn.Module, needed: tuple[str, ...] = ()) -> Layout:
         needed: names of further arguments that its forward pass needs.
 
     Raises:
-        NoResidual: it takes neither maps (N, C, H, W) nor tokens (N, L, C) or (N, H, W, C).
+        NoResidual: it takes neither maps, (N, C, H, W), sequences or volumes, nor tokens of one to three axes.
     """
     double, dtype, lengths = shadow(block).eval(), _dtype(block), _lengths(block)
 
     def run(shape: tuple[int, ...], tokens: bool) -> Layout | None:
-        others = _guesses(needed, shape[2] if not tokens or len(shape) == 4 else math.isqrt(shape[1]))
+        others = _guesses(needed, shape[2] if not tokens or len(shape) > 3 else math.isqrt(shape[1]))
         result = _run(double, torch.empty(shape, device="meta", dtype=dtype), others)
         if result is None or result.ndim != len(shape):
             return None
@@ -58,9 +58,10 @@ def probe(block: nn.Module, needed: tuple[str, ...] = ()) -> Layout:
         for shape, tokens in _fixed_shapes(channels, lengths):
             if (layout := run(shape, tokens)) is not None:
                 return layout
-    if any(isinstance(module, nn.Conv3d) for module in block.modules()):
-        raise NoResidual("it takes volumes (N, C, D, H, W), and a stage sums maps (N, C, H, W) or tokens alone")
-    raise NoResidual("it takes neither maps (N, C, H, W) or (N, C, L) nor tokens (N, L, C) or (N, H, W, C)")
+    raise NoResidual(
+        "it takes neither maps (N, C, H, W), (N, C, L) or (N, C, D, H, W) nor tokens (N, L, C), (N, H, W, C) or "
+        "(N, D, H, W, C)"
+    )
 
 
 def _guesses(needed: tuple[str, ...], side: int) -> list[Any]:
@@ -125,6 +126,8 @@ def _free_shapes(channels: int) -> list[tuple[list[tuple[int, ...]], bool]]:
         ([(2, channels, side * side), (2, channels, other * other)], False),
         ([(2, side * side, channels), (2, other * other, channels)], True),
         ([(2, side, side, channels)], True),
+        ([(2, channels, 8, side, side)], False),
+        ([(2, 8, side, side, channels)], True),
     ]
 
 

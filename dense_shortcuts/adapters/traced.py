@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import DenseShortcutError
@@ -22,7 +23,6 @@ Settings = tuple[tuple[str, Any], ...]
 
 _NO_MATTER = ("training", "__class__", "_compiled_call_impl")  # attributes that leave the forward pass as it is
 _KEPT = 16  # cuts of one block
-_RELU = nn.ReLU()  # for hosts that call the function
 
 
 @dataclass
@@ -158,7 +158,7 @@ def _submodule(block: Any, name: str | None) -> Any:
 def _after(block: Any, after: str | Piece | None) -> Any:
     if isinstance(after, Piece):
         return lambda y: after.call(block, y)
-    return _RELU if after == RELU else _submodule(block, after)
+    return F.relu if after == RELU else _submodule(block, after)
 
 
 def _load(host: Any) -> nn.Module:

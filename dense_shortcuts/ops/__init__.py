@@ -7,7 +7,7 @@ from .joining import Branch, Joined, ahead, close, enter, join, move, nested_for
 from .operators import is_eager
 from .reference import accumulation_dtype, moments
 from .stream import KnownNorm, Stream
-from .summing import dense_sum
+from .summing import dense_sum, is_relu
 
 __all__ = [
     "BACKENDS",
@@ -27,6 +27,7 @@ __all__ = [
     "enter",
     "form",
     "is_eager",
+    "is_relu",
     "join",
     "moments",
     "move",

@@ -56,7 +56,7 @@ def dense_sum(
     rates, shifts = _forms(first, len(maps), scales, bias)
     rows = rates[0].shape[0] if rates else 1
     entered = [enter(x, groups=NONE, eps=0.0, later=1, rows=rows, backend=backend) for x in maps]
-    relu = activation in _RELUS or type(activation) is nn.ReLU
+    relu = is_relu(activation)
     y = join(
         addends,
         None,
@@ -72,6 +72,11 @@ def dense_sum(
         backend=backend,
     ).map
     return y if relu or activation is None else activation(y)
+
+
+def is_relu(activation: Callable[[Tensor], Tensor] | None) -> bool:
+    """Whether an activation is ReLU, which the kernels compute."""
+    return type(activation) is nn.ReLU or activation in _RELUS
 
 
 def _forms(first: Tensor, count: int, scales: Tensor | None, bias: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:

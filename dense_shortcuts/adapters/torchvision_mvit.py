@@ -1,0 +1,55 @@
+"""torchvision's MViT blocks for videos: tokens (N, 1 + T H W, C), and the size (T, H, W) of the volume behind them."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torchvision.models.video.mvit import MultiscaleBlock
+
+from .block import DenseBlock, Join, joined
+
+
+class DenseMultiscaleBlock(DenseBlock, MultiscaleBlock):
+    """Two branches, attention and MLP, either of which may have a projection of what it is added to."""
+
+    tokens = True
+    pool_skip: nn.Module | None
+
+    @property
+    def projection(self) -> nn.Module | None:
+        """The host's `project`, whose name is that of a method here."""
+        return self._modules.get("project")
+
+    def projects(self) -> bool:
+        return self.projection is not None or self.pool_skip is not None
+
+    def out_channels(self) -> int:
+        return int(self.mlp[-2].out_features)
+
+    def forward(self, x: Tensor, thw: Any, join: Join | None = None) -> Any:  # type: ignore[override]
+        join = joined(join)
+        hidden = self._normalised(self.norm1, x)
+        first, new = self.attn(hidden, thw)
+        first = self.stochastic_depth(first)
+        projection = self.projection
+        identity = x if projection is None or not self.proj_after_attn else projection(hidden)
+        identity = identity if self.pool_skip is None else self.pool_skip(identity, thw)[0]
+        total = identity + first
+
+        hidden = self._normalised(self.norm2, total)
+        if projection is not None and not self.proj_after_attn:  # of the sum, so it holds the attention's branch too
+            identity = projection(hidden)
+            second = self.stochastic_depth(self.mlp(hidden))
+            total, branch = identity + second, second
+        else:
+            second = self.stochastic_depth(self.mlp(hidden))
+            total, branch = total + second, first + second
+        if join.keep_identity:
+            return join(total, None, identity, None, whole=True), new
+        return join(branch, None, identity, None), new
+
+    def _normalised(self, norm: nn.Module, x: Tensor) -> Tensor:
+        found: Tensor = norm(x.transpose(1, 2)).transpose(1, 2) if self.needs_transposal else norm(x)
+        return found
+
+
+BLOCKS = (DenseMultiscaleBlock,)
