@@ -1,4 +1,4 @@
-"""timm's modules whose blocks feed one another in a way that their source does not show as a plain loop.
+"""Modules of timm and torchvision whose blocks feed one another in a way that their source shows as no plain loop.
 
 Some call their blocks by name, among other things. Their own forward pass is run, on a stand-in that has each block in
 the form of its step in this one pass. Others loop over a list and change the map before one of its blocks, where a
@@ -16,6 +16,7 @@ from timm.models.maxxvit import MaxxVitBlock
 from timm.models.twins import Twins
 from timm.models.xception import Xception
 from torch import Tensor, nn
+from torchvision.models._utils import IntermediateLayerGetter
 
 from .stage import DenseStage
 
@@ -75,11 +76,19 @@ class DenseFeatureHookNet(DenseStage, FeatureHookNet):
         return FeatureHookNet.forward(OnePass(self), x)
 
 
+class DenseLayerGetter(DenseStage, IntermediateLayerGetter):
+    """Blocks that torchvision took out of their nn.Sequential for segmentation and detection."""
+
+    def forward(self, x: Tensor) -> Any:
+        return IntermediateLayerGetter.forward(OnePass(self), x)
+
+
 _CONTAINERS: dict[Any, type[DenseStage]] = {
     DlaTree: DenseDlaTree,
     MaxxVitBlock: DenseMaxxVitBlock,
     Xception: DenseXception,
     FeatureHookNet: DenseFeatureHookNet,
+    IntermediateLayerGetter: DenseLayerGetter,
 }
 
 # By the owner of a list: the list's name there, and the blocks before which the owner changes the map.

@@ -11,9 +11,17 @@ from torch import nn
 
 from . import containers
 from .adapters import NoResidual, has_adapter, read
+from .adapters.example import example
+from .adapters.trace import SEVERAL
 from .errors import DenseShortcutError
 from .loops import Held, feeds
 from .stage import Row
+
+_UNFED = "its container does not feed each block to the next"
+_ALONE = "it stands in no sequence where each block feeds the next"
+_UNCERTAIN = (
+    "it adds two branches, neither of which is its input as it is or has a name such as downsample, shortcut or skip"
+)
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,7 @@ def _stage(model: nn.Module, name: str, module: nn.Module, refused: list[Refused
                 "only blocks in an nn.Sequential, where each feeds the next, can be plugged into."
             )
         block_name, block = children[next(iter(views))]
-        refused.append(Refused(type(block), name, block_name, "its container does not feed each block to the next"))
+        refused.append(Refused(type(block), name, block_name, _UNFED))
         return None
     kept = {n: view for n, view in views.items() if any(row.first <= n < row.stop for row in rows)}
     return Found(name, rows, kept, tuple(child_name for child_name, _ in children))
@@ -208,46 +216,32 @@ def _nothing_found(model: nn.Module, refused: list[Refused]) -> str:
     known = next((refusal for refusal in refused if has_adapter(refusal.cls)), None)
     if known is not None:
         return f"{name} has nothing to plug into. {known.cls.__qualname__} at {known.where}: {known.reason}."
-    often = Counter(refusal.cls for refusal in refused or _scattered(model)).most_common(1)
+    near = refused or list(_scattered(model))
+    often = Counter(refusal.cls for refusal in near).most_common(1)
     if not often:
         return f"{name} holds no residual blocks: there is nothing to plug into."
     cls = often[0][0]
-    one = next(refusal for refusal in refused or _scattered(model) if refusal.cls is cls)
+    one = next(refusal for refusal in near if refusal.cls is cls)
+    if one.reason in (_UNFED, _ALONE):
+        return (
+            f"{name} has nothing to plug into. {cls.__qualname__} at {one.where} is a residual block, but {one.reason}."
+        )
     return (
         f"{name} holds no sequence of residual blocks that is understood, so there is nothing to plug into. "
         f"{cls.__module__}.{cls.__qualname__} at {one.where} has no adapter; a trace of its forward pass was searched "
         f"for the add that joins a branch and its input: {one.reason}. If it is a residual block, teach it:"
-        f"\n\n{_example(cls)}"
+        f"\n\n{example(cls, several=one.reason == SEVERAL)}"
     )
 
 
 def _scattered(model: nn.Module) -> Iterator[Refused]:
-    """Modules outside any sequence that are residual blocks by their name or by a trace."""
+    """Modules outside any row that are residual blocks by their name or by a trace."""
     for name, module in model.named_modules():
         if module is model or next(module.children(), None) is None:
             continue
         parent, _, own = name.rpartition(".")
         try:
-            read(module)
-            yield Refused(type(module), parent, own, "it has one, but stands in no sequence where each feeds the next")
+            yield Refused(type(module), parent, own, _ALONE if read(module).is_certain() else _UNCERTAIN)
         except NoResidual as reason:
             if re.search("block|bottle|basic|residual|layer", type(module).__name__, re.IGNORECASE):
                 yield Refused(type(module), parent, own, str(reason))
-
-
-def _example(cls: type[nn.Module]) -> str:
-    return f"""    import dense_shortcuts as ds
-    from {cls.__module__} import {cls.__name__}
-
-    @ds.register_adapter
-    class Dense{cls.__name__}(ds.DenseBlock, {cls.__name__}):
-        def branch(self, x):  # all before the add; and the norm still to be applied to it, or None
-            return ..., None
-        def project(self, x):  # what the block adds to its branch: x, or its projection of x
-            return x
-        def projects(self):  # whether it adds a projection
-            return False
-        def activation(self):  # what follows the add, or None
-            return None
-        def out_channels(self):  # channels of its output; `tokens = True` on the class if they are the last axis
-            return ..."""

@@ -17,6 +17,7 @@ from hosts import xception
 from torch import Tensor, nn
 
 import dense_shortcuts as ds
+from dense_shortcuts import adapters
 from dense_shortcuts.adapters.traced import TracedBlock
 
 
@@ -375,3 +376,126 @@ def test_a_block_of_a_dense_stage_called_by_itself_says_so():
     for block in (net.layer1[0], ds.plug_in(host_of("convnext")).stages[0].blocks[0]):
         with pytest.raises(ds.DenseShortcutError, match="called by itself"):
             block(torch.zeros(1, 64, 8, 8, dtype=torch.float64))
+
+
+# What a refusal prints
+
+
+class Looks(nn.Module):
+    """Looks at its data, so that no trace understands it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def f(self, x: Tensor) -> Tensor:
+        return self.conv(x) * (2.0 if x.sum() > 0 else 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+
+class TakesMore(Looks):
+    def forward(self, x: Tensor, gate: Tensor, size: tuple[int, int] = (3, 3), *, power: float = 1.0, **more: Any):
+        return x + self.f(x) * gate * power
+
+
+class GivesTwo(Looks):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x + self.conv(x), x
+
+
+class Outer:
+    class Inside(Looks):
+        """Its name has a dot in it."""
+
+
+class Runs(nn.Module):
+    def __init__(self, cls: type[nn.Module], two: bool = False, **given: Any) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.blocks, self.two, self.given = nn.ModuleList([cls() for _ in range(3)]), two, given
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            if self.two:
+                x, _ = block(x, **self.given)
+            else:
+                x = block(x, **self.given)
+        return x
+
+
+def local_class() -> type[nn.Module]:
+    class Local(Looks):
+        pass
+
+    return Local
+
+
+@pytest.mark.parametrize(
+    ("cls", "branch", "given"),
+    [
+        (Looks, "self.f(x)", {}),
+        (Outer.Inside, "self.f(x)", {}),
+        (local_class(), "self.f(x)", {}),
+        (TakesMore, "self.f(x) * gate * power", {"gate": torch.tensor(0.3), "power": 2.0}),
+        (GivesTwo, "self.conv(x)", {}),
+    ],
+)
+def test_the_adapter_that_a_refusal_prints_works_once_its_dots_are_filled_in(cls, branch, given, monkeypatch):
+    monkeypatch.setattr(adapters, "_WRITTEN", dict(adapters._WRITTEN))
+    host = Runs(cls, two=cls is GivesTwo, **given).double()
+    with pytest.raises(ds.DenseShortcutError) as error:
+        ds.plan(host)
+    text = str(error.value).partition("\n\n")[2]
+    assert ("import Local" in text, "joined" in text) == (False, cls in (TakesMore, GivesTwo))
+    text = text.replace("return ..., None", f"return {branch}, None").replace("return ...", "return 4")
+    text = text.replace("return x, ...", "return x, x")
+    exec(text, {} if "<locals>" not in cls.__qualname__ else {"Local": cls})
+    x = torch.randn(2, 4, 6, 5, dtype=torch.float64)
+    expected = host(x)
+    assert torch.equal(ds.plug_in(copy.deepcopy(host), keep_identity=True)(x), expected)
+    torch.testing.assert_close(ds.plug_in(host, norm=None, init="nearest")(x), expected, rtol=1e-12, atol=1e-12)
+
+
+class Weighed(Looks):
+    def forward(self, x):
+        return 0.7 * x + 0.3 * self.conv(x)
+
+
+class Gated(Looks):
+    def forward(self, x):
+        gate = torch.sigmoid(self.conv(x))
+        return gate * x + (1 - gate) * torch.tanh(self.conv(x))
+
+
+class Wraps(Looks):
+    def forward(self, x):
+        return x + self.conv(x)
+
+
+class TwoSums(Looks):
+    def forward(self, x):
+        x = torch.relu(x + self.conv(x))
+        return torch.relu(x + torch.tanh(self.conv(x)))
+
+
+@pytest.mark.parametrize("cls", [Weighed, Gated, TwoSums])
+def test_a_block_that_adds_two_branches_is_refused_for_that_and_not_for_where_it_stands(cls):
+    with pytest.raises(ds.DenseShortcutError, match="it adds two branches, neither of which is its input as it is"):
+        ds.plan(nn.Sequential(cls(), cls()))
+
+
+def test_blocks_outside_a_sequence_are_refused_for_that_without_an_adapter_that_would_not_help():
+    class Attributes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Wraps(), Wraps()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x))
+
+    with pytest.raises(ds.DenseShortcutError) as error:
+        ds.plan(Attributes())
+    assert "Wraps at first is a residual block, but it stands in no sequence" in str(error.value)
+    assert "\n" not in str(error.value)

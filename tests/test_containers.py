@@ -9,6 +9,7 @@ import pytest
 import reference
 import timm
 import torch
+import torchvision
 from hosts import assert_close
 from reference import column
 from timm.models import FeatureHookNet
@@ -248,6 +249,25 @@ def test_blocks_that_timm_takes_out_of_their_sequence_give_their_features():
     ds.unplug(net)
     assert type(net) is FeatureHookNet and list(net.state_dict()) == keys
     assert all(torch.equal(*pair) for pair in zip(net(x), expected, strict=True))
+
+
+SEGMENTATION: dict[str, Any] = {"weights": None, "weights_backbone": None, "num_classes": 3}
+
+
+@pytest.mark.parametrize("name", ["lraspp_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large"])
+def test_blocks_that_torchvision_takes_out_of_their_sequence_give_their_features(name):
+    torch.manual_seed(3)
+    host, x = torchvision.models.get_model(name, **SEGMENTATION).double().eval(), images(3, 64)
+    keys, expected = list(host.state_dict()), host(x)
+    assert {stage.name for stage in ds.plan(host).stages} == {"backbone"}
+    net = ds.plug_in(host, keep_identity=True)
+    actual = net(x)
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+    actual["out"].square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for _, p in ds.shortcut_parameters(net))
+    ds.unplug(net)
+    assert type(net.backbone).__name__ == "IntermediateLayerGetter" and list(net.state_dict()) == keys
+    assert all(torch.equal(net(x)[key], expected[key]) for key in expected)
 
 
 def test_checkpoints_of_such_features_give_the_same_gradients():

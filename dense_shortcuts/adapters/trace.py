@@ -36,6 +36,7 @@ _ADDS = {operator.add, operator.iadd, torch.add}
 _ADD_METHODS = {"add", "add_"}
 _RELUS = {torch.relu, torch.relu_, nn.functional.relu, nn.functional.relu_, "relu", "relu_"}
 RELU = "relu"
+SEVERAL = "it returns something other than one tensor"
 _NAMES = re.compile(r"down_?sampl|short_?cut|skip|proj|identity|residual", re.IGNORECASE)
 
 
@@ -248,7 +249,7 @@ def _look_at(block: nn.Module, call: Call, opened: frozenset[str]) -> _Seen:
         graph, inputs = _graph(block, call, opened)
         output = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
         if not isinstance(output, Node):
-            raise NoResidual("it returns something other than one tensor")
+            raise NoResidual(SEVERAL)
         node, after = _find_add(output)
         if _is_add(node):
             return _Seen(graph, inputs, node, after, opened)
