@@ -1,10 +1,12 @@
 """The fused operator against the plain one: forward and every gradient, all back ends, odd shapes and dtypes."""
 
+import hashlib
 import os
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import timm
@@ -325,6 +327,94 @@ assert backend == "cpu" and "could not build" in reason, (backend, reason)
     environment = {**os.environ, "CXX": str(broken), "DENSE_SHORTCUTS_CACHE": str(tmp_path / "cache")}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
     assert not list((tmp_path / "cache").iterdir())
+
+
+# The module by itself, which starts sooner than the package.
+LOAD = f"""
+import runpy
+loaded, reason = runpy.run_path({compiled.__file__!r})["library"]()
+print("native" if loaded else "none", reason)
+"""
+needs_compiler = pytest.mark.skipif(
+    compiled.library()[0] is None or os.name != "posix", reason="no C++ compiler, or no shell to stand in for one"
+)
+
+
+@pytest.fixture
+def cached(tmp_path):
+    """A cache and a quick compiler, which copies the library of this process and counts its calls."""
+    script, cache = tmp_path / "compiler", tmp_path / "cache"
+    library = compiled.library()[0]
+    code = f'#!/bin/sh\necho "$1" >> {tmp_path}/calls\nwhile [ "$1" != -o ]; do shift; done\ncp {library._name} "$2"\n'
+    script.write_text(code)
+    script.chmod(0o755)
+    return {"CXX": str(script), "DENSE_SHORTCUTS_CACHE": str(cache)}
+
+
+def load_kernels(environment: dict[str, str]) -> tuple[str, int]:
+    """Whether a new process has the kernels, and why; and how often the compiler has been called so far."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD], check=True, env=os.environ | environment, capture_output=True, text=True
+    )
+    calls = Path(environment["DENSE_SHORTCUTS_CACHE"]).parent / "calls"
+    return done.stdout.strip(), len(calls.read_text().splitlines()) if calls.exists() else 0
+
+
+@needs_compiler
+@pytest.mark.parametrize("size", [20_000, 10, 0, None])
+def test_a_damaged_library_in_the_cache_is_built_anew_and_a_whole_one_is_not(cached, size):
+    assert load_kernels(cached) == ("native compiled by compiler", 1)
+    assert load_kernels(cached)[1] == 1
+    (library,) = Path(cached["DENSE_SHORTCUTS_CACHE"]).iterdir()
+    whole = library.read_bytes()
+    changed = bytes(255 - byte for byte in whole)
+    library.write_bytes(changed if size is None else whole[:size])  # of 20,000 a part is mapped and read: SIGBUS
+    assert load_kernels(cached) == ("native compiled by compiler", 2)
+    assert library.read_bytes() == whole and load_kernels(cached)[1] == 2
+
+
+@needs_compiler
+def test_a_library_that_does_not_load_is_built_anew(cached):
+    """One from another system: its content is what was written, and the loader refuses it."""
+    load_kernels(cached)
+    (library,) = Path(cached["DENSE_SHORTCUTS_CACHE"]).iterdir()
+    library.unlink()
+    foreign = b"for another system"
+    digest = hashlib.sha256(foreign).hexdigest()[:16]
+    library.with_name(f"{library.stem.rpartition('-')[0]}-{digest}.so").write_bytes(foreign)
+    assert load_kernels(cached) == ("native compiled by compiler", 2)
+
+
+@needs_compiler
+def test_a_compiler_may_be_given_with_options_or_behind_another_command(cached):
+    script = cached["CXX"]
+    assert load_kernels(cached | {"CXX": f"{script} -DWORDS='a b'"})[0].endswith("compiled by compiler '-DWORDS=a b'")
+    assert load_kernels(cached | {"CXX": f"env {script}"})[0].endswith(f"compiled by env {script}")
+    for broken in ("none -O3", "'g++"):
+        found, _ = load_kernels(cached | {"CXX": broken})
+        assert found.startswith("none") and "no C++ compiler found: CXX is" in found
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_written_is_read_and_leaves_no_folder_behind(cached, tmp_path):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    nowhere = cached | {"DENSE_SHORTCUTS_CACHE": str(tmp_path / "compiler" / "cache"), "TMPDIR": str(temporary)}
+    assert load_kernels(nowhere)[0] == "native compiled by compiler"
+    assert not list(temporary.iterdir())
+
+
+def test_an_empty_variable_names_no_back_end_and_a_wrong_one_is_told_with_its_name(monkeypatch):
+    x = torch.zeros(1, 2, 3, 3)
+    usual = ops.choose(x)
+    monkeypatch.setenv("DENSE_SHORTCUTS_BACKEND", "")
+    assert ops.choose(x) == usual
+    monkeypatch.setenv("DENSE_SHORTCUTS_BACKEND", "fast")
+    with pytest.raises(ds.DenseShortcutError, match="unknown back end 'fast' in DENSE_SHORTCUTS_BACKEND: choose"):
+        ops.choose(x)
+    assert ops.choose(x, "plain") == "plain"
+    with pytest.raises(ds.DenseShortcutError, match="unknown back end 'quick': choose"):
+        ops.choose(x, "quick")
 
 
 def test_an_unknown_back_end_is_refused_and_the_network_left_alone():

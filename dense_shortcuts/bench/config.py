@@ -86,9 +86,10 @@ def _check(config: BenchConfig) -> None:
                 raise DenseShortcutError(f"--{field.replace('_', '-')} is {value}: it must be 1 or above.")
     if not config.depths and any(size < 32 for size in config.image_size):
         raise DenseShortcutError(f"--image-size {min(config.image_size)} is too small for these networks: take 32 up.")
-    if config.batch_size == 1 and not config.depths and "train" in config.what and 32 in config.image_size:
+    one_pixel = 1 if config.depths else 32  # the image size at which the last maps have one pixel
+    if config.batch_size == 1 and "train" in config.what and one_pixel in config.image_size:
         raise DenseShortcutError(
-            "--batch-size 1 at --image-size 32 leaves a batch norm one pixel: take 2 images or more."
+            f"--batch-size 1 at --image-size {one_pixel} leaves a batch norm one pixel: take 2 images or more."
         )
     if config.folded and "train" in config.what:
         raise DenseShortcutError("--folded leaves networks that only infer: add --what infer.")

@@ -17,8 +17,8 @@ Cells = list[list[str]]
 GROWTH_NAMES = {
     "train": ("extra time of a training step, ms", 1e3),
     "infer": ("extra time of inference, ms", 1e3),
-    "bytes": ("bytes of a training step, MB", 1e-6),
-    "least bytes": ("least bytes of a training step, MB", 1e-6),
+    "bytes": ("bytes of a training step at the ends of blocks, MB", 1e-6),
+    "least bytes": ("least bytes of a training step at the ends of blocks, MB", 1e-6),
 }
 
 
@@ -53,7 +53,15 @@ def cost_cells(result: Result, device: str) -> Cells:
         megabytes = [None if b is None else b / 1e6 / result.shape[0] for b in moved]
         ratio = _form(memory_ratio(row, result.rows[0]), ".3f")
         rows.append([row.name, _form(peak, ",.0f"), ratio, launches, *(_form(b, ",.1f") for b in megabytes)])
-    heads = ["network", "memory, MiB", "ratio", f"{launched}, train/infer", "shortcuts, MB/image", "least", "untiled"]
+    heads = [
+        "network",
+        "memory, MiB",
+        "ratio",
+        f"{launched}, train/infer",
+        "ends of blocks, MB/image",
+        "least",
+        "untiled",
+    ]
     return [heads, *rows]
 
 

@@ -1,4 +1,9 @@
-"""Feature maps that shortcuts read and write: the least that must move, from shapes, and what an operator run moves."""
+"""Feature maps that the ends of blocks read and write: the least that must move, and what an operator run moves.
+
+Both are of one region: from the output of a branch's last convolution, and of the projection's, to the stage's maps
+X_l. In it are the batch norms behind these convolutions, the shortcuts, the sum and the activation, for the operator
+makes them in one pass, and what it saves of one must not be credited to another.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -14,7 +19,7 @@ from .public_form import PublicStage
 
 
 class Traffic(NamedTuple):
-    """Feature maps moved by the shortcuts of a stage, one unit a map read or written.
+    """Feature maps moved by the ends of a stage's blocks, one unit a map read or written.
 
     pairs counts maps read as terms of sums, and partial sums written and read back; forward and backward count all.
     """
@@ -24,29 +29,30 @@ class Traffic(NamedTuple):
     backward: int
 
 
-def least_traffic(depth: int, tile: int | None = None) -> Traffic:
-    """The feature maps that the shortcuts of one stage must move in a training step.
+def least_traffic(depth: int, tile: int | None = None, *, projection: bool = False, norms: bool = True) -> Traffic:
+    """The feature maps that the ends of one stage's blocks must move in a training step.
 
-    Untiled, block l reads its branch and l earlier maps and writes its output: L(L+1)/2 pair reads. In groups of g
-    blocks the maps before a group are read once for all of its g sums, which leaves g partial sums to write and to read
-    back (`tiling.Tiling.traffic`).
+    Forward, block l reads its branch and l earlier maps and writes its output: L(L+1)/2 pair reads and 2L. In groups of
+    g blocks the maps before a group are read once for all of its g sums, which leaves g partial sums to write and to
+    read back (`tiling.Tiling.traffic`). Statistics are taken while a map is written, by whatever writes it.
 
     Backward, the gradient of X_i is pulled from the gradients of the later sums: the same pairs the other way round,
     and X_i read, its incoming gradient read and its gradient written, for X_0 .. X_L; the products <G_l, X_i> that give
-    the weights' gradients come from the same reads. In tiles, which are cut from the last map on, X_i is read once more
-    for the sums outside its own tile.
-
-    Statistics are taken while a map is written. Partial sums count as maps of the same dtype.
+    the weights' gradients come from the same reads. X_0 has no incoming gradient where a projection makes it, for only
+    shortcuts use it then. Through a batch norm the gradient of the branch is another one than that of its sum, and
+    needs the branch: one more read and write a block. In tiles, which are cut from the last map on, X_i is read once
+    more for the sums outside its own tile. Partial sums count as maps of the same dtype.
 
     Args:
         depth: number of blocks L.
         tile: blocks g in a tile, or None for untiled.
+        projection: whether a projection makes X_0.
+        norms: whether the branches end in batch norms.
     """
     tiling = Tiling(depth, depth if tile is None else tile)
     again = depth - min(tiling.size, depth)
-    return Traffic(
-        tiling.traffic, forward=tiling.traffic + 2 * depth, backward=tiling.traffic + again + 3 * (depth + 1)
-    )
+    own = 3 * (depth + 1) - projection + 2 * depth * norms
+    return Traffic(tiling.traffic, forward=tiling.traffic + 2 * depth, backward=tiling.traffic + again + own)
 
 
 def best_tile(depth: int) -> int | None:
@@ -55,33 +61,38 @@ def best_tile(depth: int) -> int | None:
     return size if size < depth else None
 
 
-def host_traffic(depth: int, projection: bool) -> int:
-    """Feature maps that a host moves for the shortcuts and activations of one stage in an eager training step.
+def host_traffic(depth: int, projection: bool, norms: int) -> tuple[int, int]:
+    """Feature maps that a host moves in the same region of one stage in an eager step, forward and backward.
 
     For each block the add in place takes 3, ReLU in place 2 and its gradient 3; the sum of a map's two gradients takes
-    3, but X_0 has one gradient only where a projection makes it.
+    3, but X_0 has one gradient only where a projection makes it. Each of the batch norms that end a branch or a
+    projection, `norms` in number, takes 2 and its gradient 3.
     """
-    return 11 * depth - 3 * projection
+    return 5 * depth + 2 * norms, 6 * depth - 3 * projection + 3 * norms
 
 
 class ShortcutBytes(NamedTuple):
-    """Bytes of a training step's shortcuts: moved, the least (in tiles where they gain), the least untiled."""
+    """Bytes of the ends of blocks in a step: moved, the least (in tiles where they gain), the least untiled."""
 
     moved: int
     least: int
     untiled: int
 
 
-def shortcut_bytes(network: nn.Module, host: nn.Module, step: Callable[[nn.Module], Any]) -> ShortcutBytes | None:
-    """Bytes that a network's shortcuts move, forward and backward, activation included; None where it has none.
+def shortcut_bytes(
+    network: nn.Module, host: nn.Module, step: Callable[[nn.Module], Any], *, trains: bool = True
+) -> ShortcutBytes | None:
+    """Bytes that a network moves for shortcuts, sums, activations and the norms before them; None without shortcuts.
 
-    What is moved is what the operators of a step read and write, less those of the same step of the host, plus the
-    host's own shortcuts (`host_traffic`). An operator counts each of its tensors once, whatever it does inside.
+    What is moved is what the operators of a step read and write, less those of the same step of the host, plus what the
+    host moves in the region itself (`host_traffic`). An operator counts each of its tensors once, whatever it does
+    inside. Nothing moves less than `least`, which bounds the same region.
 
     Args:
         network: a plugged network or a public form.
         host: the network that it was made from.
-        step: forward and backward pass of a network, eager.
+        step: forward and backward pass of a network, eager, or the forward pass alone.
+        trains: whether there is a backward pass.
     """
     stages: list[Any] = [m for m in network.modules() if isinstance(m, DenseStage | PublicStage)]
     if not stages:
@@ -99,10 +110,28 @@ def shortcut_bytes(network: nn.Module, host: nn.Module, step: Callable[[nn.Modul
     untiled = least = 0
     for place, stage in enumerate(stages):
         depth, size = len(stage), sizes[place]
-        untiled += size * sum(least_traffic(depth)[1:])
-        least += size * sum(least_traffic(depth, best_tile(depth))[1:])
-        moved += size * host_traffic(depth, read(stage.blocks[0]).projects())
+        blocks: list[Any] = list(stage.blocks)
+        projection, ends = read(blocks[0]).projects(), sum(map(_ends_in_norm, blocks))
+        known: dict[str, Any] = {"projection": projection, "norms": ends == depth}
+        whole, tiled = least_traffic(depth, **known), least_traffic(depth, best_tile(depth), **known)
+        untiled += size * (whole.forward + trains * whole.backward)
+        least += size * (tiled.forward + trains * tiled.backward)
+        forward, backward = host_traffic(depth, projection, ends + sum(map(_projects_by_norm, blocks)))
+        moved += size * (forward + trains * backward)
     return ShortcutBytes(moved, least, untiled)
+
+
+def _ends_in_norm(block: Any) -> bool:
+    """Whether a batch norm follows the last convolution of a block's branch and ends it."""
+    reading = read(block)
+    end = reading.last_conv()
+    followers = [norm for conv, norm in reading.conv_norms() if block.get_submodule(conv) is end]
+    return any(type(block.get_submodule(norm)) is nn.BatchNorm2d for norm in followers)
+
+
+def _projects_by_norm(block: Any) -> bool:
+    layers = block.downsample if isinstance(getattr(block, "downsample", None), nn.Sequential) else []
+    return len(layers) > 0 and type(layers[-1]) is nn.BatchNorm2d
 
 
 class Operators(TorchDispatchMode):

@@ -3,11 +3,13 @@
 They are built once with the machine's own C++ compiler and kept in a cache.
 """
 
+import atexit
 import ctypes
 import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -125,20 +127,22 @@ _ARGUMENTS: dict[str, list[type]] = {
 @cache
 def library() -> tuple[ctypes.CDLL | None, str]:
     """The compiled kernels, or None, and why. The first call on a machine compiles them, which takes some seconds."""
-    compiler = next((found for name in _compilers() if (found := shutil.which(name))), None)
-    if compiler is None:
-        return None, "no C++ compiler found"
+    command = next((given for given in _compilers() if given and shutil.which(given[0])), None)
+    if command is None:
+        given = os.environ.get("CXX")
+        return None, f"no C++ compiler found{f': CXX is {given!r}' if given else ''}"
+    compiler = shlex.join([Path(command[0]).name, *command[1:]])
     try:
-        loaded = ctypes.CDLL(str(_built(compiler)))
+        loaded = _loaded(command)
     except (OSError, subprocess.SubprocessError) as error:
         told = getattr(error, "stderr", None) or str(error)
         _logger.warning("the compiled kernels could not be built by %s: %s", compiler, told.strip())
-        return None, f"{Path(compiler).name} could not build them"
+        return None, f"{compiler} could not build them"
     for name, arguments in _ARGUMENTS.items():
         for suffix in ("f32", "f64"):
             function = getattr(loaded, f"{name}_{suffix}")
             function.argtypes, function.restype = arguments, None
-    return loaded, f"compiled by {Path(compiler).name}"
+    return loaded, f"compiled by {compiler}"
 
 
 def supports(dtype: torch.dtype) -> bool:
@@ -149,51 +153,96 @@ def supports(dtype: torch.dtype) -> bool:
     return dtype != torch.float16 or bool(loaded.dense_shortcuts_has_half())
 
 
-def _compilers() -> list[str]:
-    return [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+def _compilers() -> list[list[str]]:
+    """Commands to try, in words: CXX may hold options, or a cache before the compiler."""
+    given = os.environ.get("CXX")
+    if not given:
+        return [["c++"], ["g++"], ["clang++"]]
+    try:
+        return [shlex.split(given)]
+    except ValueError:  # a quotation that does not end
+        return [[given]]
 
 
-def _built(compiler: str) -> Path:
-    """Path of the shared library for this source, compiler and processor, built if it is not there yet."""
+def _loaded(command: list[str]) -> ctypes.CDLL:
+    """The shared library, built where there is none that is whole and loads."""
     source = Path(__file__).with_name("native.cpp")
-    identity = "\n".join([source.read_text(), compiler, *_FLAGS, torch.__version__, _processor()])
-    name = f"native-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-    folder = _cache_folder()
-    target = folder / name
-    if target.is_file():
-        return target
-    _logger.info("compiling the kernels for the CPU with %s into %s", compiler, folder)
-    # Another process may be building the same file: each writes its own and the last one stands.
+    identity = "\n".join(
+        [source.read_text(), str(shutil.which(command[0])), *command[1:], *_FLAGS, torch.__version__, _processor()]
+    )
+    name = f"native-{_digest(identity.encode())}"
+    chosen = _chosen_folder()
+    if (whole := _whole(chosen, name)) is not None:
+        try:
+            return ctypes.CDLL(str(whole))
+        except OSError as error:
+            _logger.warning("%s cannot be loaded (%s) and is built anew", whole, error)
+    return ctypes.CDLL(str(_built(command, source, _writable(chosen), name)))
+
+
+def _whole(folder: Path, name: str) -> Path | None:
+    """The library of that name in a folder, if its content is what was written: a part of one kills its process."""
+    try:
+        found = [
+            path for path in sorted(folder.glob(f"{name}-*.so")) if path.stem == f"{name}-{_digest(path.read_bytes())}"
+        ]
+    except OSError:
+        return None
+    return found[0] if found else None
+
+
+def _built(command: list[str], source: Path, folder: Path, name: str) -> Path:
+    """Build the library; its file's name ends in a digest of its content."""
+    _logger.info("compiling the kernels for the CPU with %s into %s", shlex.join(command), folder)
+    # Another process may be building the same: each writes its own file, and any whole one will do.
     handle, temporary = tempfile.mkstemp(suffix=".so", dir=folder)
     os.close(handle)
     try:
-        _compile(compiler, source, temporary)
+        _compile(command, source, temporary)
+        with open(temporary, "rb+") as file:
+            target = folder / f"{name}-{_digest(file.read())}.so"
+            os.fsync(file.fileno())
         os.replace(temporary, target)
     finally:
         Path(temporary).unlink(missing_ok=True)
     return target
 
 
-def _compile(compiler: str, source: Path, target: str) -> None:
-    command = [compiler, *_FLAGS, *_LINK, str(source), "-o", target]
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _compile(command: list[str], source: Path, target: str) -> None:
+    whole = [*command, *_FLAGS, *_LINK, str(source), "-o", target]
     try:
-        subprocess.run([*command, "-fopenmp"], check=True, capture_output=True, text=True)
+        subprocess.run([*whole, "-fopenmp"], check=True, capture_output=True, text=True)
     except subprocess.CalledProcessError:  # Apple's compiler has no OpenMP: one thread then
-        subprocess.run([*command, "-Wno-unknown-pragmas"], check=True, capture_output=True, text=True)
+        subprocess.run([*whole, "-Wno-unknown-pragmas"], check=True, capture_output=True, text=True)
 
 
-def _cache_folder() -> Path:
-    """The user's cache, or where it cannot be written a folder of this process's own."""
+def _chosen_folder() -> Path:
+    """Where libraries are kept: the user's cache, or the folder that the environment names."""
     chosen = os.environ.get(CACHE_VARIABLE)
     folder = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dense_shortcuts"
-    folder = folder.expanduser()
+    return folder.expanduser()
+
+
+def _writable(folder: Path) -> Path:
+    """The folder, made where it is missing; where it cannot be written, one of this process's own, gone at its end."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if os.access(folder, os.W_OK):
             return folder
     except OSError:
         pass
-    return Path(tempfile.mkdtemp(prefix="dense_shortcuts-"))
+    _logger.warning(
+        "%s cannot be written, so every process compiles the kernels anew: name another folder in %s",
+        folder,
+        CACHE_VARIABLE,
+    )
+    own = tempfile.mkdtemp(prefix="dense_shortcuts-")
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    return Path(own)
 
 
 def _processor() -> str:

@@ -25,15 +25,18 @@ def choose(x: Tensor, wanted: str = "auto") -> str:
 
     Args:
         x: a feature map, (N, C, H, W).
-        wanted: "auto" or a back end by name; the environment variable DENSE_SHORTCUTS_BACKEND goes before "auto".
+        wanted: "auto" or a back end by name; the environment variable DENSE_SHORTCUTS_BACKEND, unless it is empty, goes
+            before "auto".
 
     Raises:
         DenseShortcutError: unknown name, or a named back end that cannot run here, or not on such a map or in such a
             transform. An empty map needs no kernel: it takes the plain form under any name.
     """
-    wanted = os.environ.get(VARIABLE, "auto") if wanted == "auto" else wanted
-    if wanted not in BACKENDS:
-        raise DenseShortcutError(f"unknown back end {wanted!r}: choose one of {', '.join(BACKENDS)}.")
+    named = (os.environ.get(VARIABLE) or "auto") if wanted == "auto" else wanted
+    if named not in BACKENDS:
+        where = f" in {VARIABLE}" if wanted == "auto" else ""
+        raise DenseShortcutError(f"unknown back end {named!r}{where}: choose one of {', '.join(BACKENDS)}.")
+    wanted = named
     if wanted == "plain" or (wanted == "auto" and (is_traced(x) or is_transformed())):
         return "plain"
     if is_transformed():

@@ -157,6 +157,10 @@ def test_the_plain_command_measures_the_goals_of_its_device():
         (["--depths", "4", "-1"], "--depths is -1"),
         (["--rounds", "0"], "--rounds is 0"),
         (["--batch-size", "1", "--image-size", "32"], "leaves a batch norm one pixel"),
+        (
+            ["--depths", "1", "--models", "host", "--image-size", "1", "--batch-size", "1"],
+            "--image-size 1 leaves a batch",
+        ),
         (["--output", "here"], "here exists already: choose another --output"),
         (["--output", "file.txt/a"], "cannot make file.txt/a"),
     ],

@@ -84,3 +84,24 @@ def test_a_goal_of_either_mode_takes_the_better_one():
     assert group["cuda: train, dsnet152 over torchvision.resnet152"][2] == "not run here"
     elsewhere = outcomes([at("eager", 1.0)], config, "NVIDIA A100", threads=8)
     assert {o.verdict for o in elsewhere} == {"not run here"}
+
+
+def test_all_goals_of_a_network_are_held_to_one_mode():
+    """Speed by one mode and memory by the other would be met by no network that anybody can run."""
+    own, config, shape = own_backend("cuda")[0], BenchConfig(device="cuda").resolved("cuda"), (256, 3, 224, 224)
+
+    def at(mode: str, seconds: float, peak: int) -> Result:
+        others = [row("torchvision.resnet50", [1.0]), row("torchvision.densenet121", [2.0])]
+        return result([*others, row(f"dsnet50/group/{own}", [seconds], peak)], shape, mode)
+
+    def verdicts(*results: Result) -> dict[str, tuple]:
+        found = outcomes(results, config, "NVIDIA H100 80GB HBM3", threads=8)
+        wanted = [o for o in found if o.norm == "group" and o.goal.startswith("cuda: ") and "dsnet50" in o.goal]
+        return {o.goal.split(": ")[1]: (o.mode, o.verdict) for o in wanted}
+
+    train, memory = "train, dsnet50 over torchvision.resnet50", "memory, dsnet50 over torchvision.resnet50"
+    apart = verdicts(at("eager", 1.5, 100), at("compiled", 1.0, 120))  # speed met by one, memory by the other
+    assert {mode for mode, _ in apart.values()} == {"compiled"}
+    assert (apart[train][1], apart[memory][1]) == ("met", "not met")
+    both = verdicts(at("compiled", 1.0, 120), at("eager", 1.0, 100))
+    assert set(both.values()) == {("eager", "met")}
