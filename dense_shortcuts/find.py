@@ -222,6 +222,8 @@ def _nothing_found(model: nn.Module, refused: list[Refused]) -> str:
         return f"{name} holds no residual blocks: there is nothing to plug into."
     cls = often[0][0]
     one = next(refusal for refusal in near if refusal.cls is cls)
+    if issubclass(cls, torch.jit.ScriptModule):  # whose code cannot be changed by any adapter
+        return f"{name} has nothing to plug into. {one.where}: {one.reason}."
     if one.reason in (_UNFED, _ALONE):
         return (
             f"{name} has nothing to plug into. {cls.__qualname__} at {one.where} is a residual block, but {one.reason}."

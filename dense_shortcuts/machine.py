@@ -4,6 +4,7 @@ import datetime
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -108,9 +109,10 @@ def compilers() -> dict[str, str]:
     """C++ and GPU compilers on the path, with what they say of their version."""
     found = {}
     for name in dict.fromkeys((os.environ.get("CXX") or "c++", *COMPILERS)):
-        if (path := shutil.which(name)) is not None:
+        program, *given = shlex.split(name)
+        if (path := shutil.which(program)) is not None:
             option = [] if name == "cl" else ["--version"]
-            done = subprocess.run([path, *option], capture_output=True, text=True, check=False)
+            done = subprocess.run([path, *given, *option], capture_output=True, text=True, check=False)
             lines = (done.stdout + done.stderr).splitlines()
             found[name] = next((line for line in lines if re.search(r"\d\.\d", line)), "of unknown version")
     return found

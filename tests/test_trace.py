@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import hosts
 import numpy as np
 import pytest
 import torch
@@ -612,17 +613,62 @@ def test_convolutions_over_a_sequence_have_their_channels_second_at_any_length(c
         assert_close(net(x), host(x), 1e-12, f"length {length}")
 
 
-def test_blocks_over_volumes_are_refused_for_that():
-    class Volume(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv3d(C, C, 3, padding=1)
+class Volume(nn.Module):
+    """Maps (N, C, D, H, W)."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return x + self.conv(x)
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv3d(channels, channels, 3, padding=1), nn.BatchNorm3d(channels)
 
-    with pytest.raises(ds.DenseShortcutError, match=r"it takes volumes \(N, C, D, H, W\)"):
-        ds.plan(nn.Sequential(Volume(), Volume()))
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.norm(self.conv(x)))
+
+
+class Table(nn.Module):
+    """Rows of numbers (N, C)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(channels), nn.Linear(channels, 12), nn.Linear(12, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+@pytest.mark.parametrize("backend", ["plain", "cpu", "native"])
+@pytest.mark.parametrize(("cls", "shape"), [(Volume, (2, 4, 3, 5, 2)), (Table, (7, 4))])
+@pytest.mark.parametrize("norm", [None, "layer", "auto", "batch"])
+def test_volumes_and_tables_are_summed_as_maps_are(norm, cls, shape, backend):
+    host = nn.Sequential(*[cls(4) for _ in range(3)]).double().eval()
+    net = ds.plug_in(copy.deepcopy(host), norm=norm, init="ones", backend=backend).eval()
+    hosts.randomise_parameters(ds.shortcut_parameters(net), seed=3)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    weights = [p for _, p in ds.shortcut_parameters(net)]
+
+    def normalised(i: int, x: Tensor) -> Tensor:
+        if norm is None:
+            return x
+        module = net.shortcut.norms[i]
+        if norm == "batch":  # by its running statistics, at their start
+            return x / (1 + module.eps) ** 0.5
+        if cls is Table:
+            return F.layer_norm(x, x.shape[1:])
+        return F.group_norm(x, module.num_groups)
+
+    maps = [x]
+    for k, block in enumerate(host):
+        branch = block.norm(block.conv(maps[-1])) if cls is Volume else block(maps[-1]) - maps[-1]
+        column = (4, *[1] * (len(shape) - 2))
+        total = branch + sum(
+            w.reshape(column) * normalised(i, m) for i, (w, m) in enumerate(zip(weights[k], maps, strict=True))
+        )
+        maps.append(F.relu(total) if cls is Volume else total)
+    assert_close(net(x), maps[-1], 1e-10, "output")
+    with torch.no_grad():
+        assert_close(net(x), maps[-1], 1e-10, "output without gradients")
+    leaves = [x, *weights]
+    for ours, wanted in zip(*(torch.autograd.grad(y.square().sum(), leaves) for y in (net(x), maps[-1])), strict=True):
+        assert_close(ours, wanted, 1e-9, "gradient")
 
 
 class ForOneSize(nn.Module):
