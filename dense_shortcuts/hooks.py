@@ -22,8 +22,8 @@ def observed(module: nn.Module) -> bool:
 
 def has_own_hooks(module: nn.Module) -> bool:
     """Whether a hook was registered on the module itself, or its forward pass was replaced, as Accelerate does."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in module.__dict__
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own) or "forward" in module.__dict__
 
 
 def has_hooks(module: nn.Module) -> bool:
