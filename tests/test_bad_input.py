@@ -16,6 +16,7 @@ from hosts import assert_close
 from test_plug import assert_same, one_sentence, snapshot
 from test_trace import Plain, Residual, network
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import dense_shortcuts as ds
 
@@ -298,6 +299,26 @@ def test_a_wrong_argument_leaves_a_traced_network_as_it_was(options, named):
         ds.plug_in(net, **options)
     assert named in one_sentence(error)
     assert_same(before, snapshot(net))
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before plugging", "after"])
+def test_layers_in_a_block_may_be_parametrized_and_the_block_itself_not(first):
+    net, x = host_of("traced").eval(), X
+    conv = next(m for m in stage_of(net)[1].modules() if isinstance(m, nn.Conv2d))
+    if first:
+        nn.utils.parametrizations.weight_norm(conv)
+    expected = net(x)
+    ds.plug_in(net, keep_identity=True)
+    if not first:
+        nn.utils.parametrizations.weight_norm(conv)
+    assert_close(net(x), expected.double(), 1e-5, "output")
+
+    other = host_of("traced")
+    for block in stage_of(other):
+        block.gain = nn.Parameter(torch.ones(1))
+        parametrize.register_parametrization(block, "gain", nn.Identity())
+    with pytest.raises(ds.DenseShortcutError, match="it has parametrizations of its own"):
+        ds.plan(other)
 
 
 def test_what_is_no_network_is_refused():

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import DenseShortcutError
 from .block import Join, joined
@@ -217,6 +218,8 @@ def understand(block: nn.Module) -> Reading:
     scripted = next((name for name, m in block.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
     if scripted is not None:
         raise NoResidual(f"its {scripted} is scripted" if scripted else "it is scripted, so its code cannot be changed")
+    if is_parametrized(block):  # its class is one of its own, whose instances PyTorch does not copy
+        raise NoResidual("it has parametrizations of its own: plug in first and parametrize the layers in it")
     host: Any = type(block)
     needed, parts = _needed_arguments(host), {}
     layout = cache(lambda: probe(block, needed))  # found only for what else may be residual
