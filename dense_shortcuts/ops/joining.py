@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..errors import DenseShortcutError
 from . import forms, fused, native, tiles
+from .dispatch import arithmetic
 from .forms import BATCH, NONE, RAW, form
 from .operators import is_eager
 from .reference import accumulation_dtype, dense_sum, moments
@@ -112,6 +113,11 @@ def running_form(
     if backend == "native" and not asked and is_eager(mean):
         return native.running_form(mean, var, eps, weight, bias)
     dtype = accumulation_dtype(mean.dtype)
+    if backend == "triton" and not asked and is_eager(mean):  # the form by the moments of one image
+        found: tuple[Tensor, ...] = arithmetic(backend).form(
+            mean.to(dtype)[None], var.to(dtype)[None], BATCH, eps, weight, bias
+        )
+        return found[0], found[1]
     rate = torch.rsqrt(var.to(dtype) + eps)
     rate = rate if weight is None else rate * weight.to(dtype)
     shift = -mean.to(dtype) * rate if bias is None else torch.addcmul(bias.to(dtype), mean.to(dtype), rate, value=-1)
@@ -140,7 +146,8 @@ class _NestedForm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, mean: Tensor, var: Tensor, weight: Any, bias: Any, backend: str, *settings: Any) -> Any:
-        ctx.kernels = native if backend == "native" and is_eager(mean) else forms
+        backend = backend if is_eager(mean) else "plain"
+        ctx.kernels = native if backend == "native" else arithmetic(backend)
         found: tuple[Tensor, ...] = ctx.kernels.nested_form(mean, var, weight, bias, *settings)
         ctx.save_for_backward(mean, var, weight, bias, *found[2:])
         ctx.mark_non_differentiable(*found[2:])
