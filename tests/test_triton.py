@@ -376,6 +376,7 @@ def arithmetic(batch, count, dtype=torch.float32):
         found = triton_forms.nested_form(mean, mean, *affine, 1e-5, groups, 1e-6)
         triton_forms.nested_form_backward(mean, mean, *affine, found[2:], found[:2], 1e-5, groups, 1e-6)
     branch = numbers(1, 1024), numbers(1, 1024)
+    triton_forms.move(affine, branch, 1.5, 0.1)
     for first, branch in ((0, branch), (count - 1, None)):
         found = triton_forms.coefficients(empty(count, 1024), rates, rates, first, branch)
         triton_forms.coefficients_backward(empty(count, 1024), rates, rates, first, branch is not None, *found)
@@ -416,8 +417,9 @@ def test_kernels_compile_for_an_h100(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])
     of_maps = ("dots", "join", "merge", "mix", "pull")
-    of_numbers = ("coefficients", "coefficients_backward", "form", "form_backward", "nested_inner", "nested_outer")
-    assert seen["names"] == sorted(f"_{name}_kernel" for name in (*of_maps, *of_numbers))
+    of_numbers = ("coefficients", "coefficients_backward", "form", "form_backward", "move")
+    nested = ("nested_inner", "nested_outer")
+    assert seen["names"] == sorted(f"_{name}_kernel" for name in (*of_maps, *of_numbers, *nested))
     assert all(wide for name, wide in seen["wide"] if name in ("_join_kernel", "_pull_kernel"))
     assert not seen["atomics"]
     assert [(name, usage) for name, usage in seen["usages"] if usage is None or usage[1] > 0] == []

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from dense_shortcuts.ops import BATCH, NONE, RAW, forms, fused
+from dense_shortcuts.ops import BATCH, NONE, RAW, forms, fused, joining
 from dense_shortcuts.ops.sums import Sum
 
 triton_forms = pytest.importorskip("dense_shortcuts.ops.triton_forms", reason="triton is not installed")
@@ -23,6 +23,54 @@ DTYPES = {torch.float64: 1e-12, torch.float32: 2e-5}
 NARROW = {torch.float64: torch.float32, torch.float32: torch.bfloat16}
 EPS, OUTER_EPS = 1e-3, 1e-5  # in float32 1e-5 is another number than in float64
 SIZES = [(1, 1, 1), (1, 6, 3), (3, 33, 11), (2, 70, 1), (5, 48, 48), (3, 1200, 1), (41, 9, BATCH), (1, 50, BATCH)]
+
+
+# What takes no launch: these make tensors without numbers, or other views of the same.
+FREE = {
+    *("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "promote_types"),
+    *("view", "_unsafe_view", "expand", "unbind", "select", "slice", "t", "transpose", "permute", "detach", "alias"),
+    *("unsqueeze", "squeeze", "split", "as_strided"),
+}
+
+
+class Noted(TorchDispatchMode):
+    """Notes the names of PyTorch's leaf operators as they run, views left out."""
+
+    def __init__(self, seen: list[str]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.overloadpacket.__name__ not in FREE:
+            self.seen.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+class NotedKernel:
+    """Notes the name of a Triton kernel as it is launched."""
+
+    def __init__(self, name: str, kernel: Any, seen: list[str]) -> None:
+        self.name, self.kernel, self.seen = name, kernel, seen
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: Any, **constants: Any) -> None:
+            self.seen.append(self.name)
+            with _disable_current_modes():  # the interpreter copies its arguments
+                self.kernel[grid](*arguments, **constants)
+
+        return launch
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """What ran under `Noted(launches)`: PyTorch's operators, views left out, and Triton's kernels, in order."""
+    seen: list[str] = []
+    for module in (kernels, triton_forms):
+        for name in [n for n in dir(module) if n.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, NotedKernel(name, getattr(module, name), seen))
+    return seen
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -132,6 +180,31 @@ def compare_coefficients(
     assert_same(ours[1:], theirs[1:], DTYPES[dtype])
 
 
+@pytest.mark.parametrize("channels", [1, 33, 300])
+def test_running_statistics_move_and_are_used_as_by_pytorch(channels, launches):
+    running, found = numbers(2, channels, dtype=torch.float32).abs(), numbers(2, 1, channels, dtype=torch.float32).abs()
+    weight, bias = numbers(2, channels, dtype=torch.float32).unbind()
+    ours, theirs = running.clone(), running.clone()
+    for moved, backend in ((ours, "triton"), (theirs, "plain")):
+        joining.move(moved.unbind(), found.unbind(), 1.25, 0.1, backend)
+    assert_same(ours, theirs, 1e-6)
+    for affine in ((weight, bias), (None, bias), (None, None)):
+        pair = [joining.running_form(*theirs, 1e-3, *affine, backend) for backend in ("triton", "plain")]
+        assert_same(*pair, 1e-6)
+    assert launches == ["_move_kernel", *["_form_kernel"] * 3]
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+@pytest.mark.parametrize("backend", ["plain", "triton"])
+def test_one_result_of_a_nested_form_may_go_unused(backend, missing):
+    mean, var = numbers(3, 6).requires_grad_(), numbers(3, 6).square().requires_grad_()
+    given = (mean, var, None, None, EPS, 2, EPS)
+    used = numbers(3, 6)
+    ours, theirs = joining.nested_form(*given, backend), forms.nested_form(*given)
+    grads = [torch.autograd.grad((found[missing] * used).sum(), (mean, var)) for found in (ours, theirs)]
+    assert_same(*grads, 1e-10)
+
+
 @pytest.mark.parametrize("groups", [BATCH, 2])
 def test_two_runs_are_bit_equal(groups):
     def run() -> list[Tensor]:
@@ -143,54 +216,6 @@ def test_two_runs_are_bit_equal(groups):
         return [*found, *to, back[0], *back[1], *back[2], *back[3:]]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
-
-
-# What takes no launch: these make tensors without numbers, or other views of the same.
-FREE = {
-    *("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "promote_types"),
-    *("view", "_unsafe_view", "expand", "unbind", "select", "slice", "t", "transpose", "permute", "detach", "alias"),
-    *("unsqueeze", "squeeze", "split", "as_strided"),
-}
-
-
-class Noted(TorchDispatchMode):
-    """Notes the names of PyTorch's leaf operators as they run, views left out."""
-
-    def __init__(self, seen: list[str]) -> None:
-        super().__init__()
-        self.seen = seen
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func.overloadpacket.__name__ not in FREE:
-            self.seen.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
-class NotedKernel:
-    """Notes the name of a Triton kernel as it is launched."""
-
-    def __init__(self, name: str, kernel: Any, seen: list[str]) -> None:
-        self.name, self.kernel, self.seen = name, kernel, seen
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*arguments: Any, **constants: Any) -> None:
-            self.seen.append(self.name)
-            with _disable_current_modes():  # the interpreter copies its arguments
-                self.kernel[grid](*arguments, **constants)
-
-        return launch
-
-
-@pytest.fixture
-def launches(monkeypatch):
-    """What ran under `Noted(launches)`: PyTorch's operators, views left out, and Triton's kernels, in order."""
-    seen: list[str] = []
-    for module in (kernels, triton_forms):
-        for name in [n for n in dir(module) if n.endswith("_kernel")]:
-            monkeypatch.setattr(module, name, NotedKernel(name, getattr(module, name), seen))
-    return seen
 
 
 @pytest.mark.parametrize("size", [(5, 3), (40, 17)], ids=["one tile", "many tiles"])

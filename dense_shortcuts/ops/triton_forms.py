@@ -382,6 +382,25 @@ def _nested_inner_kernel(
         tl.store(grad_var + n * channels + c, rate * rate * through + to_variance, mask=mask)
 
 
+@triton.jit(do_not_specialize=["channels"])
+def _move_kernel(
+    running_mean,  # (C,), as running_var
+    running_var,
+    mean,  # (1, C), as var
+    var,
+    channels,
+    unbiased,
+    step,
+    BLOCK: tl.constexpr,
+):
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = c < channels
+    old = tl.load(running_mean + c, mask=mask)
+    tl.store(running_mean + c, old + step * (tl.load(mean + c, mask=mask) - old), mask=mask)
+    old = tl.load(running_var + c, mask=mask)
+    tl.store(running_var + c, old + step * (unbiased * tl.load(var + c, mask=mask) - old), mask=mask)
+
+
 def form(
     mean: Tensor, var: Tensor, groups: int, eps: float, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -577,6 +596,13 @@ def coefficients_backward(
                 BLOCK_C=_ROWS,
             )
     return to_weight, list(to_rates.unbind()), list(to_shifts.unbind()), to_branch[0], to_branch[1]
+
+
+def move(running: Sequence[Tensor], found: Sequence[Tensor], unbiased: float, step: float) -> None:
+    """`joining.move` of float32 numbers, in one launch."""
+    channels = running[0].shape[0]
+    with torch.cuda.device_of(running[0]):
+        _move_kernel[(triton.cdiv(channels, _TERMS),)](*running, *found, channels, unbiased, step, BLOCK=_TERMS)
 
 
 def _launches(maps: int) -> list[tuple[int, int]]:
