@@ -136,7 +136,7 @@ def test_compiled_operator_at_one_go_matches_its_parts(before, groups, dtype, to
         head = ([branch], None) if before == "addend" else ([], branch)
         given = Sum(*head, affine, fixed, 1e-3, summed, weight, rates, shifts, relu, groups, 1e-3)
         y, own, theirs = native.block(given, None)
-        expected = fused._block_by_parts(reference, given, None)
+        expected = fused._block_by_parts(reference, given, None, "plain")
         for ours, wanted in zip(([y], own, theirs), ([expected[0]], *expected[1:]), strict=True):
             assert_all_close(ours, wanted, tolerance)
 

@@ -12,7 +12,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from ..errors import DenseShortcutError
-from . import compiled
+from . import compiled, forms
 
 BACKENDS = ("auto", "plain", "cpu", "native", "triton")
 VARIABLE = "DENSE_SHORTCUTS_BACKEND"
@@ -56,6 +56,11 @@ def choose(x: Tensor, wanted: str = "auto") -> str:
 def kernels(backend: str) -> Any:
     """The module of a back end's kernels, imported when first used: triton is not everywhere."""
     return importlib.import_module(f".{backend}", __package__)
+
+
+def arithmetic(backend: str) -> Any:
+    """The module of a back end's arithmetic per channel: `forms`, or what gives the same in few launches."""
+    return kernels("triton_forms") if backend == "triton" else forms
 
 
 def own_backend(device: str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:

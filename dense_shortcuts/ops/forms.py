@@ -65,14 +65,13 @@ def form_backward(
         count: number of pixels that are normalised together.
 
     Returns:
-        offset, slope, (N, C) or (1, C); the gradients of weight and bias, both (C,).
+        offset, slope, (N, C) or (1, C); the gradients of weight and bias, both (C,), or empty without a weight.
     """
     invstd = torch.rsqrt(variance + eps)
-    mean_of_each, invstd_of_each = (_spread(t[..., None] if groups else t, grad_rate, groups) for t in (pooled, invstd))
+    mean_of_each = _spread(pooled[..., None] if groups else pooled, grad_rate, groups)
 
     # with t = invstd: rate = w t and shift = b - w M t, so dt = w (grad_rate - M grad_shift) and dM = -w t grad_shift
     through, moved = grad_rate - mean_of_each * grad_shift, grad_shift
-    grad_weight = (through * invstd_of_each).sum(0)
     if weight is not None:
         through, moved = through * weight.to(through.dtype), moved * weight.to(through.dtype)
     if groups != BATCH:
@@ -82,7 +81,24 @@ def form_backward(
     offset = moved * invstd * (-1.0 / count) - slope * pooled
     if groups != BATCH:
         offset, slope = (_spread(t[..., None], grad_rate, groups) for t in (offset, slope))
-    return offset, slope, grad_weight, grad_shift.sum(0)
+    return offset, slope, *affine_backward(pooled, variance, groups, eps, weight, grad_rate, grad_shift)
+
+
+def affine_backward(
+    pooled: Tensor,
+    variance: Tensor,
+    groups: int,
+    eps: float,
+    weight: Tensor | None,
+    grad_rate: Tensor,
+    grad_shift: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The last two results of `form_backward`."""
+    if weight is None:
+        return grad_shift.new_empty(0), grad_shift.new_empty(0)
+    invstd = torch.rsqrt(variance + eps)
+    mean, invstd = (_spread(t[..., None] if groups else t, grad_rate, groups) for t in (pooled, invstd))
+    return ((grad_rate - mean * grad_shift) * invstd).sum(0), grad_shift.sum(0)
 
 
 def nested_form(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import forms, reference
-from .dispatch import kernels
+from .dispatch import arithmetic, kernels
 from .forms import BATCH, NONE, RAW, unnormalised_scales
 from .operators import Operator, flatten, run_backward, unflatten
 from .reference import accumulation_dtype, new_map
@@ -38,13 +38,14 @@ def _new_links(x: Tensor, later: int, rows: int) -> list[Tensor]:
 
 
 def _statistics(
-    mean: Tensor, var: Tensor, groups: int, eps: float, affine: Sequence[Tensor] = ()
+    mean: Tensor, var: Tensor, groups: int, eps: float, affine: Sequence[Tensor], backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """rate, shift, pooled mean and variance, see `forms.form`; with RAW the moments in place of rate and shift."""
     if groups in (NONE, RAW):
         return mean, var, mean.new_empty(0), mean.new_empty(0)
     weight, bias = affine if affine else (None, None)
-    return forms.form(mean, var, groups, eps, weight, bias)
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = arithmetic(backend).form(mean, var, groups, eps, weight, bias)
+    return found
 
 
 def _statistics_like(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -57,7 +58,7 @@ def _statistics_like(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor, Te
 def _gathered(x: Tensor, groups: int, eps: float, affine: Sequence[Tensor]) -> Sequence[Tensor]:
     """The statistics of a map once more, as differentiable functions of it."""
     mean, var = reference.moments(x)
-    return _statistics(mean, var, groups, eps, affine)
+    return _statistics(mean, var, groups, eps, affine, "plain")
 
 
 def _through_statistics(
@@ -68,6 +69,7 @@ def _through_statistics(
     affine: Sequence[Tensor],
     grad_rate: Tensor | None,
     grad_shift: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
     """The gradient of x through what `_statistics` found, as offset + slope * x, and those of affine parameters."""
     rate, _, pooled, variance = found
@@ -81,7 +83,8 @@ def _through_statistics(
         return grad_rate / pixels - slope * rate, slope, []
     count = pixels * (x.shape[0] if groups == BATCH else x.shape[1] // groups)
     weight = affine[0] if affine else None
-    offset, slope, *to_affine = forms.form_backward(pooled, variance, groups, eps, weight, grad_rate, grad_shift, count)
+    given = (pooled, variance, groups, eps, weight, grad_rate, grad_shift, count)
+    offset, slope, *to_affine = arithmetic(backend).form_backward(*given)
     return offset, slope, to_affine
 
 
@@ -124,29 +127,32 @@ def run_block(given: Sum, backend: str, out: Tensor | None = None) -> tuple[Tens
     if backend == "native":
         found: tuple[Tensor, list[Tensor], list[Tensor]] = kernels(backend).block(given, out)
         return found
-    return _block_by_parts(kernels(backend), given, out)
+    return _block_by_parts(kernels(backend), given, out, backend)
 
 
-def _block_by_parts(k: Any, given: Sum, out: Tensor | None) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def _block_by_parts(k: Any, given: Sum, out: Tensor | None, backend: str) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """`run_block` from the kernels that every back end has."""
     branch = given.branch
     branch_norm: tuple[Tensor, ...] = ()
     if branch is not None and not given.fixed:
         mean, var = k.moments(branch)
-        branch_norm = _statistics(mean, var, BATCH, given.branch_eps, given.affine)
+        branch_norm = _statistics(mean, var, BATCH, given.branch_eps, given.affine, backend)
     form = (given.fixed or branch_norm[:2]) if branch is not None else ()
-    scales, bias = _scales(given, form)
+    scales, bias = _scales(given, form, backend)
     y, mean, var = k.join(given.addends, given.summed, scales, bias, given.relu, given.groups != NONE, out)
-    return y, list(_statistics(mean, var, given.groups, given.eps)), list(branch_norm)
+    return y, list(_statistics(mean, var, given.groups, given.eps, (), backend)), list(branch_norm)
 
 
-def _scales(given: Sum, branch: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+def _scales(given: Sum, branch: Sequence[Tensor], backend: str) -> tuple[Tensor, Tensor | None]:
     """a_i of the branch, if it has this rate and shift, and of the maps, (., 1 or N, C), and b, (1 or N, C)."""
     if not given.rates:
         return unnormalised_scales(given.weight, given.maps, given.first), None
     assert given.weight is not None
     form, first = (branch[0], branch[1]) if branch else None, given.weight.shape[0] - len(given.maps)
-    return forms.coefficients(given.weight, given.rates, given.shifts, first, form)
+    found: tuple[Tensor, Tensor] = arithmetic(backend).coefficients(
+        given.weight, given.rates, given.shifts, first, form
+    )
+    return found
 
 
 def _block_like(*inputs: Any) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
@@ -257,12 +263,12 @@ def _run_pull_block(
     if backend == "plain":
         own = _gathered(y, groups, eps, ())
         branch_norm = _gathered(branch, BATCH, branch_eps, affine) if branch is not None and branch_norm else ()
-    offset, slope, _ = _through_statistics(y, own, groups, eps, (), grad_rate, grad_shift)
+    offset, slope, _ = _through_statistics(y, own, groups, eps, (), grad_rate, grad_shift, backend)
     form = (fixed or branch_norm[:2]) if branch is not None else ()
-    scales, _bias = _scales(given, form)
+    scales, _bias = _scales(given, form, backend)
     pulled = k.pull(y, grad, offset, slope, later_grads, later_scales, given.summed, scales.shape[1], relu)
     g, to_scales, to_bias = pulled
-    to_weight, to_rates, to_shifts, to_form = _through_scales(given, form, to_scales, to_bias)
+    to_weight, to_rates, to_shifts, to_form = _through_scales(given, form, to_scales, to_bias, backend)
 
     to_branch: list[Tensor] = []
     to_affine: list[Tensor] = []
@@ -270,7 +276,7 @@ def _run_pull_block(
         start, tilt = None, None
         if not fixed:
             start, tilt, to_affine = _through_statistics(
-                branch, branch_norm, BATCH, branch_eps, affine, to_form[0], to_form[1]
+                branch, branch_norm, BATCH, branch_eps, affine, to_form[0], to_form[1], backend
             )
             to_affine = [t.to(p.dtype) for t, p in zip(to_affine, affine, strict=True)] if affine else []
         to_branch = [k.pull(branch, None, start, tilt, [g], [scales[0]], [], 0, False)[0]]
@@ -278,7 +284,7 @@ def _run_pull_block(
 
 
 def _through_scales(
-    given: Sum, branch: Sequence[Tensor], to_scales: Tensor, to_bias: Tensor
+    given: Sum, branch: Sequence[Tensor], to_scales: Tensor, to_bias: Tensor, backend: str
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], tuple[Tensor, ...]]:
     """Gradients of weight, rates, shifts and of the branch's rate and shift from those of `_scales`."""
     weight, rates = given.weight, given.rates
@@ -288,7 +294,7 @@ def _through_scales(
     if not rates:
         own = to_scales.sum(1)
         return [torch.cat([own.new_zeros(first, own.shape[1]), own]).to(weight.dtype)], [], [], ()
-    to_weight, to_rates, to_shifts, *to_branch = forms.coefficients_backward(
+    to_weight, to_rates, to_shifts, *to_branch = arithmetic(backend).coefficients_backward(
         weight, rates, given.shifts, first, bool(branch), to_scales, to_bias
     )
     return [to_weight], to_rates, to_shifts, tuple(to_branch) if branch else ()
@@ -340,7 +346,7 @@ def _enter(
         return kernels(backend).enter(x, groups, eps), links
     empty = x.new_empty(0, dtype=accumulation_dtype(x.dtype))
     mean, var = (empty, empty.clone()) if groups == NONE else kernels(backend).moments(x)
-    return list(_statistics(mean, var, groups, eps)), links
+    return list(_statistics(mean, var, groups, eps, (), backend)), links
 
 
 def _enter_like(
@@ -383,7 +389,7 @@ def _run_pull_entered(
         return entered
     k = reference if backend == "plain" else kernels(backend)
     own = _gathered(x, groups, eps, ()) if backend == "plain" else own
-    offset, slope, _ = _through_statistics(x, own, groups, eps, (), grad_rate, grad_shift)
+    offset, slope, _ = _through_statistics(x, own, groups, eps, (), grad_rate, grad_shift, backend)
     pulled: Tensor = k.pull(x, None, offset, slope, *given, [], 0, False)[0]
     return pulled
 

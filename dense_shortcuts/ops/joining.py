@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..errors import DenseShortcutError
 from . import forms, fused, native, tiles
+from .dispatch import arithmetic
 from .forms import BATCH, NONE, RAW, form
 from .operators import is_eager
 from .reference import accumulation_dtype, dense_sum, moments
@@ -112,6 +113,11 @@ def running_form(
     if backend == "native" and not asked and is_eager(mean):
         return native.running_form(mean, var, eps, weight, bias)
     dtype = accumulation_dtype(mean.dtype)
+    if backend == "triton" and not asked and is_eager(mean):  # the form by the moments of one image
+        found: tuple[Tensor, ...] = arithmetic(backend).form(
+            mean.to(dtype)[None], var.to(dtype)[None], BATCH, eps, weight, bias
+        )
+        return found[0], found[1]
     rate = torch.rsqrt(var.to(dtype) + eps)
     rate = rate if weight is None else rate * weight.to(dtype)
     shift = -mean.to(dtype) * rate if bias is None else torch.addcmul(bias.to(dtype), mean.to(dtype), rate, value=-1)
@@ -140,8 +146,10 @@ class _NestedForm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, mean: Tensor, var: Tensor, weight: Any, bias: Any, backend: str, *settings: Any) -> Any:
-        ctx.kernels = native if backend == "native" and is_eager(mean) else forms
+        backend = backend if is_eager(mean) else "plain"
+        ctx.kernels = native if backend == "native" else arithmetic(backend)
         found: tuple[Tensor, ...] = ctx.kernels.nested_form(mean, var, weight, bias, *settings)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(mean, var, weight, bias, *found[2:])
         ctx.mark_non_differentiable(*found[2:])
         ctx.settings = settings
@@ -149,14 +157,17 @@ class _NestedForm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        if grads[0] is None and grads[1] is None:
+            return (None,) * 8
+        grads = tuple(torch.zeros_like(grads[1 - i]) if grads[i] is None else grads[i] for i in range(2))
         mean, var, weight, bias, *found = ctx.saved_tensors
         given, wanted, rest = (mean, var, weight, bias), ctx.needs_input_grad[:4], [None] * 4
         if torch.is_grad_enabled():  # these gradients will be differentiated too
             results = forms.nested_form(*given, *ctx.settings)[:2]
             inputs = [t for t, needed in zip(given, wanted, strict=True) if needed]
-            to = iter(torch.autograd.grad(results, inputs, grads[:2], create_graph=True))
+            to = iter(torch.autograd.grad(results, inputs, grads, create_graph=True))
             return *(next(to) if needed else None for needed in wanted), *rest
-        to_mean, to_var, *to_affine = ctx.kernels.nested_form_backward(*given, found, grads[:2], *ctx.settings)
+        to_mean, to_var, *to_affine = ctx.kernels.nested_form_backward(*given, found, grads, *ctx.settings)
         affine = (None if p is None else g.to(p.dtype) for p, g in zip((weight, bias), to_affine, strict=True))
         return to_mean, to_var, *affine, *rest
 
@@ -173,17 +184,20 @@ def move(
     unbiased is the factor that makes the batch's variance so.
     """
     (mean, var), dtype = found, running[0].dtype
-    taken = backend == "native" and all(_is_plain(t, dtype) for t in (*running, *found))
+    taken = backend in ("native", "triton") and all(_is_plain(t, dtype, backend) for t in (*running, *found))
     if taken and isinstance(unbiased, float) and isinstance(step, float):
-        return native.move(running, found, unbiased, step)
+        mover = native if backend == "native" else arithmetic(backend)
+        mover.move(running, found, unbiased, step)
+        return
     running[0].lerp_(mean[0].to(dtype), step)
     running[1].lerp_((var[0] * unbiased).to(dtype), step)
 
 
-def _is_plain(x: Tensor, dtype: torch.dtype) -> bool:
+def _is_plain(x: Tensor, dtype: torch.dtype, backend: str) -> bool:
     """Whether x holds numbers of a dtype that a compiled kernel may take and change as they lie in memory."""
-    known = x.dtype == dtype and dtype in (torch.float32, torch.float64)
-    return known and x.device.type == "cpu" and x.is_contiguous() and is_eager(x)
+    # a launch of Triton takes scalars in float32
+    known = x.dtype == dtype and dtype in ((torch.float32, torch.float64) if backend == "native" else (torch.float32,))
+    return known and (backend != "native" or x.device.type == "cpu") and x.is_contiguous() and is_eager(x)
 
 
 def _plain_sum(

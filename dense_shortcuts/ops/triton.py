@@ -194,6 +194,7 @@ def _pull_kernel(
     parts,
     GRADS: tl.constexpr,
     LATER: tl.constexpr,
+    MOVED_PER_IMAGE: tl.constexpr,
     PER_IMAGE: tl.constexpr,
     RELU: tl.constexpr,
     ACC: tl.constexpr,
@@ -213,8 +214,9 @@ def _pull_kernel(
     if RELU or slope is not None:
         x = tl.load(tensors[0] + start + inner, mask=mask, other=0).to(ACC)
     if slope is not None:
-        total += _per_channel(offset, row, channel, channels, ACC, BLOCK_C)
-        total += x * _per_channel(slope, row, channel, channels, ACC, BLOCK_C)
+        moved_row = image if MOVED_PER_IMAGE else 0
+        total += _per_channel(offset, moved_row, channel, channels, ACC, BLOCK_C)
+        total += x * _per_channel(slope, moved_row, channel, channels, ACC, BLOCK_C)
     for i in tl.static_range(LATER):
         later = tl.load(tensors[1 + GRADS + i] + start + inner, mask=mask, other=0).to(ACC)
         total += later * _per_channel(scales[i], row, channel, channels, ACC, BLOCK_C)
@@ -554,27 +556,28 @@ def pull(
         grads = [_launch_join(grads, later_grads[: _LIST - 1], torch.stack(some), None, False, False, wide)[0]]
         later_grads, later_scales = later_grads[_LIST - 1 :], later_scales[_LIST - 1 :]
 
-    moved = [] if offset is None or slope is None else [offset, slope]
-    channelwise, per_image = _same_rows([*moved, *later_scales], x.shape[0])
+    moved, moved_per_image = _same_rows([] if offset is None or slope is None else [offset, slope], x.shape[0])
+    later_scales, per_image = _same_rows(later_scales, x.shape[0])
     some_maps, other_maps = maps[:_LIST], maps[_LIST:]
-    tiling = _tiling(x, _THREADS * min(32, max(8, 4 * _vector(x))), together=rows <= 1 and not per_image)
+    together = rows <= 1 and not per_image and not moved_per_image
+    tiling = _tiling(x, _THREADS * min(32, max(8, 4 * _vector(x))), together)
     out = torch.empty_like(x, dtype=wide if other_maps else x.dtype)
-    sums = x.new_empty((tiling.parts, tiling.channels), dtype=wide)
-    products = sums.new_empty((len(some_maps), *sums.shape))
+    partial = x.new_empty((1 + len(some_maps), tiling.parts, tiling.channels), dtype=wide)  # added up at one go
     with torch.cuda.device_of(x):
         _pull_kernel[(tiling.programs,)](
             (x, *grads, *later_grads, *some_maps),
-            tuple(channelwise[len(moved) :]) or None,
-            channelwise[0] if moved else None,
-            channelwise[1] if moved else None,
+            tuple(later_scales) or None,
+            moved[0] if moved else None,
+            moved[1] if moved else None,
             out,
-            sums if rows else None,
-            products if some_maps else None,
+            partial[0] if rows else None,
+            partial[1:] if some_maps else None,
             tiling.channels,
             tiling.pixels,
             tiling.parts,
             GRADS=len(grads),
             LATER=len(later_grads),
+            MOVED_PER_IMAGE=moved_per_image,
             PER_IMAGE=per_image,
             RELU=relu,
             **tiling.constants(wide),
@@ -582,11 +585,13 @@ def pull(
         )
     dtype = accumulation_dtype(x.dtype)
     if not rows:
-        return out.to(x.dtype), products.new_empty((0, 0, x.shape[1]), dtype=dtype), sums[:0].to(dtype)
-    scale_grads = _over_parts(products, rows, dtype)
+        none = x.new_empty((0, 0, x.shape[1]), dtype=dtype)
+        return out.to(x.dtype), none, none.flatten(0, 1)
+    sums = _over_parts(partial, rows, dtype)
+    bias_grad, scale_grads = sums[0], sums[1:]
     if other_maps:
         scale_grads = torch.cat([scale_grads, dots([out], other_maps, rows)[0].to(dtype)])
-    return out.to(x.dtype), scale_grads, _over_parts(sums[None], rows, dtype)[0]
+    return out.to(x.dtype), scale_grads, bias_grad
 
 
 def _over_parts(partial: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
