@@ -15,12 +15,12 @@ class DenseMultiscaleBlock(DenseBlock, MultiscaleBlock):
     pool_skip: nn.Module | None
 
     @property
-    def projection(self) -> nn.Module | None:
-        """The host's `project`, whose name is that of a method here."""
+    def project(self) -> nn.Module | None:  # type: ignore[override]
+        """The host's own layer, whose name is that of an adapter's method, which this forward pass does not need."""
         return self._modules.get("project")
 
     def projects(self) -> bool:
-        return self.projection is not None or self.pool_skip is not None
+        return self.project is not None or self.pool_skip is not None
 
     def out_channels(self) -> int:
         return int(self.mlp[-2].out_features)
@@ -30,7 +30,7 @@ class DenseMultiscaleBlock(DenseBlock, MultiscaleBlock):
         hidden = self._normalised(self.norm1, x)
         first, new = self.attn(hidden, thw)
         first = self.stochastic_depth(first)
-        projection = self.projection
+        projection = self.project
         identity = x if projection is None or not self.proj_after_attn else projection(hidden)
         identity = identity if self.pool_skip is None else self.pool_skip(identity, thw)[0]
         total = identity + first

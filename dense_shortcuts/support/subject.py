@@ -12,7 +12,7 @@ from ..plug import plug_in, shortcut_parameters
 from .names import Place, build
 
 _SIDES = (64, 96, 128, 224, 256, 512)
-_CLIP = (16, 112, 112)
+_CLIPS = ((16, 112, 112), (16, 224, 224))
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _input(host: nn.Module, device: torch.device) -> Tensor | None:
     config: Any = getattr(host, "default_cfg", {})
     channels, own = (config.get("input_size") or (3, 224, 224))[:2]
     shapes: list[Sequence[int]] = [(channels, side, side) for side in (*_SIDES[:3], own, *_SIDES[3:])]
-    for shape in (*shapes, (channels, *_CLIP)):
+    for shape in (*shapes, *((channels, *clip) for clip in _CLIPS)):
         x = torch.randn(2, *shape, device=device)
         try:
             with torch.no_grad():
