@@ -91,7 +91,7 @@ def _fold_shortcut(stage: DenseStage, row: Row, seen: Seen) -> None:
     norms = {i: norm for maps in shortcut.sources for i in maps if (norm := shortcut.norm(i)) is not None}
     known = [has_affine_form(norm) and uses_running_statistics(norm) and is_bare(norm) for norm in norms.values()]
     blocks = stage.blocks[row.first : row.stop]
-    summing = [k for k, maps in enumerate(shortcut.sources) if maps]
+    summing = shortcut.summing
     ends = [_end(blocks[k], seen) for k in summing]
     if not all(known) or None in ends:
         return

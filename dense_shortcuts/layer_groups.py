@@ -55,8 +55,7 @@ def _owners(model: nn.Module) -> Iterator[tuple[str, str]]:
         prefix, names = f"{name}." if name else "", stage.block_names
         for row, shortcut in stage.shortcuts.items():
             own = re.escape(f"{prefix}{row.shortcut}.")
-            summing = [k for k, maps in enumerate(shortcut.sources) if maps]
-            for n, k in enumerate(summing):
+            for n, k in enumerate(shortcut.summing):
                 yield rf"^{own}weights\.{n}$", f"{prefix}{names[row.first + k]}"
             yield rf"^{own}norms\.", f"{prefix}{names[row.first]}"
 

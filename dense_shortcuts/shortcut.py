@@ -145,9 +145,9 @@ class DenseShortcut(nn.Module):
                     "take backend='auto' or norm='group'."
                 )
             self.backend = "plain"
-        summing = [k for k in range(depth) if self.sources[k]]
-        self._weight_of = {k: n for n, k in enumerate(summing)}
-        starts = [start_parameter(weighting, init, len(self.sources[k]), channels) for k in summing] if weighted else []
+        self._weight_of = {k: n for n, k in enumerate(self.summing)}
+        counts = [len(self.sources[k]) for k in self.summing] if weighted else []
+        starts = [start_parameter(weighting, init, count, channels) for count in counts]
         self.weights = nn.ParameterList([nn.Parameter(w) for w in starts])
         used = sorted({i for maps in self.sources for i in maps}) if weighted else []
         norms = [make_norm(norm, channels, groups, tokens=tokens) for _ in used]
@@ -160,6 +160,11 @@ class DenseShortcut(nn.Module):
         summing = [maps for maps in self.sources if maps]
         for weight, maps in zip(self.weights, summing, strict=self.weighted):
             weight.copy_(start_parameter(self.weighting, self.init, len(maps), self.channels))
+
+    @property
+    def summing(self) -> list[int]:
+        """Positions of the blocks that sum any map."""
+        return [k for k, maps in enumerate(self.sources) if maps]
 
     @property
     def normalised(self) -> bool:

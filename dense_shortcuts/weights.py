@@ -34,7 +34,7 @@ def weight_summary(model: nn.Module) -> Summary:
         Stages without weights (the dense identity), or whose weights depend on the image (attention), are left out.
     """
     stages = {
-        name: _rows(shortcut.sources, [shortcut.weight(k) for k in _summing(shortcut)])
+        name: _rows(shortcut.sources, [shortcut.weight(k) for k in shortcut.summing])
         for name, shortcut in _weighted(model).items()
     }
     inner = {
@@ -95,14 +95,9 @@ def _weighted(model: nn.Module) -> dict[str, DenseShortcut]:
     }
 
 
-def _summing(shortcut: DenseShortcut) -> list[int]:
-    """Places of the blocks that sum any map."""
-    return [k for k, maps in enumerate(shortcut.sources) if maps]
-
-
 def _starts(shortcut: DenseShortcut) -> list[Tensor]:
     weighting, init, channels = shortcut.weighting, shortcut.init, shortcut.channels
-    parameters = [start_parameter(weighting, init, len(shortcut.sources[k]), channels) for k in _summing(shortcut)]
+    parameters = [start_parameter(weighting, init, len(shortcut.sources[k]), channels) for k in shortcut.summing]
     return [weigh(weighting, parameter, channels, []) for parameter in parameters]
 
 

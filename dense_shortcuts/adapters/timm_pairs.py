@@ -8,7 +8,7 @@ from timm.models.mvitv2 import MultiScaleBlock
 from timm.models.tnt import Block as TntBlock
 from torch import Tensor, nn
 
-from .block import DenseBlock, Join, joined
+from .block import DenseBlock, Join, join_two, joined
 from .timm_positions import DenseSum
 
 
@@ -37,14 +37,8 @@ class DenseMultiScaleBlock(DenseBlock, MultiScaleBlock):
 
         hidden = self.norm2(total)
         second = self.drop_path2(self.mlp(hidden))
-        if self.shortcut_proj_mlp is not None:  # which projects the sum, so that it holds the attention's branch too
-            identity = self.shortcut_proj_mlp(hidden)
-            total, branch = identity + second, second
-        else:
-            total, branch = total + second, first + second
-        if join.keep_identity:
-            return join(total, None, identity, None, whole=True), feat_size
-        return join(branch, None, identity, None), feat_size
+        projected = None if self.shortcut_proj_mlp is None else self.shortcut_proj_mlp(hidden)
+        return join_two(join, first, second, total, identity, projected), feat_size
 
 
 class DenseEfficientViMBlock(DenseSum, EfficientViMBlock):

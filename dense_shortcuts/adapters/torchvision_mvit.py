@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision.models.video.mvit import MultiscaleBlock
 
-from .block import DenseBlock, Join, joined
+from .block import DenseBlock, Join, join_two, joined
 
 
 class DenseMultiscaleBlock(DenseBlock, MultiscaleBlock):
@@ -36,16 +36,9 @@ class DenseMultiscaleBlock(DenseBlock, MultiscaleBlock):
         total = identity + first
 
         hidden = self._normalised(self.norm2, total)
-        if projection is not None and not self.proj_after_attn:  # of the sum, so it holds the attention's branch too
-            identity = projection(hidden)
-            second = self.stochastic_depth(self.mlp(hidden))
-            total, branch = identity + second, second
-        else:
-            second = self.stochastic_depth(self.mlp(hidden))
-            total, branch = total + second, first + second
-        if join.keep_identity:
-            return join(total, None, identity, None, whole=True), new
-        return join(branch, None, identity, None), new
+        projected = None if projection is None or self.proj_after_attn else projection(hidden)
+        second = self.stochastic_depth(self.mlp(hidden))
+        return join_two(join, first, second, total, identity, projected), new
 
     def _normalised(self, norm: nn.Module, x: Tensor) -> Tensor:
         found: Tensor = norm(x.transpose(1, 2)).transpose(1, 2) if self.needs_transposal else norm(x)

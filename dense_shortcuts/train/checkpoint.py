@@ -18,12 +18,9 @@ from ..errors import DenseShortcutError
 from ..loading import load
 from .config import DATA_DEFAULTS, TrainConfig
 from .data import Data
-from .network import build_network
+from .network import PLUGGING_FIELDS, build_network
 
-SHORTCUT_FIELDS = (
-    *("aggregate", "norm", "groups", "init", "inner", "inner_start", "weighting", "pattern", "window"),
-    *("keep_identity", "channels", "layers"),
-)
+SHORTCUT_FIELDS = ("aggregate", *PLUGGING_FIELDS, "channels", "layers")
 WEIGHTS, CARD = "model.safetensors", "model.json"
 
 

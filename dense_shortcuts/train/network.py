@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Config = TypeVar("Config", bound="DataclassInstance")
-_PLUGGING = (
-    *("norm", "groups", "init", "inner", "inner_start", "weighting", "pattern", "window"),
-    "keep_identity",
+PLUGGING_FIELDS = (
+    *("norm", "groups", "init", "inner", "inner_start"),
+    *("weighting", "pattern", "window", "keep_identity"),
 )
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -88,7 +88,7 @@ def network_label(config: TrainConfig) -> str:
 
 def twin(config: Config) -> Config:
     """The same run, of training or detection, with the host network: no dense shortcuts, all else equal."""
-    unasked = {field.name: field.default for field in dataclasses.fields(config) if field.name in _PLUGGING}
+    unasked = {field.name: field.default for field in dataclasses.fields(config) if field.name in PLUGGING_FIELDS}
     return dataclasses.replace(config, aggregate="identity", **unasked)
 
 
