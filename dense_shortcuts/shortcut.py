@@ -45,7 +45,7 @@ class Memory(NamedTuple):
     partial has a sum (N, C, H, W) for each block of the group under way, closed the links from each group of maps to
     the later groups of blocks (`tiling.py`). Where every block runs once and in order (`once`) and no gradient is
     recorded, stream may keep the maps in place of terms. last is what the block before gave back, and the version that
-    its memory had then.
+    its memory had then. chosen is the back end that was chosen for the row, and the dtype that it was chosen for.
     """
 
     terms: tuple[Term, ...] = ()
@@ -54,6 +54,7 @@ class Memory(NamedTuple):
     once: bool = False
     stream: ops.Stream | None = None
     last: tuple[Tensor, int] | None = None
+    chosen: tuple[torch.dtype, str] | None = None
 
     def add(self, term: Term) -> "Memory":
         return self._replace(terms=(*self.terms, term))

@@ -213,7 +213,7 @@ class _Join:
         whole: bool = False,
         identity_norm: nn.Module | None = None,
     ) -> Tensor:
-        backend = "native" if self.memory.stream is not None else ops.choose(branch, self.shortcut.backend)
+        backend = self._backend(branch)
         # without maps there is nothing to sum in one pass
         fused = backend != "plain" and bool(self.shortcut.sources[self.k])
         if identity_norm is not None and not (fused and self._joins_identity_norm(identity_norm)):
@@ -240,6 +240,16 @@ class _Join:
         elif activation is None and isinstance(x, torch.fx.Proxy):
             x = torch.positive(x)  # a node of the block's own: feature extractors take its last
         return x if relu or activation is None else activation(x)
+
+    def _backend(self, branch: Tensor) -> str:
+        """The back end for the block, chosen once a row: to choose takes longer than many a pass over a map."""
+        if isinstance(branch, torch.fx.Proxy):
+            return ops.choose(branch, self.shortcut.backend)
+        chosen = self.memory.chosen
+        if chosen is None or chosen[0] != branch.dtype:
+            chosen = branch.dtype, ops.choose(branch, self.shortcut.backend)
+            self.memory = self.memory._replace(chosen=chosen)
+        return chosen[1]
 
     def _check_shape(self, branch: Tensor) -> None:
         """That a branch may be added to the maps, which the kernels rely on.

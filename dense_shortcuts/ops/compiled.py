@@ -1,4 +1,4 @@
-"""The compiled kernels and what they are called with: `native.cpp` and the structures in it.
+"""The compiled kernels, `native.cpp`, and how they are called.
 
 They are built once with the machine's own C++ compiler and kept in a cache.
 """
@@ -11,11 +11,13 @@ import os
 import platform
 import shlex
 import shutil
+import struct
 import subprocess
 import tempfile
-from functools import cache
+from array import array
+from collections.abc import Sequence
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,103 +27,10 @@ CACHE_VARIABLE = "DENSE_SHORTCUTS_CACHE"
 _FLAGS = ["-O3", "-std=c++17", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 _LINK = ["-shared", "-fPIC"]
 KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_INTEGER, _DOUBLE = struct.Struct("q"), struct.Struct("d")
 _SMALL = 2**15  # elements of a map below which a second thread costs more than it gains
 
 _logger = logging.getLogger(__name__)
-
-
-class Map(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("kind", ctypes.c_int32))
-
-
-class Shape(ctypes.Structure):
-    _fields_ = (
-        ("images", ctypes.c_int64),
-        ("channels", ctypes.c_int64),
-        ("pixels", ctypes.c_int64),
-        ("last", ctypes.c_bool),
-    )
-
-
-_long, _pointer, _int = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32
-
-
-class Form(ctypes.Structure):
-    _fields_ = (
-        ("groups", _long),
-        ("eps", ctypes.c_double),
-        *((name, _pointer) for name in ("weight", "bias", "rate", "shift", "pooled", "variance")),
-    )
-
-
-class Through(ctypes.Structure):
-    _fields_ = (
-        ("groups", _long),
-        ("eps", ctypes.c_double),
-        *((name, _pointer) for name in ("weight", "pooled", "variance", "grad_rate", "grad_shift")),
-        ("count", ctypes.c_double),
-        ("rows", _long),
-        *((name, _pointer) for name in ("offset", "slope", "grad_weight", "grad_bias")),
-    )
-
-
-class Pairs(ctypes.Structure):
-    _fields_ = (
-        ("maps", _pointer),
-        ("count", _long),
-        ("branch", ctypes.c_bool),
-        ("weight", _pointer),
-        ("total", _long),
-        *((name, _pointer) for name in ("rates", "shifts", "branch_rate", "branch_shift")),
-        ("rows", _long),
-        ("scales", _pointer),
-        ("bias", _pointer),
-    )
-
-
-class PairGradients(ctypes.Structure):
-    _fields_ = tuple(
-        (name, _pointer) for name in ("scales", "bias", "weight", "rates", "shifts", "branch_rate", "branch_shift")
-    )
-
-
-class Pull(ctypes.Structure):
-    _fields_ = (
-        ("x", Map),
-        ("grad", _pointer),
-        ("own", Through),
-        *((name, _pointer) for name in ("later", "later_scales", "later_rows")),
-        ("later_count", _long),
-        ("relu", ctypes.c_bool),
-        ("out", _pointer),
-        ("kind", _int),
-    )
-
-
-class Nested(ctypes.Structure):
-    _fields_ = (
-        *((name, _long) for name in ("images", "channels", "groups")),
-        *((name, ctypes.c_double) for name in ("eps", "outer_eps")),
-        *((name, _pointer) for name in ("mean", "var", "weight", "bias")),
-        *((name, _pointer) for name in ("rate", "shift", "pooled", "variance", "outer_mean", "outer_var")),
-    )
-
-
-_FORM, _PULL, _PAIRS = (ctypes.POINTER(struct) for struct in (Form, Pull, Pairs))
-_ARGUMENTS: dict[str, list[type]] = {
-    "enter": [Shape, Map, _FORM, _FORM, ctypes.c_int],
-    "block": [Shape, _pointer, _long, _FORM, _PAIRS, ctypes.c_bool, _pointer, _int, _FORM, ctypes.c_int],
-    "pull": [Shape, _PULL, _pointer, _long, _long, _pointer, _pointer, ctypes.c_int],
-    "pull_block": [
-        *(Shape, _PULL, _PAIRS, ctypes.POINTER(PairGradients), ctypes.POINTER(Through), _pointer, ctypes.c_int)
-    ],
-    "mix": [Shape, _pointer, _long, _pointer, _long, _long, _pointer, _int, ctypes.c_int],
-    "dots": [Shape, _pointer, _long, _pointer, _long, _long, _pointer, ctypes.c_int],
-    "running": [_long, _FORM],
-    "nested": [ctypes.POINTER(Nested)],
-    "nested_backward": [ctypes.POINTER(Nested), *[_pointer] * 6],
-    "move": [_long, *[_pointer] * 2, *[ctypes.c_double] * 2, *[_pointer] * 2],
-}
 
 
 @cache
@@ -138,10 +47,6 @@ def library() -> tuple[ctypes.CDLL | None, str]:
         told = getattr(error, "stderr", None) or str(error)
         _logger.warning("the compiled kernels could not be built by %s: %s", compiler, told.strip())
         return None, f"{compiler} could not build them"
-    for name, arguments in _ARGUMENTS.items():
-        for suffix in ("f32", "f64"):
-            function = getattr(loaded, f"{name}_{suffix}")
-            function.argtypes, function.restype = arguments, None
     return loaded, f"compiled by {compiler}"
 
 
@@ -254,31 +159,50 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
 
 
-def kernel(name: str, like: Tensor) -> "ctypes._FuncPointer":
-    """The compiled function for maps, or numbers per channel, of a dtype."""
+@cache
+def _function(name: str, double: bool) -> "ctypes._FuncPointer":
     loaded, reason = library()
     assert loaded is not None, reason
-    found: ctypes._FuncPointer = getattr(loaded, f"{name}_{'f64' if like.dtype == torch.float64 else 'f32'}")
+    found: ctypes._FuncPointer = getattr(loaded, f"{name}_{'f64' if double else 'f32'}")
+    found.argtypes, found.restype = [ctypes.c_void_p], None
     return found
 
 
-def threads(like: Tensor) -> int:
-    """How many threads work on a map: as many as PyTorch uses, one for a small one."""
-    return torch.get_num_threads() if like.numel() > _SMALL else 1
+def call(name: str, dtype: torch.dtype, words: Sequence[int]) -> None:
+    """Run a function of `native.cpp` that accumulates in a dtype.
+
+    Args:
+        words: the number of threads, then what the function takes, each a whole number, an address, or the bits of a
+            float (`bits`). One row of numbers is far quicker to make than structures are.
+    """
+    row = array("q", words)
+    _function(name, dtype == torch.float64)(row.buffer_info()[0])
 
 
-def address_of(x: Tensor | None, dtype: torch.dtype, kept: list[Any]) -> int | None:
-    """Where numbers of a dtype stand one after the other, x's own or a copy's, which is kept; None for none."""
+@lru_cache(256)
+def bits(value: float) -> int:
+    """A float as the whole number with the same 64 bits."""
+    return int(_INTEGER.unpack(_DOUBLE.pack(value))[0])
+
+
+def address_of(x: Tensor | None, dtype: torch.dtype, kept: list[Tensor]) -> int:
+    """Where numbers of a dtype stand one after the other, x's own or a copy's, which are kept; 0 for none."""
     if x is None:
-        return None
+        return 0
     if x.dtype != dtype or not x.is_contiguous():
         x = x.to(dtype).contiguous()
     kept.append(x)
     return x.data_ptr()
 
 
-def shape_of(x: Tensor) -> Shape:
-    return Shape(x.shape[0], x.shape[1], x.shape[2] * x.shape[3], is_last(x))
+def shape_words(x: Tensor) -> list[int]:
+    """Threads that work on a map, its images, channels and pixels, and whether it is channels_last.
+
+    There are as many threads as PyTorch uses, one for a small map.
+    """
+    n, c, h, w = x.shape
+    count = torch.get_num_threads() if x.numel() > _SMALL else 1
+    return [count, n, c, h * w, is_last(x)]
 
 
 def is_last(x: Tensor) -> bool:

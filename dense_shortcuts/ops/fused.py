@@ -194,7 +194,6 @@ def _block_backward(ctx: Any, grad: Any, grad_own: Any, _: Any, grad_links: Any)
     g, scales, to_branch, to_affine, to_fixed, to_weight, to_rates, to_shifts = run_backward(
         _run_pull_block, pull_block, y, (y, own, *back, branch_norm, *given, ctx.backend)
     )
-    own_scales = scales[0 if branch is None else 1 :]
     first = len(rates) - len(to_rates)
     return (
         [g] * ctx.addends,
@@ -207,7 +206,7 @@ def _block_backward(ctx: Any, grad: Any, grad_own: Any, _: Any, grad_links: Any)
         [None] * first + list(to_rates) if rates else [],
         list(to_shifts),
         *[None] * 3,
-        [t for a in own_scales for t in (g, a)] if ctx.linked else [],
+        [t for a in scales for t in (g, a)] if ctx.linked else [],
         *[None] * 2,
     )
 
@@ -239,7 +238,7 @@ def _run_pull_block(
     groups: int,
     eps: float,
     backend: str,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """The backward pass of `block`.
 
     Args:
@@ -251,8 +250,8 @@ def _run_pull_block(
         backend: as in `block`.
 
     Returns:
-        G (N, C, H, W), the scales, and the gradients of branch, affine, fixed, weight, rates (of `maps` alone) and
-        shifts, each a list, empty where there is none.
+        G (N, C, H, W); the scales of `maps`, (1 or N, C) each; and the gradients of branch, affine, fixed, weight,
+        rates (of `maps` alone) and shifts, each a list, empty where there is none.
     """
     given = Sum([y], branch, affine, fixed, branch_eps, maps, weight, rates, shifts, relu, groups, eps)
     back = Back(grad, grad_rate, grad_shift, later_grads, later_scales)
@@ -280,7 +279,8 @@ def _run_pull_block(
             )
             to_affine = [t.to(p.dtype) for t, p in zip(to_affine, affine, strict=True)] if affine else []
         to_branch = [k.pull(branch, None, start, tilt, [g], [scales[0]], [], 0, False)[0]]
-    return g, scales, to_branch, to_affine, list(to_form) if fixed else [], to_weight, to_rates, to_shifts
+    own_scales = list(scales.unbind())[len(scales) - len(maps) :]
+    return g, own_scales, to_branch, to_affine, list(to_form) if fixed else [], to_weight, to_rates, to_shifts
 
 
 def _through_scales(
@@ -304,7 +304,7 @@ def _through_scales(
 def _pull_block_apart(*arguments: Any) -> Any:
     """`_run_pull_block` with results that share no memory, as slices of one tensor do and an operator's may not."""
     g, scales, to_branch, *small = _run_pull_block(*arguments)
-    return g, scales.clone(), to_branch, *([t.clone() for t in part] for part in small)
+    return g, [t.clone() for t in scales], to_branch, *([t.clone() for t in part] for part in small)
 
 
 pull_block = torch.library.custom_op("dense_shortcuts::pull_block", _pull_block_apart, mutates_args=())
@@ -314,17 +314,17 @@ pull_block = torch.library.custom_op("dense_shortcuts::pull_block", _pull_block_
 def _(y: Tensor, *inputs: Any) -> Any:
     given = Sum([y], *inputs[7:-1])
     branch, fixed, maps, weight, shifts = given.branch, given.fixed, given.maps, given.weight, given.shifts
-    scales = y.new_empty((len(given.summed), given.rows, y.shape[1]), dtype=accumulation_dtype(y.dtype))
-    each = [scales.new_empty(given.rows, y.shape[1]) for _ in range(len(maps) + len(shifts))]
+    dtype, count = accumulation_dtype(y.dtype), len(maps)
+    each = [y.new_empty((given.rows, y.shape[1]), dtype=dtype) for _ in range(2 * count + len(shifts))]
     return (
         new_map(y),
-        scales,
+        each[:count],
         [] if branch is None else [new_map(branch)],
         [] if branch is None or fixed else [torch.empty_like(p) for p in given.affine],
-        [scales.new_empty(1, y.shape[1]) for _ in fixed],
+        [y.new_empty((1, y.shape[1]), dtype=dtype) for _ in fixed],
         [] if weight is None else [torch.empty_like(weight)],
-        each[: len(maps)] if given.rates else [],
-        each[len(maps) :],
+        each[count : 2 * count] if given.rates else [],
+        each[2 * count :],
     )
 
 

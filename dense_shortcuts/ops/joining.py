@@ -183,21 +183,23 @@ def move(
 
     unbiased is the factor that makes the batch's variance so.
     """
-    (mean, var), dtype = found, running[0].dtype
-    taken = backend in ("native", "triton") and all(_is_plain(t, dtype, backend) for t in (*running, *found))
-    if taken and isinstance(unbiased, float) and isinstance(step, float):
+    (mean, var), (running_mean, running_var) = found, running
+    dtype, constant = running_mean.dtype, isinstance(unbiased, float) and isinstance(step, float)
+    if constant and _may_move((running_mean, running_var, mean, var), dtype, backend):
         mover = native if backend == "native" else arithmetic(backend)
         mover.move(running, found, unbiased, step)
         return
-    running[0].lerp_(mean[0].to(dtype), step)
-    running[1].lerp_((var[0] * unbiased).to(dtype), step)
+    running_mean.lerp_(mean[0].to(dtype), step)
+    running_var.lerp_((var[0] * unbiased).to(dtype), step)
 
 
-def _is_plain(x: Tensor, dtype: torch.dtype, backend: str) -> bool:
-    """Whether x holds numbers of a dtype that a compiled kernel may take and change as they lie in memory."""
-    # a launch of Triton takes scalars in float32
-    known = x.dtype == dtype and dtype in ((torch.float32, torch.float64) if backend == "native" else (torch.float32,))
-    return known and (backend != "native" or x.device.type == "cpu") and x.is_contiguous() and is_eager(x)
+def _may_move(tensors: Sequence[Tensor], dtype: torch.dtype, backend: str) -> bool:
+    """Whether a compiled kernel may take and change numbers of a dtype as they lie in memory."""
+    if backend == "native":
+        taken = dtype in (torch.float32, torch.float64) and tensors[0].is_cpu
+    else:  # a launch of Triton takes scalars in float32
+        taken = backend == "triton" and dtype == torch.float32
+    return taken and is_eager(tensors[0]) and all(t.dtype == dtype and t.is_contiguous() for t in tensors)
 
 
 def _plain_sum(

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 namespace {
@@ -60,10 +61,44 @@ struct Map {
   int32_t kind;
 };
 
+// What a function is given: a row of 64-bit words that are taken one after the other, as native.py writes them.
+struct Words {
+  const int64_t* at;
+
+  int64_t integer() { return *at++; }
+  bool flag() { return integer() != 0; }
+  double number() {
+    const int64_t bits = integer();
+    double value;
+    std::memcpy(&value, &bits, 8);
+    return value;
+  }
+  template <class T>
+  T* address() { return reinterpret_cast<T*>(integer()); }
+  // braces are filled from the left, here and wherever a structure is read
+  Map map() { return Map{address<const void>(), int32_t(integer())}; }
+  std::vector<Map> maps() {
+    std::vector<Map> taken(integer());
+    for (Map& one : taken) one = map();
+    return taken;
+  }
+  template <class T>
+  std::vector<T*> addresses(int64_t count) {
+    std::vector<T*> taken(count);
+    for (T*& one : taken) one = address<T>();
+    return taken;
+  }
+};
+
+// Room for numbers that are all written before they are read.
+template <class T>
+std::unique_ptr<T[]> room_for(int64_t count) { return std::unique_ptr<T[]>(new T[count]); }
+
 struct Shape {
   int64_t images, channels, pixels;
   bool last;  // channels_last
 
+  explicit Shape(Words& w) : images(w.integer()), channels(w.integer()), pixels(w.integer()), last(w.flag()) {}
   int64_t splits() const { return std::max<int64_t>(1, (pixels + CHUNK - 1) / CHUNK); }
   int64_t chunks() const { return images * splits(); }
   int64_t each() const { return (pixels + splits() - 1) / splits(); }
@@ -150,57 +185,155 @@ Rows<A> rows_of(const Map& map, const Chunk& chunk, int64_t row, int64_t rows, A
 enum End { NONE, RELU, MASK };
 enum More { NOTHING, MOMENTS, PRODUCTS };
 
+// As many numbers as a register of this machine holds.
+#if defined(__AVX512F__)
+constexpr int WIDTH = 64;
+#elif defined(__AVX__)
+constexpr int WIDTH = 32;
+#else
+constexpr int WIDTH = 16;
+#endif
+template <class A>
+struct Wide {
+  typedef A type __attribute__((vector_size(WIDTH)));
+};
+
+template <class T, class A>
+inline T load(const A* from) {
+  T value;
+  std::memcpy(&value, from, sizeof(T));
+  return value;
+}
+
+template <class T, class A>
+inline void store(A* to, const T& value) { std::memcpy(to, &value, sizeof(T)); }
+
+// 0 where x is below 0, or where the mask is not above it; NaN stays, as with torch.relu.
+template <class T>
+inline T positive(const T& x) { return x < T{} ? T{} : x; }
+template <class T>
+inline T masked(const T& x, const T& mask) { return mask <= T{} ? T{} : x; }
+
 constexpr int64_t TERMS = 8;  // terms taken in one pass over registers
 
-// acc = start + sum over M terms of a[m] * x[m], then ReLU or a mask. Coefficients vary along a row with channels_last
-// and are one number else; so is `start` in the first pass over a row (FIRST), where later ones go on from acc. One row
-// at a time: the machine foresees what a stream needs next, but not what jumps from row to row do.
-template <class A, int M, bool LAST, bool FIRST, End END>
-void pass(int64_t n, const A* start, const A* const* x, const A* const* a, const A* mask, A* acc) {
+// What each row of channels_last maps gives, GROUP rows at a time, in registers: a coefficient is read once for these, and
+// nothing of a row that has just been made is read again for its moments. The number of terms is a constant of each
+// function, so that each term is read by an instruction of its own, by which the machine foresees what comes next.
+
+// Numbers T of R rows, n apart, from column j on: out = start + sum over M terms of a[m] * x[m], then ReLU or a mask.
+// `start` is one row for all, or n apart too. With MOMENTS, sums are those of `add_moments`, which begin here if `fresh`.
+template <class T, int R, int M, End END, More MORE, class A>
+inline void sum_at(int64_t n, int64_t j, const A* start, int64_t start_stride, const A* const* x, const A* const* a,
+                   const A* mask, A* out, A* sums, bool fresh) {
+  T v[R];
+  for (int r = 0; r < R; ++r) v[r] = load<T>(start + j + r * start_stride);
+  for (int m = 0; m < M; ++m) {
+    const T scale = load<T>(a[m] + j);
+    for (int r = 0; r < R; ++r) v[r] += scale * load<T>(x[m] + j + r * n);
+  }
+  for (int r = 0; r < R; ++r) {
+    if (END == RELU) v[r] = positive(v[r]);
+    if (END == MASK) v[r] = masked(v[r], load<T>(mask + j + r * n));
+    store(out + j + r * n, v[r]);
+  }
+  if (MORE != MOMENTS) return;
+  const T shift = fresh ? v[0] : load<T>(sums + j);
+  T sum{}, square{};
+  for (int r = 0; r < R; ++r) {
+    const T d = v[r] - shift;
+    sum += d, square += d * d;
+  }
+  if (fresh) store(sums + j, shift);
+  store(sums + n + j, fresh ? sum : load<T>(sums + n + j) + sum);
+  store(sums + 2 * n + j, fresh ? square : load<T>(sums + 2 * n + j) + square);
+}
+
+template <class A, int M, int R, End END, More MORE>
+void sum_rows(int64_t n, const A* start, int64_t start_stride, const A* const* x, const A* const* a, const A* mask, A* out,
+              A* sums, bool fresh) {
+  using V = typename Wide<A>::type;
+  constexpr int64_t step = sizeof(V) / sizeof(A);
   std::array<const A*, M == 0 ? 1 : M> xs{}, as{};
   for (int m = 0; m < M; ++m) xs[m] = x[m], as[m] = a[m];
+  int64_t j = 0;
+  for (; j + step <= n; j += step)
+    sum_at<V, R, M, END, MORE>(n, j, start, start_stride, xs.data(), as.data(), mask, out, sums, fresh);
+  for (; j < n; ++j)
+    sum_at<A, R, M, END, MORE>(n, j, start, start_stride, xs.data(), as.data(), mask, out, sums, fresh);
+}
+
+template <class A, int R, End END, More MORE>
+void sum_rows_of(int64_t m, int64_t n, const A* start, int64_t stride, const A* const* x, const A* const* a,
+                 const A* mask, A* out, A* sums, bool fresh) {
+  switch (m) {
+    case 0: return sum_rows<A, 0, R, END, MORE>(n, start, stride, x, a, mask, out, sums, fresh);
+    case 1: return sum_rows<A, 1, R, END, MORE>(n, start, stride, x, a, mask, out, sums, fresh);
+    case 2: return sum_rows<A, 2, R, END, MORE>(n, start, stride, x, a, mask, out, sums, fresh);
+    case 3: return sum_rows<A, 3, R, END, MORE>(n, start, stride, x, a, mask, out, sums, fresh);
+    case 4: return sum_rows<A, 4, R, END, MORE>(n, start, stride, x, a, mask, out, sums, fresh);
+    case 5: return sum_rows<A, 5, R, END, MORE>(n, start, stride, x, a, mask, out, sums, fresh);
+    case 6: return sum_rows<A, 6, R, END, MORE>(n, start, stride, x, a, mask, out, sums, fresh);
+    case 7: return sum_rows<A, 7, R, END, MORE>(n, start, stride, x, a, mask, out, sums, fresh);
+    default: return sum_rows<A, TERMS, R, END, MORE>(n, start, stride, x, a, mask, out, sums, fresh);
+  }
+}
+
+// R rows of a sum of channels_last maps, in as many passes as its terms take.
+template <class A, int R, End END, More MORE>
+void sum_group(int64_t count, int64_t n, const A* start, const A* const* x, const A* const* a, const A* mask, A* out,
+               A* sums, bool fresh) {
+  int64_t done = 0;
+  for (; count - done > TERMS; done += TERMS)
+    sum_rows<A, TERMS, R, End::NONE, NOTHING>(n, done ? out : start, done ? n : 0, x + done, a + done, mask, out, sums,
+                                              fresh);
+  sum_rows_of<A, R, END, MORE>(count - done, n, done ? out : start, done ? n : 0, x + done, a + done, mask, out, sums,
+                               fresh);
+}
+
+// acc = start + sum over M terms of a[m] * x[m], then ReLU or a mask, for a row of contiguous maps: pixels of a channel,
+// with one coefficient each. `start` is one number in the first pass over a row (FIRST), where later ones go on from acc.
+template <class A, int M, bool FIRST, End END>
+void pass(int64_t n, const A* start, const A* const* x, const A* const* a, const A* mask, A* acc) {
+  std::array<const A*, M == 0 ? 1 : M> xs{};
+  std::array<A, M == 0 ? 1 : M> as{};
+  for (int m = 0; m < M; ++m) xs[m] = x[m], as[m] = *a[m];
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
-    A v = start[LAST || !FIRST ? j : 0];
-    for (int m = 0; m < M; ++m) v += as[m][LAST ? j : 0] * xs[m][j];
-    if (END == RELU) v = v < A(0) ? A(0) : v;  // keeps NaN, as torch.relu does
-    if (END == MASK) v = mask[j] <= A(0) ? A(0) : v;
+    A v = start[FIRST ? 0 : j];
+    for (int m = 0; m < M; ++m) v += as[m] * xs[m][j];
+    if (END == RELU) v = positive(v);
+    if (END == MASK) v = masked(v, mask[j]);
     acc[j] = v;
   }
 }
 
-template <class A, bool LAST, bool FIRST, End END>
+template <class A, bool FIRST, End END>
 void pass_of(int64_t m, int64_t n, const A* start, const A* const* x, const A* const* a, const A* mask, A* acc) {
   switch (m) {
-    case 0: return pass<A, 0, LAST, FIRST, END>(n, start, x, a, mask, acc);
-    case 1: return pass<A, 1, LAST, FIRST, END>(n, start, x, a, mask, acc);
-    case 2: return pass<A, 2, LAST, FIRST, END>(n, start, x, a, mask, acc);
-    case 3: return pass<A, 3, LAST, FIRST, END>(n, start, x, a, mask, acc);
-    case 4: return pass<A, 4, LAST, FIRST, END>(n, start, x, a, mask, acc);
-    case 5: return pass<A, 5, LAST, FIRST, END>(n, start, x, a, mask, acc);
-    case 6: return pass<A, 6, LAST, FIRST, END>(n, start, x, a, mask, acc);
-    case 7: return pass<A, 7, LAST, FIRST, END>(n, start, x, a, mask, acc);
-    default: return pass<A, TERMS, LAST, FIRST, END>(n, start, x, a, mask, acc);
+    case 0: return pass<A, 0, FIRST, END>(n, start, x, a, mask, acc);
+    case 1: return pass<A, 1, FIRST, END>(n, start, x, a, mask, acc);
+    case 2: return pass<A, 2, FIRST, END>(n, start, x, a, mask, acc);
+    case 3: return pass<A, 3, FIRST, END>(n, start, x, a, mask, acc);
+    case 4: return pass<A, 4, FIRST, END>(n, start, x, a, mask, acc);
+    case 5: return pass<A, 5, FIRST, END>(n, start, x, a, mask, acc);
+    case 6: return pass<A, 6, FIRST, END>(n, start, x, a, mask, acc);
+    case 7: return pass<A, 7, FIRST, END>(n, start, x, a, mask, acc);
+    default: return pass<A, TERMS, FIRST, END>(n, start, x, a, mask, acc);
   }
 }
 
-// A row of a sum with its coefficients, in as many passes as its terms take.
+// A row of a sum of contiguous maps with its coefficients, in as many passes as its terms take.
 template <class A, End END>
-void sum_row(bool last, int64_t count, int64_t n, const A* start, const A* const* x, const A* const* a, const A* mask,
-             A* acc) {
+void sum_row(int64_t count, int64_t n, const A* start, const A* const* x, const A* const* a, const A* mask, A* acc) {
   for (int64_t done = 0;; done += TERMS) {
     const int64_t m = std::min(TERMS, count - done);
-    const A* from = done == 0 ? start : acc;
     const bool ends = done + m == count;
-    if (last) {
-      if (ends) return pass_of<A, true, false, END>(m, n, from, x + done, a + done, mask, acc);
-      pass_of<A, true, false, End::NONE>(m, n, from, x + done, a + done, mask, acc);
-    } else if (done == 0) {
-      if (ends) return pass_of<A, false, true, END>(m, n, from, x, a, mask, acc);
-      pass_of<A, false, true, End::NONE>(m, n, from, x, a, mask, acc);
+    if (done == 0) {
+      if (ends) return pass_of<A, true, END>(m, n, start, x, a, mask, acc);
+      pass_of<A, true, End::NONE>(m, n, start, x, a, mask, acc);
     } else {
-      if (ends) return pass_of<A, false, false, END>(m, n, from, x + done, a + done, mask, acc);
-      pass_of<A, false, false, End::NONE>(m, n, from, x + done, a + done, mask, acc);
+      if (ends) return pass_of<A, false, END>(m, n, acc, x + done, a + done, mask, acc);
+      pass_of<A, false, End::NONE>(m, n, acc, x + done, a + done, mask, acc);
     }
   }
 }
@@ -294,10 +427,11 @@ void by_groups(const Chunk& chunk, F f) {
 template <class A>
 void write_moments(const A* sums, int64_t c, int64_t pixels, double* to) {
   const A *shift = sums, *sum = sums + c, *square = sums + 2 * c;
+  const double inverse = 1 / double(pixels);
 #pragma omp simd
   for (int64_t j = 0; j < c; ++j) {
-    const double s = sum[j], rest = square[j] - s * s / pixels;
-    to[j] = shift[j] + s / pixels;
+    const double s = sum[j], rest = square[j] - s * s * inverse;
+    to[j] = shift[j] + s * inverse;
     to[c + j] = rest < 0 ? 0 : rest;  // keeps NaN
   }
 }
@@ -321,16 +455,20 @@ struct Sum {
   // What a thread needs for it.
   struct Scratch {
     std::vector<const A*> x, a;
-    std::vector<A> converted, out;  // rows of maps of another type: one of each term and GROUP of the others
+    std::vector<A> converted, out;  // GROUP rows of each map of another type
   };
+
+  // Whether some map is not in the accumulation type, so that its rows are converted first.
+  bool is_foreign() const {
+    const auto foreign = [](const Map& map) { return map.kind != kind_of<A>(); };
+    return (mask.data != nullptr && foreign(mask)) || std::any_of(others.begin(), others.end(), foreign) ||
+           std::any_of(terms.begin(), terms.end(), [&](const Term& term) { return foreign(term.map); });
+  }
 
   Scratch scratch(int32_t kind) const {
     Scratch made;
     made.x.resize(terms.size()), made.a.resize(terms.size());
-    bool foreign = mask.data != nullptr && mask.kind != kind_of<A>();
-    for (const Term& term : terms) foreign |= term.map.kind != kind_of<A>();
-    for (const Map& map : others) foreign |= map.kind != kind_of<A>();
-    if (foreign) made.converted.resize((terms.size() + 1 + GROUP) * room_of(shape));
+    if (is_foreign()) made.converted.resize((terms.size() + 1) * GROUP * room_of(shape));
     if (kind != kind_of<A>()) made.out.resize(GROUP * room_of(shape));
     return made;
   }
@@ -342,12 +480,57 @@ struct Sum {
     by_groups(chunk, [&](int64_t row, int64_t rows) { run_rows<MORE>(chunk, row, rows, out, kind, sums, scratch); });
   }
 
+  // GROUP rows of a chunk, or one.
   template <More MORE>
   void run_rows(const Chunk& chunk, int64_t row, int64_t rows, void* out, int32_t kind, A* sums,
                 Scratch& scratch) const {
-    const int64_t n = chunk.columns(), room = room_of(shape);
     const bool stored = kind == kind_of<A>();
-    const Rows<A> done = stored ? rows_of<A>(Map{out, kind}, chunk, row, rows, nullptr) : Rows<A>{scratch.out.data(), n};
+    const Rows<A> done =
+        stored ? rows_of<A>(Map{out, kind}, chunk, row, rows, nullptr) : Rows<A>{scratch.out.data(), chunk.columns()};
+    // the moments are those of what is stored, which may have been rounded
+    constexpr More WHILE = MORE == PRODUCTS ? PRODUCTS : NOTHING;
+    if (shape.last && stored) run_last<MORE>(chunk, row, rows, done, sums, scratch);
+    else if (shape.last) run_last<WHILE>(chunk, row, rows, done, sums, scratch);
+    else run_contiguous<WHILE>(chunk, row, rows, done, sums, scratch);
+    if (!stored)
+      for (int64_t r = 0; r < rows; ++r) put(out, kind, chunk, row + r, done[r]);
+    if (MORE == MOMENTS && !(shape.last && stored))
+      add_moments(sums, chunk, row, rows, rows_of(Map{out, kind}, chunk, row, rows, scratch.out.data()));
+  }
+
+  template <More MORE>
+  void run_last(const Chunk& chunk, int64_t row, int64_t rows, const Rows<A>& done, A* sums, Scratch& scratch) const {
+    if (mask.data != nullptr) run_group<MORE, MASK>(chunk, row, rows, done, sums, scratch);
+    else if (relu) run_group<MORE, RELU>(chunk, row, rows, done, sums, scratch);
+    else run_group<MORE, End::NONE>(chunk, row, rows, done, sums, scratch);
+    if (MORE == PRODUCTS) add_all_products(chunk, row, rows, done, sums, scratch);
+  }
+
+  template <More MORE, End END>
+  void run_group(const Chunk& chunk, int64_t row, int64_t rows, const Rows<A>& done, A* sums, Scratch& scratch) const {
+    A* slot = scratch.converted.data();
+    const auto taken = [&](const Map& map) {
+      const A* first = rows_of(map, chunk, row, rows, slot).first;
+      if (!scratch.converted.empty()) slot += GROUP * room_of(shape);
+      return first;
+    };
+    for (size_t i = 0; i < terms.size(); ++i) {
+      scratch.x[i] = taken(terms[i].map);
+      scratch.a[i] = coefficient(terms[i].scale, terms[i].rows, chunk, row);
+    }
+    const A *from = coefficient(start, start_rows, chunk, row), *masks = END == MASK ? taken(mask) : nullptr;
+    const A *const *x = scratch.x.data(), *const *a = scratch.a.data();
+    constexpr More WHILE = MORE == MOMENTS ? MOMENTS : NOTHING;
+    const int64_t count = terms.size(), n = chunk.columns();
+    A* out = const_cast<A*>(done.first);
+    if (rows == GROUP) sum_group<A, GROUP, END, WHILE>(count, n, from, x, a, masks, out, sums, row == 0);
+    else sum_group<A, 1, END, WHILE>(count, n, from, x, a, masks, out, sums, row == 0);
+  }
+
+  template <More MORE>
+  void run_contiguous(const Chunk& chunk, int64_t row, int64_t rows, const Rows<A>& done, A* sums,
+                      Scratch& scratch) const {
+    const int64_t n = chunk.columns(), room = room_of(shape);
     for (int64_t r = 0; r < rows; ++r) {
       A* slot = scratch.converted.data();
       for (size_t i = 0; i < terms.size(); ++i, slot += room) {
@@ -358,116 +541,169 @@ struct Sum {
       const A* masks = mask.data == nullptr ? nullptr : row_of(mask, chunk, row + r, slot);
       const A *const *x = scratch.x.data(), *const *a = scratch.a.data();
       A* acc = const_cast<A*>(done[r]);
-      if (masks != nullptr) sum_row<A, MASK>(shape.last, terms.size(), n, from, x, a, masks, acc);
-      else if (relu) sum_row<A, RELU>(shape.last, terms.size(), n, from, x, a, nullptr, acc);
-      else sum_row<A, End::NONE>(shape.last, terms.size(), n, from, x, a, nullptr, acc);
-      put(out, kind, chunk, row + r, acc);
+      if (masks != nullptr) sum_row<A, MASK>(terms.size(), n, from, x, a, masks, acc);
+      else if (relu) sum_row<A, RELU>(terms.size(), n, from, x, a, nullptr, acc);
+      else sum_row<A, End::NONE>(terms.size(), n, from, x, a, nullptr, acc);
     }
-    // the moments are those of what is stored, which may have been rounded
-    if (MORE == MOMENTS)
-      add_moments(sums, chunk, row, rows, rows_of(Map{out, kind}, chunk, row, rows, scratch.out.data()));
-    if (MORE != PRODUCTS) return;
-    A* slot = scratch.converted.data() + (scratch.converted.empty() ? 0 : (terms.size() + 1) * room);
+    if (MORE == PRODUCTS) add_all_products(chunk, row, rows, done, sums, scratch);
+  }
+
+  void add_all_products(const Chunk& chunk, int64_t row, int64_t rows, const Rows<A>& done, A* sums,
+                        Scratch& scratch) const {
     for (size_t i = 0; i < others.size(); ++i) {
-      const Rows<A> other = rows_of(others[i], chunk, row, rows, slot);
+      const Rows<A> other = rows_of(others[i], chunk, row, rows, scratch.converted.data());
       add_products(sums + i * shape.channels, row == 0, chunk, row, rows, done, &other);
     }
     add_products<A>(sums + others.size() * shape.channels, row == 0, chunk, row, rows, done, nullptr);
   }
 };
 
+constexpr int64_t BATCH = 0, NO_STATISTICS = -1, RAW = -2, RUNNING = -3;
+constexpr int64_t BLOCK = 64;  // channels of which a thread does the arithmetic at a time
+
 // A norm: which statistics it takes, and where they and the affine form N(x) = rate * x + shift go; see forms.py.
 template <class A>
 struct Form {
-  int64_t groups;  // or BATCH, RAW, RUNNING, NO_STATISTICS
-  double eps;
-  const A *weight, *bias;               // (C,) or null
-  A *rate, *shift, *pooled, *variance;  // with RAW the mean and the variance in place of rate and shift; with RUNNING
-                                        // pooled and variance are the running statistics; else both may be null
+  int64_t groups = NO_STATISTICS;  // or BATCH, RAW, RUNNING
+  double eps = 0;
+  const A *weight = nullptr, *bias = nullptr;  // (C,) or null
+  // with RAW the mean and the variance in place of rate and shift; with RUNNING pooled and variance are the running
+  // statistics; else both may be null
+  A *rate = nullptr, *shift = nullptr, *pooled = nullptr, *variance = nullptr;
+
+  Form() = default;
+  explicit Form(Words& w)
+      : groups(w.integer()), eps(w.number()), weight(w.address<const A>()), bias(w.address<const A>()),
+        rate(w.address<A>()), shift(w.address<A>()), pooled(w.address<A>()), variance(w.address<A>()) {}
+
+  bool gathers() const { return groups != NO_STATISTICS && groups != RUNNING; }
 };
 
-// The gradient of a map through its norm, as offset + slope * x.
+// The gradient of a map through its norm, as offset + slope * x: none, given, or to be made of the rest.
 template <class A>
 struct Through {
-  int64_t groups;
-  double eps;
-  const A* weight;
-  const A *pooled, *variance;        // with RAW the mean in place of pooled
-  const A *grad_rate, *grad_shift;   // null for zero
-  double count;                      // of numbers that are normalised together
-  int64_t rows;
-  A *offset, *slope;                 // (rows, C)
-  A *grad_weight, *grad_bias;        // (C,) or null
+  enum Kind { NOTHING, GIVEN, MADE };
+  int64_t kind, rows = 1;
+  const A *offset = nullptr, *slope = nullptr;  // (rows, C)
+  int64_t groups = NO_STATISTICS;
+  double eps = 0, count = 1;                                // of numbers that are normalised together
+  const A *weight = nullptr;
+  const A *pooled = nullptr, *variance = nullptr;           // with RAW the mean in place of pooled
+  const A *grad_rate = nullptr, *grad_shift = nullptr;      // null for zero
+  A *grad_weight = nullptr, *grad_bias = nullptr;           // (C,) or null
+  std::unique_ptr<A[]> made{};
+
+  Through(Words& w, int64_t channels) : kind(w.integer()) {
+    if (kind == NOTHING) return;
+    rows = w.integer();
+    if (kind == GIVEN) {
+      offset = w.address<const A>(), slope = w.address<const A>();
+      return;
+    }
+    groups = w.integer(), eps = w.number(), count = double(w.integer());
+    weight = w.address<const A>(), pooled = w.address<const A>(), variance = w.address<const A>();
+    grad_rate = w.address<const A>(), grad_shift = w.address<const A>();
+    grad_weight = w.address<A>(), grad_bias = w.address<A>();
+    made = room_for<A>(2 * rows * channels);
+    offset = made.get(), slope = made.get() + rows * channels;
+  }
 };
 
 // The terms of a sum with coefficients, the residual branch first where it comes before its norm.
 template <class A>
 struct Pairs {
-  const Map* maps;
-  int64_t count;
+  std::vector<Map> maps;
   bool branch;
-  const A* weight;  // (total, C)
-  int64_t total;
-  const A* const* rates;   // of each of `total` maps, (rows, C); null where the scales are given
-  const A* const* shifts;
-  const A *branch_rate, *branch_shift;  // (1, C)
   int64_t rows;
-  A* scales;  // (count, rows, C)
-  A* bias;    // (rows, C) or null
+  A *scales, *bias = nullptr;            // (maps, rows, C), (rows, C) or null
+  int64_t total;                         // maps whose shifts count; 0 where scales and bias are given
+  const A* weight = nullptr;             // (total, C)
+  std::vector<const A*> rates, shifts;   // (rows, C) each
+  const A *branch_rate = nullptr, *branch_shift = nullptr;  // (1, C)
+  std::unique_ptr<A[]> made{};
 
-  int64_t first() const { return total - (count - branch); }  // the maps before it are summed elsewhere
+  Pairs(Words& w, int64_t channels)
+      : maps(w.maps()), branch(w.flag()), rows(w.integer()), scales(w.address<A>()), bias(w.address<A>()),
+        total(w.integer()) {
+    if (total == 0) return;
+    weight = w.address<const A>();
+    rates = w.addresses<const A>(total), shifts = w.addresses<const A>(total);
+    branch_rate = w.address<const A>(), branch_shift = w.address<const A>();
+    const int64_t each = rows * channels;
+    made = room_for<A>((maps.size() + 1) * each);
+    bias = made.get();
+    if (scales == nullptr) scales = made.get() + each;
+  }
+
+  int64_t count() const { return maps.size(); }
+  int64_t first() const { return total - (count() - branch); }  // the maps before it are summed elsewhere
 };
 
+// Where the gradients of pairs go.
 template <class A>
 struct PairGradients {
-  A *scales, *bias;                          // (count, rows, C), (rows, C)
-  A *weight;                                 // (total, C)
-  A *rates, *shifts;                         // (count without branch, rows, C), (total, rows, C)
-  A *branch_rate, *branch_shift;             // (1, C)
-};
+  A *scales, *bias;                          // (maps, rows, C), (rows, C)
+  A *weight = nullptr;                       // (total, C)
+  A *rates = nullptr, *shifts = nullptr;     // (maps without branch, rows, C), (total, rows, C)
+  A *branch_rate = nullptr, *branch_shift = nullptr;  // (1, C)
+  std::unique_ptr<A[]> made{};
 
-constexpr int64_t BATCH = 0, NO_STATISTICS = -1, RAW = -2, RUNNING = -3;
-constexpr int64_t BLOCK = 64;  // channels of which a thread does the arithmetic at a time
+  PairGradients(Words& w, const Pairs<A>& pairs, int64_t channels) : scales(w.address<A>()), bias(w.address<A>()) {
+    if (pairs.total == 0) return;
+    weight = w.address<A>(), rates = w.address<A>(), shifts = w.address<A>();
+    branch_rate = w.address<A>(), branch_shift = w.address<A>();
+    const int64_t each = pairs.rows * channels;
+    made = room_for<A>((pairs.count() + 1) * each + 2 * channels);
+    bias = made.get(), scales = bias + each;
+    if (branch_rate == nullptr) branch_rate = scales + pairs.count() * each, branch_shift = branch_rate + channels;
+  }
+};
 
 // The functions from here on that begin with `team_` are called by all threads of a parallel region and share the work.
 
 // Moments of the channels from `from` on of `chunks` chunks together, by Chan's formula: mean and sum of squares.
 double merge_moments(const Shape& shape, const double* parts, int64_t first, int64_t chunks, int64_t from, int64_t n,
                      double* mean, double* about) {
-  std::fill(mean, mean + n, 0.0);
-  std::fill(about, about + n, 0.0);
-  double count = 0;
-  for (int64_t k = first; k < first + chunks; ++k) {
-    const double* part = parts + k * 2 * shape.channels + from;
+  const double* part = parts + first * 2 * shape.channels + from;
+  std::copy(part, part + n, mean);
+  std::copy(part + shape.channels, part + shape.channels + n, about);
+  double count = double(chunk_pixels(shape, first % shape.splits()));
+  for (int64_t k = first + 1; k < first + chunks; ++k) {
+    part += 2 * shape.channels;
     const double more = double(chunk_pixels(shape, k % shape.splits())), total = count + more;
+    const double share = more / total, between = count * share;
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
       const double delta = part[j] - mean[j];
-      mean[j] += delta * (more / total);
-      about[j] += part[shape.channels + j] + delta * delta * (count * more / total);
+      mean[j] += delta * share;
+      about[j] += part[shape.channels + j] + delta * delta * between;
     }
     count = total;
   }
   return count;
 }
 
-template <class A>
-void write_form(const Form<A>& form, int64_t at, int64_t channel, double mean, double var) {
-  const double t = 1 / std::sqrt(var + form.eps), r = form.weight == nullptr ? t : form.weight[channel] * t;
-  form.rate[at] = A(r);
-  form.shift[at] = A((form.bias == nullptr ? 0 : double(form.bias[channel])) - mean * r);
+// The form of n channels from `channel` on with their mean and t = 1 / sqrt(var + eps), to place `at` and after.
+template <class A, class Mean, class Rate>
+void write_form(const Form<A>& form, int64_t at, int64_t channel, int64_t n, Mean mean, Rate t) {
+  const A *weight = form.weight, *bias = form.bias;
+  A *rate = form.rate + at, *shift = form.shift + at;
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    const double r = weight == nullptr ? t(j) : weight[channel + j] * t(j);
+    rate[j] = A(r);
+    shift[j] = A((bias == nullptr ? 0 : double(bias[channel + j])) - mean(j) * r);
+  }
 }
 
 // The form of a batch norm by its running statistics.
 template <class A>
 void team_running(int64_t c, const Form<A>& form) {
+  const A *mean = form.pooled, *var = form.variance;
 #pragma omp for
-  for (int64_t j = 0; j < c; ++j) write_form(form, j, j, form.pooled[j], form.variance[j]);
-}
-
-template <class A>
-void keep(const Form<A>& form, int64_t at, double mean, double var) {
-  if (form.pooled != nullptr) form.pooled[at] = A(mean), form.variance[at] = A(var);
+  for (int64_t from = 0; from < c; from += BLOCK)
+    write_form(form, from, from, std::min(BLOCK, c - from), [=](int64_t j) { return double(mean[from + j]); },
+               [=, eps = form.eps](int64_t j) { return 1 / std::sqrt(var[from + j] + eps); });
 }
 
 // The moments of what an affine form makes of some channels, from theirs.
@@ -478,6 +714,14 @@ void move_moments(const Form<A>& inner, int64_t from, int64_t n, double* mean, d
     mean[j] = r * mean[j] + inner.shift[from + j];
     about[j] *= r * r;
   }
+}
+
+template <class F>
+double sum_of(int64_t n, F f) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < n; ++j) sum += f(j);
+  return sum;
 }
 
 // The form of a norm from the moments of chunks, (chunks, 2, C); of the norm of inner(x) where that is given.
@@ -493,16 +737,17 @@ void team_form(const Shape& shape, const double* parts, const Form<A>& form, con
       double mean[BLOCK], about[BLOCK];
       const double count = merge_moments(shape, parts, row * splits, chunks, from, n, mean, about);
       if (inner != nullptr) move_moments(*inner, from, n, mean, about);
-      for (int64_t j = 0; j < n; ++j) {
-        const int64_t at = row * c + from + j;
-        const double var = about[j] / count;
-        if (form.groups == RAW) {
-          form.rate[at] = A(mean[j]), form.shift[at] = A(var);
-          continue;
-        }
-        keep(form, at, mean[j], var);
-        write_form(form, at, from + j, mean[j], var);
+      const int64_t at = row * c + from;
+      const double inverse = 1 / count;
+      for (int64_t j = 0; j < n; ++j) about[j] *= inverse;
+      if (form.groups == RAW) {
+        for (int64_t j = 0; j < n; ++j) form.rate[at + j] = A(mean[j]), form.shift[at + j] = A(about[j]);
+        continue;
       }
+      if (form.pooled != nullptr)
+        for (int64_t j = 0; j < n; ++j) form.pooled[at + j] = A(mean[j]), form.variance[at + j] = A(about[j]);
+      write_form(form, at, from, n, [&](int64_t j) { return mean[j]; },
+                 [&](int64_t j) { return 1 / std::sqrt(about[j] + form.eps); });
     }
     return;
   }
@@ -513,24 +758,23 @@ void team_form(const Shape& shape, const double* parts, const Form<A>& form, con
     const int64_t image = set / form.groups, from = set % form.groups * size;
     const double count = merge_moments(shape, parts, image * splits, splits, from, size, mean.data(), about.data());
     if (inner != nullptr) move_moments(*inner, from, size, mean.data(), about.data());
-    double m = 0, v = 0;
-    for (int64_t j = 0; j < size; ++j) m += mean[j];
-    m /= size;
-    for (int64_t j = 0; j < size; ++j) v += about[j] / count + (mean[j] - m) * (mean[j] - m);
-    v /= size;
-    keep(form, set, m, v);
-    for (int64_t j = 0; j < size; ++j) write_form(form, image * c + from + j, from + j, m, v);
+    const double m = sum_of(size, [&](int64_t j) { return mean[j]; }) / size, inverse = 1 / count;
+    const double v = sum_of(size, [&](int64_t j) { return about[j] * inverse + (mean[j] - m) * (mean[j] - m); }) / size;
+    if (form.pooled != nullptr) form.pooled[set] = A(m), form.variance[set] = A(v);
+    const double t = 1 / std::sqrt(v + form.eps);
+    write_form(form, image * c + from, from, size, [=](int64_t) { return m; }, [=](int64_t) { return t; });
   }
 }
 
 template <class A>
 void team_through(int64_t c, const Through<A>& t) {
+  A *offset = t.made.get(), *slope = offset + t.rows * c;
   if (t.groups == RAW) {  // d mean = dx / count and d var = 2 (x - mean) dx / count
 #pragma omp for
     for (int64_t i = 0; i < t.rows * c; ++i) {
       const double tilt = t.grad_shift == nullptr ? 0 : 2 * double(t.grad_shift[i]) / t.count;
-      t.slope[i] = A(tilt);
-      t.offset[i] = A((t.grad_rate == nullptr ? 0 : double(t.grad_rate[i]) / t.count) - tilt * t.pooled[i]);
+      slope[i] = A(tilt);
+      offset[i] = A((t.grad_rate == nullptr ? 0 : double(t.grad_rate[i]) / t.count) - tilt * t.pooled[i]);
     }
     return;
   }
@@ -549,8 +793,8 @@ void team_through(int64_t c, const Through<A>& t) {
       if (t.grad_weight != nullptr) t.grad_weight[i] = A(own * r), t.grad_bias[i] = A(shift);
     }
     const double tilt = -through * r * r * r / t.count, start = -moved * r / t.count - tilt * m;
-    std::fill(t.slope + set * size, t.slope + (set + 1) * size, A(tilt));
-    std::fill(t.offset + set * size, t.offset + (set + 1) * size, A(start));
+    std::fill(slope + set * size, slope + (set + 1) * size, A(tilt));
+    std::fill(offset + set * size, offset + (set + 1) * size, A(start));
   }
 }
 
@@ -670,61 +914,74 @@ void team_sum(const Sum<A>& sum, void* out, int32_t kind, double* moments, A* pr
   }
 }
 
+// The functions from here on read what they are given and share it out; see native.py.
+
 // The form of a norm of a map; with `inner`, a batch norm by its running statistics, that of norm(inner(x)).
 template <class A>
-void enter(const Shape& shape, const Map& x, const Form<A>& form, const Form<A>* inner, int threads) {
+void enter(Words w, int threads) {
+  const Shape shape(w);
+  const Map x = w.map();
+  const Form<A> form(w);
+  const bool nested = w.flag();
+  const Form<A> inner = nested ? Form<A>(w) : Form<A>();
   const int64_t c = shape.channels, rows = form.groups == RUNNING || form.groups == BATCH ? 1 : shape.images;
-  std::vector<double> parts(form.groups == RUNNING ? 0 : shape.chunks() * 2 * c);
+  const auto parts = room_for<double>(form.gathers() ? shape.chunks() * 2 * c : 0);
 #pragma omp parallel num_threads(threads)
   {
-    if (inner != nullptr) team_running(c, *inner);
+    if (nested) team_running(c, inner);
     if (form.groups == RUNNING) {
       team_running(c, form);
     } else {
-      team_moments<A>(shape, x, parts.data());
-      team_form(shape, parts.data(), form, inner);
+      team_moments<A>(shape, x, parts.get());
+      team_form(shape, parts.get(), form, nested ? &inner : nullptr);
     }
-    if (inner != nullptr) {
+    if (nested) {
 #pragma omp for
       for (int64_t i = 0; i < rows * c; ++i) {
-        form.shift[i] += form.rate[i] * inner->shift[i % c];
-        form.rate[i] *= inner->rate[i % c];
+        form.shift[i] += form.rate[i] * inner.shift[i % c];
+        form.rate[i] *= inner.rate[i % c];
       }
     }
   }
 }
 
-// s(addends + norm of the branch + sum of pairs); `norm` is that of the branch unless its form is given. Scales and
-// bias that are to be made stay here.
+// s(addends + norm of the branch + sum of pairs), with the form of the norm of the result. The branch's own norm goes by
+// its moments or running statistics, unless pairs have its form.
 template <class A>
-void block(const Shape& shape, const Map* addends, int64_t addend_count, const Form<A>* norm, Pairs<A> pairs, bool relu,
-           void* y, int32_t kind, const Form<A>& own, int threads) {
-  const int64_t c = shape.channels, made = pairs.rates == nullptr ? 0 : pairs.rows * c;
-  std::vector<A> scales(pairs.count * made), bias(made);
-  if (made) pairs.scales = scales.data(), pairs.bias = bias.data();
+void block(Words w, int threads) {
+  const Shape shape(w);
+  const int64_t c = shape.channels;
+  const std::vector<Map> addends = w.maps();
+  const bool normed = w.flag();
+  const Form<A> norm = normed ? Form<A>(w) : Form<A>();
+  const Pairs<A> pairs(w, c);
+  const bool relu = w.flag();
+  const Map y = w.map();
+  const Form<A> own(w);
+
   const std::vector<A> zeros(pairs.bias == nullptr ? c : 0), ones(c, A(1));
   Sum<A> sum{shape, pairs.bias == nullptr ? zeros.data() : pairs.bias, pairs.bias == nullptr ? 1 : pairs.rows};
   sum.relu = relu;
-  for (int64_t i = 0; i < addend_count; ++i) sum.terms.push_back({addends[i], ones.data(), 1});
-  for (int64_t i = 0; i < pairs.count; ++i)
+  for (const Map& addend : addends) sum.terms.push_back({addend, ones.data(), 1});
+  for (int64_t i = 0; i < pairs.count(); ++i)
     sum.terms.push_back({pairs.maps[i], pairs.scales + i * pairs.rows * c, pairs.rows});
-  const bool gathers = own.groups != NO_STATISTICS && own.groups != RUNNING;
-  std::vector<double> parts(gathers || norm != nullptr ? shape.chunks() * 2 * c : 0);
+  const auto parts = room_for<double>(own.gathers() || norm.gathers() ? shape.chunks() * 2 * c : 0);
+  void* out = const_cast<void*>(y.data);
 #pragma omp parallel num_threads(threads)
   {
     if (own.groups == RUNNING) team_running(c, own);
-    if (norm != nullptr && norm->groups == RUNNING) {
-      team_running(c, *norm);
-    } else if (norm != nullptr) {
-      team_moments<A>(shape, pairs.maps[0], parts.data());
-      team_form(shape, parts.data(), *norm);
+    if (norm.groups == RUNNING) {
+      team_running(c, norm);
+    } else if (norm.gathers()) {
+      team_moments<A>(shape, pairs.maps[0], parts.get());
+      team_form(shape, parts.get(), norm);
     }
-    if (pairs.rates != nullptr) team_coefficients(c, pairs);
-    if (gathers) {
-      team_sum<MOMENTS>(sum, y, kind, parts.data(), static_cast<A*>(nullptr));
-      team_form(shape, parts.data(), own);
+    if (pairs.total) team_coefficients(c, pairs);
+    if (own.gathers()) {
+      team_sum<MOMENTS>(sum, out, y.kind, parts.get(), static_cast<A*>(nullptr));
+      team_form(shape, parts.get(), own);
     } else {
-      team_sum<NOTHING>(sum, y, kind, nullptr, static_cast<A*>(nullptr));
+      team_sum<NOTHING>(sum, out, y.kind, nullptr, static_cast<A*>(nullptr));
     }
   }
 }
@@ -732,91 +989,108 @@ void block(const Shape& shape, const Map* addends, int64_t addend_count, const F
 // The gradient of a map from all that used it.
 template <class A>
 struct Pull {
-  Map x;
-  const Map* grad;  // or null
-  Through<A> own;   // offset is null where no gradient comes through statistics; pooled is null where it is given
-  const Map* later;
-  const A* const* later_scales;
-  const int64_t* later_rows;
-  int64_t later_count;
+  Map x, grad;     // no data for no gradient
+  Through<A> own;
+  std::vector<typename Sum<A>::Term> later;
   bool relu;
-  void* out;
-  int32_t kind;
+  void* out;       // of the kind of x
+  std::vector<A> zeros, ones;
+
+  Pull(Words& w, const Shape& shape)
+      : x(w.map()), grad(w.map()), own(w, shape.channels), later(w.integer()), zeros(shape.channels),
+        ones(shape.channels, A(1)) {
+    for (auto& term : later) term = {w.map(), w.address<const A>(), w.integer()};
+    relu = w.flag();
+    out = w.address<void>();
+  }
+
+  Sum<A> sum(const Shape& shape) const {
+    const bool offset = own.kind != Through<A>::NOTHING;
+    Sum<A> made{shape, offset ? own.offset : zeros.data(), offset ? own.rows : 1};
+    if (grad.data != nullptr) made.terms.push_back({grad, ones.data(), 1});
+    if (offset) made.terms.push_back({x, own.slope, own.rows});
+    made.terms.insert(made.terms.end(), later.begin(), later.end());
+    if (relu) made.mask = x;
+    return made;
+  }
 };
 
 template <class A>
-Sum<A> sum_of(const Shape& shape, const Pull<A>& p, const A* zeros, const A* ones) {
-  Sum<A> sum{shape, p.own.offset == nullptr ? zeros : p.own.offset, p.own.offset == nullptr ? 1 : p.own.rows};
-  if (p.grad != nullptr) sum.terms.push_back({*p.grad, ones, 1});
-  if (p.own.offset != nullptr) sum.terms.push_back({p.x, p.own.slope, p.own.rows});
-  for (int64_t l = 0; l < p.later_count; ++l) sum.terms.push_back({p.later[l], p.later_scales[l], p.later_rows[l]});
-  if (p.relu) sum.mask = p.x;
-  return sum;
-}
-
-template <class A>
-void pull(const Shape& shape, const Pull<A>& p, const Map* maps, int64_t count, int64_t rows, A* grad_scales,
-          A* grad_bias, int threads) {
+void pull(Words w, int threads) {
+  const Shape shape(w);
   const int64_t c = shape.channels;
-  const std::vector<A> zeros(c), ones(c, A(1));
-  Sum<A> sum = sum_of(shape, p, zeros.data(), ones.data());
-  sum.others.assign(maps, maps + count);
-  std::vector<A> parts(rows ? shape.chunks() * (count + 1) * c : 0);
+  const Pull<A> p(w, shape);
+  Sum<A> sum = p.sum(shape);
+  sum.others = w.maps();
+  const int64_t rows = w.integer(), terms = sum.others.size() + 1;
+  A *grad_scales = w.address<A>(), *grad_bias = w.address<A>();
+  const auto parts = room_for<A>(rows ? shape.chunks() * terms * c : 0);
 #pragma omp parallel num_threads(threads)
   {
-    if (p.own.pooled != nullptr) team_through(c, p.own);
+    if (p.own.kind == Through<A>::MADE) team_through(c, p.own);
     if (rows) {
-      team_sum<PRODUCTS>(sum, p.out, p.kind, nullptr, parts.data());
-      team_merge(shape, parts.data(), count + 1, rows, grad_scales, grad_bias);
+      team_sum<PRODUCTS>(sum, p.out, p.x.kind, nullptr, parts.get());
+      team_merge(shape, parts.get(), terms, rows, grad_scales, grad_bias);
     } else {
-      team_sum<NOTHING>(sum, p.out, p.kind, nullptr, static_cast<A*>(nullptr));
+      team_sum<NOTHING>(sum, p.out, p.x.kind, nullptr, static_cast<A*>(nullptr));
     }
   }
 }
 
-// `pull` of what `block` made, on to the gradients of all that it took. `branch`, or null where its norm is given.
+// `pull` of what `block` made, on to the gradients of all that it took.
 template <class A>
-void pull_block(const Shape& shape, const Pull<A>& p, const Pairs<A>& pairs, const PairGradients<A>& to,
-                const Through<A>* branch, void* branch_out, int threads) {
+void pull_block(Words w, int threads) {
+  const Shape shape(w);
   const int64_t c = shape.channels;
-  const std::vector<A> zeros(c), ones(c, A(1));
-  Sum<A> sum = sum_of(shape, p, zeros.data(), ones.data());
-  sum.others.assign(pairs.maps, pairs.maps + pairs.count);
-  std::vector<A> parts(shape.chunks() * (pairs.count + 1) * c);
-  Sum<A> back{shape, branch == nullptr ? zeros.data() : branch->offset, 1};
-  if (pairs.branch) {
-    if (branch != nullptr) back.terms.push_back({pairs.maps[0], branch->slope, 1});
-    back.terms.push_back({Map{p.out, p.kind}, pairs.scales, pairs.rows});
-  }
+  const Pull<A> p(w, shape);
+  const Pairs<A> pairs(w, c);
+  const PairGradients<A> to(w, pairs, c);
+  Through<A> branch(w, c);  // through the norm of the branch, where that is not given
+  const bool normed = branch.kind == Through<A>::MADE;
+  if (normed) branch.grad_rate = to.branch_rate, branch.grad_shift = to.branch_shift;
+  void* branch_out = w.address<void>();
+
+  Sum<A> sum = p.sum(shape);
+  sum.others = pairs.maps;
+  const int64_t terms = pairs.count() + 1;
+  const auto parts = room_for<A>(shape.chunks() * terms * c);
+  Sum<A> back{shape, normed ? branch.offset : p.zeros.data(), 1};
+  if (normed) back.terms.push_back({pairs.maps[0], branch.slope, 1});
+  if (pairs.branch) back.terms.push_back({Map{p.out, p.x.kind}, pairs.scales, pairs.rows});
 #pragma omp parallel num_threads(threads)
   {
-    if (p.own.pooled != nullptr) team_through(c, p.own);
-    if (pairs.rates != nullptr) team_coefficients(c, pairs);
-    team_sum<PRODUCTS>(sum, p.out, p.kind, nullptr, parts.data());
-    team_merge(shape, parts.data(), pairs.count + 1, pairs.rows, to.scales, to.bias);
-    if (pairs.rates != nullptr) team_coefficients_backward(c, pairs, to);
-    if (branch != nullptr) team_through(c, *branch);
+    if (p.own.kind == Through<A>::MADE) team_through(c, p.own);
+    if (pairs.total) team_coefficients(c, pairs);
+    team_sum<PRODUCTS>(sum, p.out, p.x.kind, nullptr, parts.get());
+    team_merge(shape, parts.get(), terms, pairs.rows, to.scales, to.bias);
+    if (pairs.total) team_coefficients_backward(c, pairs, to);
+    if (normed) team_through(c, branch);
     if (pairs.branch) team_sum<NOTHING>(back, branch_out, pairs.maps[0].kind, nullptr, static_cast<A*>(nullptr));
   }
 }
 
 template <class A>
-void mix(const Shape& shape, const Map* maps, int64_t count, const A* scales, int64_t outputs, int64_t rows,
-         void* const* out, int32_t kind, int threads) {
+void mix(Words w, int threads) {
+  const Shape shape(w);
   const int64_t c = shape.channels;
+  const std::vector<Map> maps = w.maps(), out = w.maps();
+  const int64_t count = maps.size(), outputs = out.size();
+  const A* scales = w.address<const A>();  // (outputs, maps, rows, C)
+  const int64_t rows = w.integer();
   const std::vector<A> zeros(c);
   std::vector<Sum<A>> sums(outputs, Sum<A>{shape, zeros.data(), 1});
   for (int64_t o = 0; o < outputs; ++o)
     for (int64_t i = 0; i < count; ++i) sums[o].terms.push_back({maps[i], scales + (o * count + i) * rows * c, rows});
 #pragma omp parallel num_threads(threads)
   {
-    typename Sum<A>::Scratch scratch = sums[0].scratch(kind);
+    typename Sum<A>::Scratch scratch = sums[0].scratch(out[0].kind);
 #pragma omp for
     for (int64_t index = 0; index < shape.chunks(); ++index) {
       const Chunk chunk(shape, index);
       by_groups(chunk, [&](int64_t row, int64_t group) {  // rows of each map stay in cache for all outputs
         for (int64_t o = 0; o < outputs; ++o)
-          sums[o].template run_rows<NOTHING>(chunk, row, group, out[o], kind, nullptr, scratch);
+          sums[o].template run_rows<NOTHING>(chunk, row, group, const_cast<void*>(out[o].data), out[o].kind, nullptr,
+                                             scratch);
       });
     }
   }
@@ -831,6 +1105,12 @@ struct Nested {
   const A *mean, *var;      // (N, C)
   const A *weight, *bias;   // (C,) or null
   A *rate, *shift, *pooled, *variance, *outer_mean, *outer_var;
+
+  explicit Nested(Words& w)
+      : images(w.integer()), channels(w.integer()), groups(w.integer()), eps(w.number()), outer_eps(w.number()),
+        mean(w.address<const A>()), var(w.address<const A>()), weight(w.address<const A>()),
+        bias(w.address<const A>()), rate(w.address<A>()), shift(w.address<A>()), pooled(w.address<A>()),
+        variance(w.address<A>()), outer_mean(w.address<A>()), outer_var(w.address<A>()) {}
 
   int64_t sets() const { return groups == BATCH ? channels : images * groups; }
   int64_t count() const { return groups == BATCH ? images : channels / groups; }
@@ -851,7 +1131,8 @@ struct Nested {
 };
 
 template <class A>
-void nested(const Nested<A>& p) {
+void nested(Words w, int) {
+  const Nested<A> p(w);
   const int64_t n = p.images, c = p.channels;
   for (int64_t j = 0; j < c; ++j) {
     double mean = 0, var = 0;
@@ -881,8 +1162,10 @@ void nested(const Nested<A>& p) {
 }
 
 template <class A>
-void nested_backward(const Nested<A>& p, const A* grad_rate, const A* grad_shift, A* to_mean, A* to_var, A* to_weight,
-                     A* to_bias) {
+void nested_backward(Words w, int) {
+  const Nested<A> p(w);
+  const A *grad_rate = w.address<const A>(), *grad_shift = w.address<const A>();
+  A *to_mean = w.address<A>(), *to_var = w.address<A>(), *to_weight = w.address<A>(), *to_bias = w.address<A>();
   const int64_t n = p.images, c = p.channels;
   std::vector<double> r(c), s(c), to_r(c), to_s(c);
   for (int64_t j = 0; j < c; ++j) r[j] = p.r(j), s[j] = p.s(j);
@@ -913,9 +1196,20 @@ void nested_backward(const Nested<A>& p, const A* grad_rate, const A* grad_shift
   }
 }
 
+// The form of a batch norm by its running statistics.
+template <class A>
+void running(Words w, int) {
+  const int64_t c = w.integer();
+  team_running(c, Form<A>(w));
+}
+
 // One step of running statistics towards those of a batch.
 template <class A>
-void move(int64_t c, const A* mean, const A* var, double unbiased, double step, A* running_mean, A* running_var) {
+void move(Words w, int) {
+  const int64_t c = w.integer();
+  const A *mean = w.address<const A>(), *var = w.address<const A>();
+  const double unbiased = w.number(), step = w.number();
+  A *running_mean = w.address<A>(), *running_var = w.address<A>();
 #pragma omp simd
   for (int64_t j = 0; j < c; ++j) {
     running_mean[j] += A(step) * (mean[j] - running_mean[j]);
@@ -924,10 +1218,13 @@ void move(int64_t c, const A* mean, const A* var, double unbiased, double step, 
 }
 
 template <class A>
-void dots(const Shape& shape, const Map* grads, int64_t grad_count, const Map* maps, int64_t count, int64_t rows,
-          A* out, int threads) {
-  const int64_t c = shape.channels, terms = grad_count * count, room = GROUP * room_of(shape);
-  std::vector<A> parts(shape.chunks() * terms * c);
+void dots(Words w, int threads) {
+  const Shape shape(w);
+  const std::vector<Map> grads = w.maps(), maps = w.maps();
+  const int64_t rows = w.integer(), c = shape.channels, grad_count = grads.size(), count = maps.size();
+  const int64_t terms = grad_count * count, room = GROUP * room_of(shape);
+  A* out = w.address<A>();  // (grads, maps, rows, C)
+  const auto parts = room_for<A>(shape.chunks() * terms * c);
 #pragma omp parallel num_threads(threads)
   {
     std::vector<A> buffer((grad_count + 1) * room);
@@ -935,7 +1232,7 @@ void dots(const Shape& shape, const Map* grads, int64_t grad_count, const Map* m
 #pragma omp for
     for (int64_t index = 0; index < shape.chunks(); ++index) {
       const Chunk chunk(shape, index);
-      A* sums = parts.data() + index * terms * c;
+      A* sums = parts.get() + index * terms * c;
       by_groups(chunk, [&](int64_t row, int64_t group) {
         for (int64_t g = 0; g < grad_count; ++g)
           taken[g] = rows_of(grads[g], chunk, row, group, buffer.data() + g * room);
@@ -946,7 +1243,7 @@ void dots(const Shape& shape, const Map* grads, int64_t grad_count, const Map* m
         }
       });
     }
-    team_merge(shape, parts.data(), terms, rows, out, static_cast<A*>(nullptr));
+    team_merge(shape, parts.get(), terms, rows, out, static_cast<A*>(nullptr));
   }
 }
 
@@ -962,41 +1259,18 @@ int dense_shortcuts_has_half() {
 #endif
 }
 
-#define EXPORT(A, SUFFIX)                                                                                             \
-  void enter_##SUFFIX(Shape shape, Map x, const Form<A>* form, const Form<A>* inner, int threads) {                   \
-    enter(shape, x, *form, inner, threads);                                                                           \
-  }                                                                                                                   \
-  void block_##SUFFIX(Shape shape, const Map* addends, int64_t addend_count, const Form<A>* norm,                     \
-                      const Pairs<A>* pairs, bool relu, void* y, int32_t kind, const Form<A>* own, int threads) {     \
-    block(shape, addends, addend_count, norm, *pairs, relu, y, kind, *own, threads);                                  \
-  }                                                                                                                   \
-  void pull_##SUFFIX(Shape shape, const Pull<A>* p, const Map* maps, int64_t count, int64_t rows, A* grad_scales,     \
-                     A* grad_bias, int threads) {                                                                     \
-    pull(shape, *p, maps, count, rows, grad_scales, grad_bias, threads);                                              \
-  }                                                                                                                   \
-  void pull_block_##SUFFIX(Shape shape, const Pull<A>* p, const Pairs<A>* pairs, const PairGradients<A>* to,          \
-                           const Through<A>* branch, void* branch_out, int threads) {                                 \
-    pull_block(shape, *p, *pairs, *to, branch, branch_out, threads);                                                  \
-  }                                                                                                                   \
-  void mix_##SUFFIX(Shape shape, const Map* maps, int64_t count, const A* scales, int64_t outputs, int64_t rows,      \
-                    void* const* out, int32_t kind, int threads) {                                                    \
-    mix(shape, maps, count, scales, outputs, rows, out, kind, threads);                                               \
-  }                                                                                                                   \
-  void dots_##SUFFIX(Shape shape, const Map* grads, int64_t grad_count, const Map* maps, int64_t count, int64_t rows, \
-                     A* out, int threads) {                                                                           \
-    dots(shape, grads, grad_count, maps, count, rows, out, threads);                                                  \
-  }                                                                                                                   \
-  void running_##SUFFIX(int64_t c, const Form<A>* form) { team_running(c, *form); }                                    \
-  void nested_##SUFFIX(const Nested<A>* p) { nested(*p); }                                                             \
-  void nested_backward_##SUFFIX(const Nested<A>* p, const A* grad_rate, const A* grad_shift, A* to_mean, A* to_var,   \
-                                A* to_weight, A* to_bias) {                                                           \
-    nested_backward(*p, grad_rate, grad_shift, to_mean, to_var, to_weight, to_bias);                                  \
-  }                                                                                                                   \
-  void move_##SUFFIX(int64_t c, const A* mean, const A* var, double unbiased, double step, A* running_mean,           \
-                     A* running_var) {                                                                                \
-    move(c, mean, var, unbiased, step, running_mean, running_var);                                                    \
-  }
+#define EXPORT(NAME)                                                                                       \
+  void NAME##_f32(const int64_t* words) { NAME<float>(Words{words + 1}, int(words[0])); }                  \
+  void NAME##_f64(const int64_t* words) { NAME<double>(Words{words + 1}, int(words[0])); }
 
-EXPORT(float, f32)
-EXPORT(double, f64)
+EXPORT(enter)
+EXPORT(block)
+EXPORT(pull)
+EXPORT(pull_block)
+EXPORT(mix)
+EXPORT(dots)
+EXPORT(running)
+EXPORT(nested)
+EXPORT(nested_backward)
+EXPORT(move)
 }

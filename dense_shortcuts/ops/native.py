@@ -7,61 +7,46 @@ Beside the five functions of every back end, by which the kernels are compared w
 `block` and their backward passes, which do the arithmetic per channel in the same call; the operators run these.
 """
 
-import ctypes
 from collections.abc import Sequence
-from typing import Any
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from .compiled import (
-    KINDS,
-    Form,
-    Map,
-    Nested,
-    PairGradients,
-    Pairs,
-    Pull,
-    Through,
-    address_of,
-    is_last,
-    kernel,
-    shape_of,
-    threads,
-)
+from .compiled import KINDS, address_of, bits, call, is_last, shape_words
 from .forms import BATCH, NONE, RAW, RUNNING, shapes, unnormalised_scales
 from .reference import accumulation_dtype, new_map
 from .sums import Back, Sum
 
+_NO_FORM, _NO_MAP, _NO_PAIR = [0], [0, 0], [0, 0]
+_NOTHING, _GIVEN, _MADE = [0], 1, 2  # ways in which a gradient comes through a norm
 
-class _Room:
-    """What a compiled function is given, in the layout and accumulation type of one map; kept until it returns."""
+
+class _Words:
+    """Tensors as the words that a compiled function takes, in the layout and accumulation type of one map.
+
+    They, or copies in that form where one is needed, are kept until the function returns.
+    """
 
     def __init__(self, first: Tensor) -> None:
         self.layout = torch.channels_last if is_last(first) else torch.contiguous_format
         self.dtype = accumulation_dtype(first.dtype)
-        self.kept: list[object] = []
+        self.kept: list[Tensor] = []
 
-    def map(self, x: Tensor) -> Map:
-        x = x.contiguous(memory_format=self.layout)
+    def map(self, x: Tensor) -> tuple[int, int]:
+        if not x.is_contiguous(memory_format=self.layout):
+            x = x.contiguous(memory_format=self.layout)
         self.kept.append(x)
-        return Map(x.data_ptr(), KINDS[x.dtype])
+        return x.data_ptr(), KINDS[x.dtype]
 
-    def maps(self, maps: Sequence[Tensor]) -> int:
-        return self._table((Map * len(maps))(*[self.map(x) for x in maps]))
+    def maps(self, maps: Sequence[Tensor]) -> list[int]:
+        return [len(maps), *[word for x in maps for word in self.map(x)]]
 
-    def numbers(self, x: Tensor | None) -> int | None:
+    def numbers(self, x: Tensor | None) -> int:
         return address_of(x, self.dtype, self.kept)
 
-    def tables(self, tensors: Sequence[Tensor]) -> int:
-        return self._table((ctypes.c_void_p * len(tensors))(*[self.numbers(t) for t in tensors]))
-
-    def integers(self, values: Sequence[int]) -> int:
-        return self._table((ctypes.c_int64 * len(values))(*values))
-
-    def _table(self, table: "ctypes.Array[Any]") -> int:
-        self.kept.append(table)
-        return ctypes.addressof(table)
+    def all(self, tensors: Sequence[Tensor | None]) -> list[int]:
+        return [self.numbers(x) for x in tensors]
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,8 +60,8 @@ def enter(x: Tensor, groups: int, eps: float) -> list[Tensor]:
     x = _standard(x)
     found = _new_statistics(x, groups)
     if groups != NONE:
-        form = Form(groups, eps, None, None, *[t.data_ptr() for t in found])
-        _call("enter", x, shape_of(x), _Room(x).map(x), form, None)
+        words = _Words(x)
+        call("enter", words.dtype, [*shape_words(x), *words.map(x), *_form(groups, eps, _NO_PAIR, found), *_NO_FORM])
     return found
 
 
@@ -87,6 +72,11 @@ def _new_statistics(x: Tensor, groups: int) -> list[Tensor]:
         raise ValueError(f"a norm of {groups} groups was given a map of {c} channels, which they do not divide")
     form, pooled = shapes(n, c, groups)
     return [x.new_empty(shape, dtype=dtype) for shape in (form, form, pooled, pooled)]
+
+
+def _form(groups: int, eps: float, affine: Sequence[int], found: Sequence[Tensor]) -> list[int]:
+    """A norm with its affine parameters, and where its statistics go."""
+    return [groups, bits(eps), *affine, *[t.data_ptr() for t in found]]
 
 
 def join(
@@ -100,63 +90,49 @@ def join(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.join`."""
     first = _standard((*addends, *maps)[0])
-    room = _Room(first)
-    pairs = _given_scales(room, maps, scales, bias)
-    y, found = _run_block(room, first, addends, None, pairs, relu, RAW if statistics else NONE, 0.0, out)
+    words = _Words(first)
+    pairs = _given_scales(words, maps, scales, bias)
+    groups = RAW if statistics else NONE
+    y, found = _run_block(words, first, addends, _NO_FORM, pairs, relu, groups, 0.0, out)
     return y, found[0], found[1]
 
 
 def block(given: Sum, out: Tensor | None) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """`fused.run_block` at one go: y, the statistics of its norm, and those of the branch's norm unless it is fixed."""
     first = _standard(given.first)
-    room, norm, found = _Room(first), None, []
+    words, norm, found = _Words(first), _NO_FORM, []
     if given.branch is not None and not given.fixed:
         found = _new_statistics(given.branch, BATCH)
-        norm = Form(BATCH, given.branch_eps, *_pair(room, given.affine), *[t.data_ptr() for t in found])
+        norm = [1, *_form(BATCH, given.branch_eps, words.all(given.affine) or _NO_PAIR, found)]
     if given.rates:
-        pairs = _paired(room, given, given.fixed or found[:2])
+        pairs = _paired(words, given, given.fixed or found[:2], 0)
     else:
-        pairs = _given_scales(room, given.summed, unnormalised_scales(given.weight, given.maps, first), None)
-    y, own = _run_block(room, first, given.addends, norm, pairs, given.relu, given.groups, given.eps, out)
+        pairs = _given_scales(words, given.summed, unnormalised_scales(given.weight, given.maps, first), None)
+    y, own = _run_block(words, first, given.addends, norm, pairs, given.relu, given.groups, given.eps, out)
     return y, own, found
 
 
-def _pair(room: _Room, tensors: Sequence[Tensor]) -> tuple[int | None, int | None]:
-    return (room.numbers(tensors[0]), room.numbers(tensors[1])) if tensors else (None, None)
-
-
-def _given_scales(room: _Room, maps: Sequence[Tensor], scales: Tensor, bias: Tensor | None) -> Pairs:
+def _given_scales(words: _Words, maps: Sequence[Tensor], scales: Tensor, bias: Tensor | None) -> list[int]:
     """The terms of a sum whose scales are known."""
-    return Pairs(
-        maps=room.maps(maps),
-        count=len(maps),
-        rows=scales.shape[1],
-        scales=room.numbers(scales),
-        bias=room.numbers(bias),
-    )
+    return [*words.maps(maps), False, scales.shape[1], words.numbers(scales), words.numbers(bias), 0]
 
 
-def _paired(room: _Room, given: Sum, branch: Sequence[Tensor]) -> Pairs:
-    """The terms of a sum whose scales and bias are to be made: the branch, if it has rate and shift, and maps."""
-    return Pairs(
-        room.maps(given.summed),
-        len(given.summed),
-        len(branch) > 0,
-        room.numbers(given.weight),
-        len(given.rates),
-        room.tables(given.rates),
-        room.tables(given.shifts),
-        *_pair(room, branch),
-        given.rows,
-    )
+def _paired(words: _Words, given: Sum, branch: Sequence[Tensor], scales: int) -> list[int]:
+    """The terms of a sum whose scales and bias are to be made: the branch, if it has rate and shift, and maps.
+
+    scales is where the scales go, 0 for nowhere.
+    """
+    terms = [*words.maps(given.summed), len(branch) > 0, given.rows, scales, 0]
+    forms = words.all([given.weight, *given.rates, *given.shifts])
+    return [*terms, len(given.rates), *forms, *(words.all(branch) or _NO_PAIR)]
 
 
 def _run_block(
-    room: _Room,
+    words: _Words,
     first: Tensor,
     addends: Sequence[Tensor],
-    norm: Form | None,
-    pairs: Pairs,
+    norm: Sequence[int],
+    pairs: Sequence[int],
     relu: bool,
     groups: int,
     eps: float,
@@ -164,9 +140,9 @@ def _run_block(
 ) -> tuple[Tensor, list[Tensor]]:
     y = first if out is first else torch.empty_like(first)
     found = _new_statistics(y, groups)
-    own = Form(groups, eps, None, None, *[t.data_ptr() for t in found])
-    terms = (room.maps(addends), len(addends), norm, pairs)
-    _call("block", first, shape_of(first), *terms, relu, y.data_ptr(), KINDS[y.dtype], own)
+    terms = [*words.maps(addends), *norm, *pairs]
+    own = _form(groups, eps, _NO_PAIR, found)
+    call("block", words.dtype, [*shape_words(first), *terms, relu, y.data_ptr(), KINDS[y.dtype], *own])
     return y, found
 
 
@@ -183,73 +159,68 @@ def pull(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.pull`."""
     x = _standard(x)
-    room = _Room(x)
-    own = Through()
-    if offset is not None:
-        own = Through(rows=offset.shape[0], offset=room.numbers(offset), slope=room.numbers(slope))
+    words = _Words(x)
+    own = _NOTHING if offset is None else [_GIVEN, offset.shape[0], words.numbers(offset), words.numbers(slope)]
     pulled = torch.empty_like(x)
-    scales = x.new_empty((len(maps), rows, x.shape[1]), dtype=room.dtype)
-    bias = x.new_empty((rows, x.shape[1]), dtype=room.dtype)
-    told = _pull(room, x, grad, own, later_grads, later_scales, relu, pulled)
-    sums = (room.maps(maps), len(maps), rows, scales.data_ptr(), bias.data_ptr())
-    _call("pull", x, shape_of(x), told, *sums)
+    scales = x.new_empty((len(maps), rows, x.shape[1]), dtype=words.dtype)
+    bias = x.new_empty((rows, x.shape[1]), dtype=words.dtype)
+    told = _pull(words, x, grad, own, later_grads, later_scales, relu, pulled)
+    call("pull", words.dtype, [*told, *words.maps(maps), rows, scales.data_ptr(), bias.data_ptr()])
     return pulled, scales, bias
 
 
 def _pull(
-    room: _Room,
+    words: _Words,
     x: Tensor,
     grad: Tensor | None,
-    own: Through,
+    own: Sequence[int],
     later_grads: Sequence[Tensor],
     later_scales: Sequence[Tensor],
     relu: bool,
     out: Tensor,
-) -> Pull:
-    return Pull(
-        room.map(x),
-        None if grad is None else room.maps([grad]),
-        own,
-        room.maps(later_grads),
-        room.tables(later_scales),
-        room.integers([a.shape[0] for a in later_scales]),
-        len(later_grads),
-        relu,
-        out.data_ptr(),
-        KINDS[out.dtype],
-    )
+) -> list[int]:
+    later = [
+        word
+        for g, a in zip(later_grads, later_scales, strict=True)
+        for word in (*words.map(g), words.numbers(a), a.shape[0])
+    ]
+    passed = _NO_MAP if grad is None else words.map(grad)
+    return [*shape_words(x), *words.map(x), *passed, *own, len(later_grads), *later, relu, out.data_ptr()]
 
 
 def _through(
-    room: _Room,
+    words: _Words,
     x: Tensor,
-    found: Sequence[Tensor],
     groups: int,
     eps: float,
-    grad_rate: Tensor | None,
-    grad_shift: Tensor | None,
-) -> Through:
-    """The gradient of x through its statistics, where one comes."""
-    some = grad_rate if grad_rate is not None else grad_shift
-    if groups == NONE or some is None:
-        return Through()
-    rate, _, pooled, variance = found
+    found: Sequence[Tensor],
+    rows: int,
+    grads: Sequence[int],
+    affine: Sequence[int] = _NO_PAIR,
+    to_affine: Sequence[int] = _NO_PAIR,
+) -> list[int]:
+    """The gradient of x through its statistics.
+
+    Args:
+        found: rate, shift, pooled mean and variance, as `_new_statistics` made room for them.
+        rows: of the gradients of rate and shift.
+        grads: where these are.
+        affine, to_affine: where weight and bias of the norm are, and where their gradients go.
+    """
     (n, c), pixels = x.shape[:2], x.shape[2] * x.shape[3]
-    count = pixels * {RAW: 1, BATCH: n}.get(groups, c // max(groups, 1))
-    made = some.new_empty((2, *some.shape), dtype=room.dtype)
-    room.kept.append(made)
-    return Through(
-        groups,
-        eps,
-        None,
-        *(room.numbers(t) for t in (rate if groups == RAW else pooled, variance, grad_rate, grad_shift)),
-        count,
-        some.shape[0],
-        made[0].data_ptr(),
-        made[1].data_ptr(),
-        None,
-        None,
-    )
+    count = pixels if groups == RAW else pixels * n if groups == BATCH else pixels * c // groups
+    pooled = found[:2] if groups == RAW else found[2:]
+    return [_MADE, rows, groups, bits(eps), count, affine[0], *words.all(pooled), *grads, *to_affine]
+
+
+def _own_through(
+    words: _Words, x: Tensor, groups: int, eps: float, found: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> list[int]:
+    """`_through` for gradients of which either may be missing, or both."""
+    some = grads[0] if grads[0] is not None else grads[1]
+    if groups == NONE or some is None:
+        return _NOTHING
+    return _through(words, x, groups, eps, found, some.shape[0], words.all(grads))
 
 
 def pull_entered(
@@ -264,54 +235,56 @@ def pull_entered(
 ) -> Tensor:
     """The backward pass of `fused.enter` at one go."""
     x = _standard(x)
-    room, pulled = _Room(x), torch.empty_like(x)
-    through = _through(room, x, own, groups, eps, grad_rate, grad_shift)
-    told = _pull(room, x, None, through, later_grads, later_scales, False, pulled)
-    _call("pull", x, shape_of(x), told, None, 0, 0, None, None)
+    words, pulled = _Words(x), torch.empty_like(x)
+    through = _own_through(words, x, groups, eps, own, (grad_rate, grad_shift))
+    told = _pull(words, x, None, through, later_grads, later_scales, False, pulled)
+    call("pull", words.dtype, [*told, 0, 0, 0, 0])
     return pulled
 
 
 def pull_block(
     y: Tensor, own: Sequence[Tensor], back: Back, branch_norm: Sequence[Tensor], given: Sum
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """The backward pass of `fused.block` at one go, with the arguments and results of `fused._run_pull_block`."""
     y = _standard(y)
-    room, c, rows, g = _Room(y), y.shape[1], given.rows, torch.empty_like(y)
+    words, c, rows, g = _Words(y), y.shape[1], given.rows, torch.empty_like(y)
     branch, affine, fixed, weight = given.branch, given.affine, given.fixed, given.weight
-    count = len(given.summed)
+    count = len(given.maps)
 
     def new(*shape: int) -> Tensor:
-        return y.new_empty(shape, dtype=room.dtype)
+        return y.new_empty(shape, dtype=words.dtype)
 
-    through = _through(room, y, own, given.groups, given.eps, back.grad_rate, back.grad_shift)
-    told = _pull(room, y, back.grad, through, back.later_grads, back.later_scales, given.relu, g)
-    to_scales, to_bias = new(count, rows, c), new(rows, c)
+    through = _own_through(words, y, given.groups, given.eps, own, (back.grad_rate, back.grad_shift))
+    told = _pull(words, y, back.grad, through, back.later_grads, back.later_scales, given.relu, g)
     if not given.rates:
-        scales = unnormalised_scales(weight, given.maps, y)
-        to = PairGradients(scales=to_scales.data_ptr(), bias=to_bias.data_ptr())
-        _call("pull_block", y, shape_of(y), told, _given_scales(room, given.summed, scales, None), to, None, None)
-        return g, scales, [], [], [], [] if weight is None else [_with_earlier(to_scales.sum(1), weight)], [], []
+        scales, to_scales, to_bias = unnormalised_scales(weight, given.maps, y), new(count, rows, c), new(rows, c)
+        pairs = _given_scales(words, given.summed, scales, None)
+        call("pull_block", words.dtype, [*told, *pairs, to_scales.data_ptr(), to_bias.data_ptr(), *_NOTHING, 0])
+        to_weights = [] if weight is None else [_with_earlier(to_scales.sum(1), weight)]
+        return g, list(scales.unbind()), [], [], [], to_weights, [], []
 
     assert weight is not None
-    scales, to_weight = new(count, rows, c), new(*weight.shape)
-    to_rates, to_shifts, to_form = new(len(given.maps), rows, c), new(len(given.shifts), rows, c), new(2, 1, c)
-    pairs = _paired(room, given, fixed or branch_norm[:2])
-    pairs.scales, pairs.bias = room.numbers(scales), room.numbers(new(rows, c))
-    to = PairGradients(*(t.data_ptr() for t in (to_scales, to_bias, to_weight, to_rates, to_shifts, *to_form)))
-    to_branch = [] if branch is None else [torch.empty_like(branch, memory_format=room.layout)]
-    to_affine, theirs = [], None
-    if branch is not None and not fixed:
-        to_affine = [new(c), new(c)]
-        theirs = _through(room, branch, branch_norm, BATCH, given.branch_eps, to_form[0], to_form[1])
-        theirs.weight, _ = _pair(room, affine)
-        theirs.grad_weight, theirs.grad_bias = (t.data_ptr() for t in to_affine)
-    out = to_branch[0].data_ptr() if to_branch else None
-    _call("pull_block", y, shape_of(y), told, pairs, to, theirs, out)
+    to_weight, first = new(*weight.shape), int(branch is not None)
+    small = new(first + 2 * count + len(weight), rows, c).unbind()  # scales, then gradients of rates and of shifts
+    ends = first, first + count, first + 2 * count
+    addresses = [t.data_ptr() for t in small]
+    to_fixed = [new(1, c) for _ in fixed]
+    to_affine = [] if fixed or branch is None else [new(c), new(c)]
+    to_branch = [] if branch is None else [torch.empty_like(branch, memory_format=words.layout)]
+    theirs = _NOTHING
+    if to_affine:
+        parameters, to_parameters = words.all(affine) or _NO_PAIR, [t.data_ptr() for t in to_affine]
+        form = (BATCH, given.branch_eps, branch_norm)
+        theirs = _through(words, to_branch[0], *form, 1, _NO_PAIR, parameters, to_parameters)
+    pairs = _paired(words, given, fixed or branch_norm[:2], addresses[0])
+    to_forms = to_weight.data_ptr(), addresses[ends[1]], addresses[ends[2]]
+    gradients = [0, 0, *to_forms, *([t.data_ptr() for t in to_fixed] or _NO_PAIR)]
+    out = to_branch[0].data_ptr() if to_branch else 0
+    call("pull_block", words.dtype, [*told, *pairs, *gradients, *theirs, out])
     to_branch = [] if branch is None else [_in_form_of(to_branch[0], branch)]
-    return (
-        *(g, scales, to_branch, [t.to(p.dtype) for t, p in zip(to_affine, affine, strict=False)]),
-        *(list(to_form) if fixed else [], [to_weight.to(weight.dtype)], list(to_rates), list(to_shifts)),
-    )
+    to_affine = [t if t.dtype == p.dtype else t.to(p.dtype) for t, p in zip(to_affine, affine, strict=False)]
+    own_scales, to_rates, to_shifts = (list(small[a:b]) for a, b in pairwise((*ends, len(small))))
+    return g, own_scales, to_branch, to_affine, to_fixed, [to_weight.to(weight.dtype)], to_rates, to_shifts
 
 
 def _in_form_of(grad: Tensor, x: Tensor) -> Tensor:
@@ -331,12 +304,11 @@ def running_form(
     mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """rate and shift, (1, C), of batch norm by its running statistics, (C,), with its affine parameters."""
-    room = _Room(mean)
-    rate = mean.new_empty((1, mean.shape[0]), dtype=room.dtype)
+    words = _Words(mean)
+    rate = mean.new_empty((1, mean.shape[0]), dtype=words.dtype)
     shift = torch.empty_like(rate)
-    affine, moments = map(room.numbers, (weight, bias)), map(room.numbers, (mean, var))
-    form = Form(RUNNING, eps, *affine, rate.data_ptr(), shift.data_ptr(), *moments)
-    kernel("running", rate)(mean.shape[0], form)
+    addresses = words.all([weight, bias, rate, shift, mean, var])
+    call("running", words.dtype, [1, mean.shape[0], RUNNING, bits(eps), *addresses])
     return rate, shift
 
 
@@ -344,11 +316,12 @@ def nested_form(
     mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, groups: int, outer_eps: float
 ) -> tuple[Tensor, ...]:
     """See `forms.nested_form`."""
-    (n, c), rows, room = mean.shape, 1 if groups == BATCH else mean.shape[0], _Room(mean)
+    (n, c), rows = mean.shape, 1 if groups == BATCH else mean.shape[0]
     pooled = (1, c) if groups == BATCH else (n, groups)
     found = tuple(mean.new_empty(shape) for shape in ((rows, c), (rows, c), (1, c), (1, c), pooled, pooled))
-    numbers = [room.numbers(t) for t in (mean, var, weight, bias, *found)]
-    kernel("nested", mean)(Nested(n, c, groups, eps, outer_eps, *numbers))
+    words = _Words(mean)
+    addresses = words.all([mean, var, weight, bias, *found])
+    call("nested", words.dtype, [1, n, c, groups, bits(eps), bits(outer_eps), *addresses])
     return found
 
 
@@ -364,43 +337,37 @@ def nested_form_backward(
     outer_eps: float,
 ) -> tuple[Tensor, ...]:
     """See `forms.nested_form_backward`."""
-    (n, c), room = mean.shape, _Room(mean)
+    n, c = mean.shape
     to = tuple(mean.new_empty(shape) for shape in ((n, c), (n, c), (c,), (c,)))
-    numbers = [room.numbers(t) for t in (mean, var, weight, bias, None, None, *found)]
-    addresses = [room.numbers(t) for t in (*grads, *to)]
-    kernel("nested_backward", mean)(Nested(n, c, groups, eps, outer_eps, *numbers), *addresses)
+    words = _Words(mean)
+    addresses = words.all([mean, var, weight, bias, None, None, *found, *grads, *to])
+    call("nested_backward", words.dtype, [1, n, c, groups, bits(eps), bits(outer_eps), *addresses])
     return to
 
 
 def move(running: Sequence[Tensor], found: Sequence[Tensor], unbiased: float, step: float) -> None:
     """See `joining.move`."""
-    addresses = [t.data_ptr() for t in found], [t.data_ptr() for t in running]
-    kernel("move", running[0])(running[0].shape[0], *addresses[0], unbiased, step, *addresses[1])
+    to, given = ([t.data_ptr() for t in pair] for pair in (running, found))
+    call("move", running[0].dtype, [1, running[0].shape[0], *given, bits(unbiased), bits(step), *to])
 
 
 def mix(maps: Sequence[Tensor], scales: Tensor) -> list[Tensor]:
     """See `reference.mix`."""
     last = _standard(maps[-1])
-    room = _Room(last)
+    words = _Words(last)
     outputs = [torch.empty_like(last) for _ in range(scales.shape[0])]
-    told = (room.maps(maps), len(maps), room.numbers(scales), len(outputs), scales.shape[2])
-    addresses = (ctypes.c_void_p * len(outputs))(*[y.data_ptr() for y in outputs])
-    _call("mix", last, shape_of(last), *told, addresses, KINDS[last.dtype])
+    told = [*words.maps(maps), *words.maps(outputs), words.numbers(scales), scales.shape[2]]
+    call("mix", words.dtype, [*shape_words(last), *told])
     return outputs
 
 
 def dots(grads: Sequence[Tensor], maps: Sequence[Tensor], rows: int) -> Tensor:
     """See `reference.dots`."""
     first = _standard(maps[0])
-    room = _Room(first)
-    out = first.new_empty((len(grads), len(maps), rows, first.shape[1]), dtype=room.dtype)
-    told = (room.maps(grads), len(grads), room.maps(maps), len(maps), rows)
-    _call("dots", first, shape_of(first), *told, out.data_ptr())
+    words = _Words(first)
+    out = first.new_empty((len(grads), len(maps), rows, first.shape[1]), dtype=words.dtype)
+    call("dots", words.dtype, [*shape_words(first), *words.maps(grads), *words.maps(maps), rows, out.data_ptr()])
     return out
-
-
-def _call(name: str, like: Tensor, *arguments: object) -> None:
-    kernel(name, like)(*arguments, threads(like))
 
 
 def _standard(x: Tensor) -> Tensor:

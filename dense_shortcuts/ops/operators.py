@@ -12,7 +12,7 @@ def is_eager(x: Tensor) -> bool:
     """Whether a kernel may be called as it stands: nothing compiles, transforms or watches operators."""
     return (
         type(x) is Tensor
-        and x.device.type != "meta"
+        and not x.is_meta
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0

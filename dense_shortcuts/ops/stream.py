@@ -1,17 +1,16 @@
 """A row of blocks where no gradient is recorded, by the compiled kernels.
 
-What all sums of the row need lies ready for them: its maps in one table, the affine forms of their norms in another. A
-block then costs one call with a few numbers, in place of the collecting and wrapping that `joining.join` does anew for
+What all sums of the row need lies ready for them: its maps, and the affine forms of their norms in one tensor. A block
+then costs one call with a row of numbers, in place of the collecting and wrapping that `joining.join` does anew for
 each sum, which on a CPU is no small part of it.
 """
 
-import ctypes
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
-from .compiled import KINDS, Form, Map, Pairs, address_of, kernel, shape_of, threads
+from .compiled import KINDS, address_of, bits, call, shape_words
 from .forms import NONE, RUNNING
 from .reference import accumulation_dtype
 
@@ -65,12 +64,8 @@ class Stream:
         self.forms = x.new_empty((depth + 1, 2, self.rows, channels), dtype=dtype)
         start, size = self.forms.data_ptr(), self.rows * channels * self.forms.itemsize
         self.places = [(start + 2 * i * size, start + (2 * i + 1) * size) for i in range(depth + 1)]
-        self.rates, self.shifts = ((ctypes.c_void_p * depth)(*column[:-1]) for column in zip(*self.places, strict=True))
-        self.table = (Map * (depth + 1))()  # the branch at hand, then the maps
-        self.shape, self.kind = shape_of(x), KINDS[x.dtype]
-        self.kernel, self.threads = kernel("block", x), threads(x)
-        self.maps, self.storages, self.finished = [x] * depth, [0] * depth, 0
-        self._keep(0, x)
+        self.shape, self.kind = shape_words(x), KINDS[x.dtype]
+        self.maps, self.storages, self.finished = [x], [x.untyped_storage().data_ptr()], 1
         if self.normalised:
             self._enter(norms[0], last)
         else:
@@ -79,14 +74,9 @@ class Stream:
     def _enter(self, norm: KnownNorm | None, last: KnownNorm | None) -> None:
         if norm is not None:
             kept: list[Tensor] = []
-            own, inner = self._form(norm, 0, kept), None if last is None else self._form(last, -1, kept)
-            kernel("enter", self.first)(self.shape, self.table[1], own, inner, self.threads)
-
-    def _keep(self, i: int, x: Tensor) -> None:
-        if i < len(self.maps):  # no block sums X_L
-            self.maps[i], self.storages[i] = x, x.untyped_storage().data_ptr()
-            self.table[i + 1] = Map(x.data_ptr(), self.kind)
-            self.finished = i + 1
+            inner = [0] if last is None else [1, *self._form(last, -1, kept)]
+            words = [*self.shape, self.first.data_ptr(), self.kind, *self._form(norm, 0, kept), *inner]
+            call("enter", self.forms.dtype, words)
 
     def map(self, i: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Map X_i, and rate and shift of its norm, (1 or N, C); None for none."""
@@ -106,39 +96,26 @@ class Stream:
             norm: its last norm where that is still to be applied, by running statistics.
             relu: whether s is ReLU, else there is none.
         """
-        joins = norm is not None
-        own = self.norms[k + 1] if k + 1 < len(self.norms) else None
-        maps, rates, shifts = self._tables(k)
-        maps[0] = Map(branch.data_ptr(), self.kind)
-        first, size, count = ctypes.addressof(maps), ctypes.sizeof(Map), len(self.sources[k])
-        pairs = Pairs(
-            *(first, count + 1, True) if joins else (first + size, count, False),
-            *(self.weights[k].data_ptr(), count, ctypes.addressof(rates), ctypes.addressof(shifts)),
-            *(self.places[-1] if joins else (None, None)),
-            self.rows,
-        )
-        kept: list[Tensor] = []
-        theirs, ours = self._form(norm, -1, kept), self._form(own, k + 1, kept)
-        addends = (None, 0) if joins else (first, 1)
-        self.kernel(
-            self.shape, *addends, theirs if joins else None, pairs, relu, out.data_ptr(), self.kind, ours, self.threads
-        )
-        self._keep(k + 1, out)
+        sources, kept = self.sources[k], []  # type: tuple[Sequence[int], list[Tensor]]
+        maps = [word for i in sources for word in (self.maps[i].data_ptr(), self.kind)]
+        own, given = self.norms[k + 1] if k + 1 < len(self.norms) else None, (branch.data_ptr(), self.kind)
+        if norm is None:
+            terms = [1, *given, 0, len(sources), *maps, 0]
+        else:
+            terms = [0, 1, *self._form(norm, -1, kept), len(sources) + 1, *given, *maps, 1]
+        rates, shifts = ([self.places[i][side] for i in sources] for side in (0, 1))
+        pairs = [self.rows, 0, 0, len(sources), self.weights[k].data_ptr(), *rates, *shifts, *self.places[-1]]
+        words = [*self.shape, *terms, *pairs, relu, out.data_ptr(), self.kind, *self._form(own, k + 1, kept)]
+        call("block", self.forms.dtype, words)
+        if k + 1 < len(self.norms):  # no block sums X_L
+            self.maps.append(out)
+            self.storages.append(out.untyped_storage().data_ptr())
+            self.finished = k + 2
         return out
 
-    def _tables(self, k: int) -> tuple["ctypes.Array[Any]", "ctypes.Array[Any]", "ctypes.Array[Any]"]:
-        """Room for a branch with the maps that block k sums, and where their rates and shifts are."""
-        sources = self.sources[k]
-        if len(sources) == k + 1:  # all that there are
-            return self.table, self.rates, self.shifts
-        chosen = ([column[i] for i in sources] for column in (self.rates, self.shifts))
-        maps = (Map * (len(sources) + 1))(Map(), *(self.table[i + 1] for i in sources))
-        rates, shifts = ((ctypes.c_void_p * len(sources))(*column) for column in chosen)
-        return maps, rates, shifts
-
-    def _form(self, norm: KnownNorm | None, place: int, kept: list[Tensor]) -> Form:
+    def _form(self, norm: KnownNorm | None, place: int, kept: list[Tensor]) -> list[int]:
         """A norm, whose form goes to its place; what it refers to is kept."""
         if norm is None:
-            return Form(NONE)
+            return [NONE, *[0] * 7]
         weight, bias, mean, var = (address_of(t, self.forms.dtype, kept) for t in norm[2:])
-        return Form(norm.groups, norm.eps, weight, bias, *self.places[place], mean, var)
+        return [norm.groups, bits(norm.eps), weight, bias, *self.places[place], mean, var]
