@@ -81,7 +81,7 @@ class Memory(NamedTuple):
         if self.last is None or not ops.is_eager(x):
             return True
         last, version = self.last
-        same = x.data_ptr() == last.data_ptr() and x.shape == last.shape and x.stride() == last.stride()
+        same = x is last or (x.data_ptr() == last.data_ptr() and x.shape == last.shape and x.stride() == last.stride())
         return same and (version == -1 or x.is_inference() or x._version == version)
 
     def storages(self) -> list[int]:

@@ -1,13 +1,14 @@
 """The stage container: runs a stage's blocks, keeps their feature maps, and forms each block's dense shortcut."""
 
-import contextlib
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, overload
 
 import torch
-import torch.fx
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
+from torch._C import _current_graph_task_id
+from torch.compiler import is_compiling
+from torch.fx import Proxy
 from torch.utils.checkpoint import checkpoint
 
 from . import ops
@@ -31,12 +32,28 @@ class Row(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a block stands: position k in its row with a shortcut, and the block after it there; else no shortcut."""
+    """Where a block stands in one pass over a stage, and what of it a pass asks for more than once.
+
+    Attributes:
+        block: the block.
+        shortcut: that of its row; None for a block in no row.
+        k: its position in the row.
+        last: whether it is the last one there.
+        observed: whether a hook may look at its output.
+        hooked: whether one may look at that of any layer in it.
+        next_hooked: the same of the block after it in the row.
+        tokens, volumes: the form of its maps, see `as_map`.
+    """
 
     block: nn.Module
     shortcut: DenseShortcut | None = None
     k: int = 0
-    following: nn.Module | None = None
+    last: bool = False
+    observed: bool = False
+    hooked: bool = False
+    next_hooked: bool = False
+    tokens: bool = False
+    volumes: bool = False
 
 
 class DenseStage(nn.Module):
@@ -117,9 +134,12 @@ class DenseStage(nn.Module):
         blocks = self.blocks
         places = [Place(block) for block in blocks]
         for row, shortcut in self.shortcuts.items():
-            for n in range(row.first, row.stop):
-                following = blocks[n + 1] if n + 1 < row.stop else None
-                places[n] = Place(blocks[n], shortcut, n - row.first, following)
+            inside = range(row.first, row.stop)
+            hooked = [has_hooks(blocks[n]) for n in inside]
+            for k, n in enumerate(inside):
+                block, last = blocks[n], n + 1 == row.stop
+                seen = observed(block), hooked[k], not last and hooked[k + 1]
+                places[n] = Place(block, shortcut, k, last, *seen, has_tokens(block), has_volumes(block))
         return places
 
     def step(self, place: Place, x: Tensor, memory: Memory, *args: Any, **kwargs: Any) -> tuple[Any, Memory]:
@@ -139,10 +159,10 @@ class DenseStage(nn.Module):
         if place.k:
             _check_follows(place.k, x, memory)
         join = _Join(self, place, place.shortcut, memory if place.k else memory.begin())
-        with frozen_statistics(place.block, place.shortcut) if _is_recomputing() else contextlib.nullcontext():
-            result = place.block(x, *args, join=join, **kwargs)
-            given_on = result[0] if isinstance(result, tuple) else result
-            return result, join.remember(map_of(place.block, result)).after(given_on)
+        if not _is_recomputing():
+            return _run(place.block, join, x, args, kwargs)
+        with frozen_statistics(place.block, place.shortcut):
+            return _run(place.block, join, x, args, kwargs)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """X_L, (N, C, H', W'), from the stage's input (N, C_in, H, W).
@@ -190,10 +210,7 @@ class _Join:
     """What a stage does at the end of block l = k + 1: makes X_l from the block's parts and the earlier maps."""
 
     def __init__(self, stage: DenseStage, place: Place, shortcut: DenseShortcut, memory: Memory) -> None:
-        self.stage, self.block, self.following, self._k = stage, place.block, place.following, place.k
-        self.shortcut, self.memory = shortcut, memory
-        self.tokens, self.volumes = has_tokens(place.block), has_volumes(place.block)
-        self.last = place.following is None
+        self.stage, self.place, self.shortcut, self.memory = stage, place, shortcut, memory
         # a block that is not chosen keeps what its host does
         self.keep_identity = stage.keep_identity or not shortcut.sources[place.k]
         self.entered = False  # whether the memory has X_l already, from the pass that made it
@@ -201,7 +218,7 @@ class _Join:
     @property
     def k(self) -> int:
         """The block's position in its row, a constant to torch.compile also where that compiles a block alone."""
-        return operator.index(self._k)
+        return operator.index(self.place.k)
 
     def __call__(
         self,
@@ -218,10 +235,10 @@ class _Join:
         fused = backend != "plain" and bool(self.shortcut.sources[self.k])
         if identity_norm is not None and not (fused and self._joins_identity_norm(identity_norm)):
             identity, identity_norm = identity_norm(identity), None
-        tokens, host_form = self.tokens, branch
-        reshaped = not is_map(branch, tokens, self.volumes)
+        form, host_form = (self.place.tokens, self.place.volumes), branch
+        reshaped = not is_map(branch, *form)
         if reshaped:
-            branch, identity = (as_map(x, tokens, self.volumes) for x in (branch, identity))
+            branch, identity = (as_map(x, *form) for x in (branch, identity))
         if self.k == 0:
             self._begin(identity, identity_norm, backend)
         self._check_shape(branch)
@@ -236,14 +253,14 @@ class _Join:
             addends = [identity] if self.keep_identity and not whole else []
             x = self._sum(branch, norm, identity, addends, relu, ends, backend, fused)
         if reshaped:
-            x = from_map(x, tokens, host_form, self.volumes)
-        elif activation is None and isinstance(x, torch.fx.Proxy):
+            x = from_map(x, form[0], host_form, form[1])
+        elif activation is None and isinstance(x, Proxy):
             x = torch.positive(x)  # a node of the block's own: feature extractors take its last
         return x if relu or activation is None else activation(x)
 
     def _backend(self, branch: Tensor) -> str:
         """The back end for the block, chosen once a row: to choose takes longer than many a pass over a map."""
-        if isinstance(branch, torch.fx.Proxy):
+        if isinstance(branch, Proxy):
             return ops.choose(branch, self.shortcut.backend)
         chosen = self.memory.chosen
         if chosen is None or chosen[0] != branch.dtype:
@@ -257,7 +274,7 @@ class _Join:
         Raises:
             DenseShortcutError: the shapes or the number of channels differ.
         """
-        if isinstance(branch, torch.fx.Proxy):
+        if isinstance(branch, Proxy):
             return
         shape, channels = self.memory.shape, self.shortcut.channels
         if branch.shape != shape or shape[1] != channels:
@@ -287,10 +304,10 @@ class _Join:
         """The sum of the branch, whose norm joins it or is None, and what else is added; X_l if the block `ends` so."""
         shortcut, k = self.shortcut, self.k
         memory = later = shortcut.sum_ahead(k, self.memory, backend)
-        if self.stage.aggregate == "block" and not self.last:
+        if self.stage.aggregate == "block" and not self.place.last:
             later, self.entered = memory.add(shortcut.enter(k + 1, branch, backend)), True
-        finish = fused and ends and not self.entered and not self.last and not self._is_observed()
-        records = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        finish = fused and ends and not self.entered and not self.place.last and not self._is_observed()
+        records = is_grad_enabled() or is_compiling()
         x, ahead = shortcut(
             k,
             [branch, *addends] if norm is None else addends,
@@ -309,7 +326,7 @@ class _Join:
 
     def _may_stream(self) -> bool:
         """Whether the row may be run in place (`ops/stream.py`), without the shortcut's own call."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.memory.once:
+        if is_grad_enabled() or is_compiling() or not self.memory.once:
             return False
         return not self.keep_identity and self.stage.aggregate != "block" and not has_hooks(self.shortcut)
 
@@ -317,7 +334,7 @@ class _Join:
         """X_l by the stream; None where it does not take the block."""
         stream = self.memory.stream
         assert stream is not None
-        if torch.is_grad_enabled() or self.keep_identity or torch.compiler.is_compiling() or observed(self.block):
+        if is_grad_enabled() or self.keep_identity or is_compiling() or self.place.observed:
             return None
         found = None if norm is None else known(norm)
         fits = norm is None or (found is not None and found.fits(stream.first.shape[1]))
@@ -329,11 +346,11 @@ class _Join:
 
     def remember(self, x: Tensor) -> Memory:
         """What the stage keeps after the block, whose output is x."""
-        if self.last:
+        if self.place.last:
             return self.memory.begin()
         if self.entered:
             return self.memory
-        x = as_map(x, self.tokens, self.volumes)
+        x = as_map(x, self.place.tokens, self.place.volumes)
         backend = ops.choose(x, self.shortcut.backend)
         return self.memory.add(self.shortcut.enter(self.k + 1, x, backend))
 
@@ -344,7 +361,7 @@ class _Join:
         for bit, which the other order of additions would break.
         """
         exact = self.keep_identity or not self.shortcut.normalised
-        return not exact and (self.stage.aggregate != "block" or self.last) and joins(norm) and not observed(norm)
+        return not exact and (self.stage.aggregate != "block" or self.place.last) and joins(norm) and not observed(norm)
 
     def _joins_identity_norm(self, norm: nn.Module) -> bool:
         """Whether the last norm of the projection may become part of N(X_0), so that X_0 itself is never made."""
@@ -353,7 +370,7 @@ class _Join:
 
     def _is_own(self, branch: Tensor, identity: Tensor) -> bool:
         """Whether nobody but this block has the branch's memory: no hook may have seen it, and it is no other map's."""
-        if has_hooks(self.block):
+        if self.place.hooked:
             return False
         own = branch.untyped_storage().data_ptr()
         return own != identity.untyped_storage().data_ptr() and own not in self.memory.storages()
@@ -364,11 +381,14 @@ class _Join:
         A hook on its block may do both; where gradients are recorded, one on the next block, or on a layer in it, which
         is given X_l, may do the first.
         """
-        if observed(self.block):
-            return True
-        if not torch.is_grad_enabled():
-            return False
-        return self.following is not None and has_hooks(self.following)
+        return self.place.observed or (is_grad_enabled() and self.place.next_hooked)
+
+
+def _run(block: nn.Module, join: _Join, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Memory]:
+    """What the block gives back, and the memory behind it."""
+    result = block(x, *args, join=join, **kwargs)
+    given_on = result[0] if isinstance(result, tuple) else result
+    return result, join.remember(map_of(block, result)).after(given_on)
 
 
 def _check_follows(k: int, x: Tensor, memory: Memory) -> None:
@@ -396,7 +416,7 @@ def as_map(x: Tensor, tokens: bool, volumes: bool = False) -> Tensor:
     (N, C, D H, W). What torch.fx records does not know how many axes it has: tokens are all put into one, as those of
     (N, L, C), and `volumes` says of others whether they are such.
     """
-    recorded = isinstance(x, torch.fx.Proxy)
+    recorded = isinstance(x, Proxy)
     if recorded and tokens:
         return x.movedim(-1, 1).flatten(2).unsqueeze(2)
     x = x.movedim(-1, 1) if tokens else x
@@ -406,12 +426,12 @@ def as_map(x: Tensor, tokens: bool, volumes: bool = False) -> Tensor:
 
 def is_map(x: Tensor, tokens: bool, volumes: bool) -> bool:
     """Whether x is (N, C, H, W) as it stands; see `as_map` for what torch.fx records."""
-    return not tokens and (not volumes if isinstance(x, torch.fx.Proxy) else x.ndim == 4)
+    return not tokens and (not volumes if isinstance(x, Proxy) else x.ndim == 4)
 
 
 def from_map(x: Tensor, tokens: bool, like: Tensor, volumes: bool = False) -> Tensor:
     """A map in the form of `like`, one that `as_map` was given."""
-    recorded = isinstance(like, torch.fx.Proxy)
+    recorded = isinstance(like, Proxy)
     if recorded and tokens:
         return x.movedim(1, -1).reshape(like.shape)
     axes = (5 if volumes else 4) if recorded else like.ndim
@@ -425,4 +445,4 @@ def from_map(x: Tensor, tokens: bool, like: Tensor, volumes: bool = False) -> Te
 
 def _is_recomputing() -> bool:
     """Whether this forward pass is run by a backward pass, as activation checkpointing does."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not is_compiling() and _current_graph_task_id() != -1

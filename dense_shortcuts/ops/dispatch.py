@@ -10,6 +10,10 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+from torch.compiler import is_exporting
+from torch.fx import Proxy
+from torch.jit import is_tracing
 
 from ..errors import DenseShortcutError
 from . import compiled, forms
@@ -119,9 +123,9 @@ def _automatic_once(device: str, dtype: torch.dtype) -> str:
 
 def is_transformed() -> bool:
     """Whether a transform of torch.func or forward-mode differentiation is under way: both need PyTorch's operators."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def is_traced(x: Tensor) -> bool:
     """Whether a graph for other runtimes is being recorded, where operators of our own would not be known."""
-    return torch.jit.is_tracing() or torch.compiler.is_exporting() or isinstance(x, torch.fx.Proxy)
+    return is_tracing() or is_exporting() or isinstance(x, Proxy)

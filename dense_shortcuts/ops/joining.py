@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch._C import _are_functorch_transforms_active
+from torch.compiler import is_compiling
 
 from ..errors import DenseShortcutError
 from . import forms, fused, native, tiles
@@ -84,7 +86,7 @@ def join(
         y = _plain_sum(addends, maps, weight, rates, shifts)
         y = torch.relu(y) if relu else y
         return Joined(y, _plain_gather(y, groups, eps), (), ())
-    if torch.is_grad_enabled() and not all(links):
+    if is_grad_enabled() and not all(links):
         raise DenseShortcutError(
             "a stage ran in part without gradients, so its shortcuts would get none: run it whole under one mode "
             "(for activation checkpointing, with use_reentrant=False)."
@@ -94,11 +96,11 @@ def join(
         one = branch.map.new_ones((1, branch.map.shape[1]), dtype=accumulation_dtype(branch.map.dtype))
         rates, shifts = [one] * weight.shape[0], [torch.zeros_like(one)] * weight.shape[0]
     given = Sum(addends, *branch, maps, weight, rates, shifts, relu, groups, eps)
-    if overwrite and not torch.is_grad_enabled() and is_eager(given.first):
+    if overwrite and not is_grad_enabled() and is_eager(given.first):
         y, own, theirs = fused.run_block(given, backend, addends[0] if branch.map is None else branch.map)
         return Joined(y, own, theirs, ())
-    flat = [t for link in links for t in link] if torch.is_grad_enabled() else []
-    y, own, theirs, new = fused.block(*given, flat, later if torch.is_grad_enabled() else 0, backend)
+    flat = [t for link in links for t in link] if is_grad_enabled() else []
+    y, own, theirs, new = fused.block(*given, flat, later if is_grad_enabled() else 0, backend)
     return Joined(y, own, theirs, tuple(new))
 
 
@@ -109,7 +111,7 @@ def running_form(
 
     They are worked out at each use, for the buffers may change in between.
     """
-    asked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias))
+    asked = is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias))
     if backend == "native" and not asked and is_eager(mean):
         return native.running_form(mean, var, eps, weight, bias)
     dtype = accumulation_dtype(mean.dtype)
@@ -135,7 +137,7 @@ def nested_form(
     backend: str,
 ) -> tuple[Tensor, ...]:
     """See `forms.nested_form`; the last four results have no gradient."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():  # these do better with the steps
+    if is_compiling() or _are_functorch_transforms_active():  # these do better with the steps
         return forms.nested_form(mean, var, weight, bias, eps, groups, outer_eps)
     found: tuple[Tensor, ...] = _NestedForm.apply(mean, var, weight, bias, backend, eps, groups, outer_eps)
     return found
@@ -162,7 +164,7 @@ class _NestedForm(torch.autograd.Function):
         grads = tuple(torch.zeros_like(grads[1 - i]) if grads[i] is None else grads[i] for i in range(2))
         mean, var, weight, bias, *found = ctx.saved_tensors
         given, wanted, rest = (mean, var, weight, bias), ctx.needs_input_grad[:4], [None] * 4
-        if torch.is_grad_enabled():  # these gradients will be differentiated too
+        if is_grad_enabled():  # these gradients will be differentiated too
             results = forms.nested_form(*given, *ctx.settings)[:2]
             inputs = [t for t, needed in zip(given, wanted, strict=True) if needed]
             to = iter(torch.autograd.grad(results, inputs, grads, create_graph=True))
@@ -236,9 +238,9 @@ def enter(x: Tensor, *, groups: int, eps: float, later: int, rows: int, backend:
     """A map that no `join` made, (N, C, H, W), with what later sums need of it; `rows` are those of their scales."""
     if backend == "plain":
         return Joined(x, _plain_gather(x, groups, eps), (), ())
-    if groups == NONE and not torch.is_grad_enabled():  # nothing to gather, nothing to link
+    if groups == NONE and not is_grad_enabled():  # nothing to gather, nothing to link
         return Joined(x, (), (), ())
-    own, new = fused.enter(x, groups, eps, later if torch.is_grad_enabled() else 0, rows, backend)
+    own, new = fused.enter(x, groups, eps, later if is_grad_enabled() else 0, rows, backend)
     return Joined(x, own, (), tuple(new))
 
 
@@ -250,7 +252,7 @@ def close(
     The list holds for each later group a tensor a block and one for the scales; it is empty where no gradient is asked
     for. `ahead` takes those of one group from every earlier `close`.
     """
-    if not torch.is_grad_enabled():
+    if not is_grad_enabled():
         return []
     return tiles.close(x, [t for link in links for t in link], counts, rows, backend)
 

@@ -5,7 +5,9 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
+from torch.compiler import is_compiling
 
 
 def is_eager(x: Tensor) -> bool:
@@ -13,9 +15,9 @@ def is_eager(x: Tensor) -> bool:
     return (
         type(x) is Tensor
         and not x.is_meta
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._len_torch_dispatch_stack() == 0
+        and not is_compiling()
+        and not _are_functorch_transforms_active()
+        and _len_torch_dispatch_stack() == 0
     )
 
 
@@ -24,7 +26,7 @@ def run_backward(run: Callable[..., Any], registered: Any, like: Tensor, argumen
 
     Under create_graph=True the gradient is to be differentiated in its turn, which the kernels cannot be.
     """
-    if torch.is_grad_enabled():
+    if is_grad_enabled():
         return run(*arguments[:-1], "plain")
     return (run if is_eager(like) else registered)(*arguments)
 
@@ -107,10 +109,10 @@ class Operator:
         return self.run if is_eager(like) else self.registered
 
     def __call__(self, *inputs: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if is_compiling() or _are_functorch_transforms_active():
             return self.registered(*inputs)
         flat, lengths = flatten(inputs)
-        if not torch.is_grad_enabled():
+        if not is_grad_enabled():
             return self.runner(flat)(*inputs)
         *outputs, output_lengths, single = _Eager.apply(self, lengths, *flat)
         grouped = unflatten(outputs, output_lengths)

@@ -14,6 +14,8 @@ from .compiled import KINDS, address_of, bits, call, shape_words
 from .forms import NONE, RUNNING
 from .reference import accumulation_dtype
 
+_NO_NORM = [NONE, *[0] * 7]
+
 
 class KnownNorm(NamedTuple):
     """A norm that a kernel computes from the map alone, or from its running statistics.
@@ -56,7 +58,6 @@ class Stream:
     ) -> None:
         depth, (images, channels), dtype = len(sources), x.shape[:2], accumulation_dtype(x.dtype)
         self.first, self.norms, self.sources = x, norms, sources
-        self.weights = [w.to(dtype).contiguous() for w in weights]
         groups = {norm.groups for norm in norms if norm is not None}
         self.normalised = len(groups) > 0
         self.rows = 1 if groups <= {RUNNING} else images
@@ -66,6 +67,10 @@ class Stream:
         self.places = [(start + 2 * i * size, start + (2 * i + 1) * size) for i in range(depth + 1)]
         self.shape, self.kind = shape_words(x), KINDS[x.dtype]
         self.maps, self.storages, self.finished = [x], [x.untyped_storage().data_ptr()], 1
+        self.kept: list[Tensor] = []
+        # what is known of each block beforehand, made in one go: between convolutions every line of Python costs more
+        self.pairs = [self._pair(*given) for given in zip(sources, weights, strict=True)]
+        self.own = [self._form(norm, i, self.kept) for i, norm in enumerate(norms)] + [_NO_NORM]
         if self.normalised:
             self._enter(norms[0], last)
         else:
@@ -73,9 +78,8 @@ class Stream:
 
     def _enter(self, norm: KnownNorm | None, last: KnownNorm | None) -> None:
         if norm is not None:
-            kept: list[Tensor] = []
-            inner = [0] if last is None else [1, *self._form(last, -1, kept)]
-            words = [*self.shape, self.first.data_ptr(), self.kind, *self._form(norm, 0, kept), *inner]
+            inner = [0] if last is None else [1, *self._form(last, -1, self.kept)]
+            words = [*self.shape, self.first.data_ptr(), self.kind, *self.own[0], *inner]
             call("enter", self.forms.dtype, words)
 
     def map(self, i: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -98,24 +102,28 @@ class Stream:
         """
         sources, kept = self.sources[k], []  # type: tuple[Sequence[int], list[Tensor]]
         maps = [word for i in sources for word in (self.maps[i].data_ptr(), self.kind)]
-        own, given = self.norms[k + 1] if k + 1 < len(self.norms) else None, (branch.data_ptr(), self.kind)
+        given = branch.data_ptr(), self.kind
         if norm is None:
             terms = [1, *given, 0, len(sources), *maps, 0]
         else:
             terms = [0, 1, *self._form(norm, -1, kept), len(sources) + 1, *given, *maps, 1]
-        rates, shifts = ([self.places[i][side] for i in sources] for side in (0, 1))
-        pairs = [self.rows, 0, 0, len(sources), self.weights[k].data_ptr(), *rates, *shifts, *self.places[-1]]
-        words = [*self.shape, *terms, *pairs, relu, out.data_ptr(), self.kind, *self._form(own, k + 1, kept)]
-        call("block", self.forms.dtype, words)
+        end = [relu, out.data_ptr(), self.kind, *self.own[k + 1]]
+        call("block", self.forms.dtype, [*self.shape, *terms, *self.pairs[k], *end])
         if k + 1 < len(self.norms):  # no block sums X_L
             self.maps.append(out)
             self.storages.append(out.untyped_storage().data_ptr())
             self.finished = k + 2
         return out
 
+    def _pair(self, sources: Sequence[int], weight: Tensor) -> list[int]:
+        """The weights of the maps that a block sums, and where their rates and shifts are."""
+        rates, shifts = ([self.places[i][side] for i in sources] for side in (0, 1))
+        address = address_of(weight, self.forms.dtype, self.kept)
+        return [self.rows, 0, 0, len(sources), address, *rates, *shifts, *self.places[-1]]
+
     def _form(self, norm: KnownNorm | None, place: int, kept: list[Tensor]) -> list[int]:
         """A norm, whose form goes to its place; what it refers to is kept."""
         if norm is None:
-            return [NONE, *[0] * 7]
+            return _NO_NORM
         weight, bias, mean, var = (address_of(t, self.forms.dtype, kept) for t in norm[2:])
         return [norm.groups, bits(norm.eps), weight, bias, *self.places[place], mean, var]
