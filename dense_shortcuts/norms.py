@@ -225,7 +225,7 @@ def move_statistics(
     if not (norm.training and norm.track_running_stats):
         return rate
     buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
-    return _move_statistics(rate, mean.detach(), var.detach(), count, norm.momentum, *buffers, backend)
+    return _move_statistics(rate, mean, var, count, norm.momentum, *buffers, backend)
 
 
 @torch.fx.wrap

@@ -191,8 +191,8 @@ def move(
         mover = native if backend == "native" else arithmetic(backend)
         mover.move(running, found, unbiased, step)
         return
-    running_mean.lerp_(mean[0].to(dtype), step)
-    running_var.lerp_((var[0] * unbiased).to(dtype), step)
+    running_mean.lerp_(mean[0].detach().to(dtype), step)
+    running_var.lerp_((var[0].detach() * unbiased).to(dtype), step)
 
 
 def _may_move(tensors: Sequence[Tensor], dtype: torch.dtype, backend: str) -> bool:

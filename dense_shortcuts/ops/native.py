@@ -282,9 +282,13 @@ def pull_block(
     out = to_branch[0].data_ptr() if to_branch else 0
     call("pull_block", words.dtype, [*told, *pairs, *gradients, *theirs, out])
     to_branch = [] if branch is None else [_in_form_of(to_branch[0], branch)]
-    to_affine = [t if t.dtype == p.dtype else t.to(p.dtype) for t, p in zip(to_affine, affine, strict=False)]
+    to_affine = [_as(t, p.dtype) for t, p in zip(to_affine, affine, strict=False)]
     own_scales, to_rates, to_shifts = (list(small[a:b]) for a, b in pairwise((*ends, len(small))))
-    return g, own_scales, to_branch, to_affine, to_fixed, [to_weight.to(weight.dtype)], to_rates, to_shifts
+    return g, own_scales, to_branch, to_affine, to_fixed, [_as(to_weight, weight.dtype)], to_rates, to_shifts
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _in_form_of(grad: Tensor, x: Tensor) -> Tensor:
