@@ -73,7 +73,7 @@ def test_other_dtypes_match_the_plain_form_in_float64(norm, dtype, sums):
         wanted = plain.to(dtype).double()(x.to(dtype).double())
     error = (found.double() - wanted).abs().max() / wanted.abs().max()
     assert error < {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype]
-    assert sums == [0, 1] * 4
+    assert sums == ([0, 1] * 4 if compiled.supports(dtype) else [])
 
 
 def test_under_autocast_and_inference_mode_it_runs_too(sums):

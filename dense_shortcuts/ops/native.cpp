@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -146,12 +147,7 @@ const A* row_of(const Map& map, const Chunk& chunk, int64_t row, A* scratch) {
   return scratch;
 }
 
-// Where to compute a row of an output: in place, or in `scratch`, from which `put` writes it.
-template <class A>
-A* place(void* out, int32_t kind, const Chunk& chunk, int64_t row, A* scratch) {
-  return kind == kind_of<A>() ? static_cast<A*>(out) + chunk.at(row) : scratch;
-}
-
+// Writes a row that was computed elsewhere, where the output is in another type.
 template <class A>
 void put(void* out, int32_t kind, const Chunk& chunk, int64_t row, const A* from) {
   if (kind == kind_of<A>()) return;
@@ -216,12 +212,26 @@ inline T masked(const T& x, const T& mask) { return mask <= T{} ? T{} : x; }
 
 constexpr int64_t TERMS = 8;  // terms taken in one pass over registers
 
-// What each row of channels_last maps gives, GROUP rows at a time, in registers: a coefficient is read once for these, and
-// nothing of a row that has just been made is read again for its moments. The number of terms is a constant of each
-// function, so that each term is read by an instruction of its own, by which the machine foresees what comes next.
+// Calls f with a number of terms, TERMS at the most, as a constant.
+template <class F>
+void with_constant(int64_t m, F f) {
+  switch (m) {
+    case 0: return f(std::integral_constant<int, 0>{});
+    case 1: return f(std::integral_constant<int, 1>{});
+    case 2: return f(std::integral_constant<int, 2>{});
+    case 3: return f(std::integral_constant<int, 3>{});
+    case 4: return f(std::integral_constant<int, 4>{});
+    case 5: return f(std::integral_constant<int, 5>{});
+    case 6: return f(std::integral_constant<int, 6>{});
+    case 7: return f(std::integral_constant<int, 7>{});
+    default: return f(std::integral_constant<int, TERMS>{});
+  }
+}
 
-// Numbers T of R rows, n apart, from column j on: out = start + sum over M terms of a[m] * x[m], then ReLU or a mask.
-// `start` is one row for all, or n apart too. With MOMENTS, sums are those of `add_moments`, which begin here if `fresh`.
+// R rows of channels_last maps, n apart, the numbers T from column j on: out = start + sum over M terms of a[m] * x[m],
+// then ReLU or a mask. `start` is one row for all, or n apart too. With MOMENTS, sums are those of `add_moments`, which
+// begin here if `fresh`. GROUP rows share what they read of coefficients, and M is a constant so that each term is read
+// by an instruction of its own, by which the machine foresees what comes next.
 template <class T, int R, int M, End END, More MORE, class A>
 inline void sum_at(int64_t n, int64_t j, const A* start, int64_t start_stride, const A* const* x, const A* const* a,
                    const A* mask, A* out, A* sums, bool fresh) {
@@ -249,8 +259,8 @@ inline void sum_at(int64_t n, int64_t j, const A* start, int64_t start_stride, c
 }
 
 template <class A, int M, int R, End END, More MORE>
-void sum_rows(int64_t n, const A* start, int64_t start_stride, const A* const* x, const A* const* a, const A* mask, A* out,
-              A* sums, bool fresh) {
+void sum_rows(int64_t n, const A* start, int64_t start_stride, const A* const* x, const A* const* a, const A* mask,
+              A* out, A* sums, bool fresh) {
   using V = typename Wide<A>::type;
   constexpr int64_t step = sizeof(V) / sizeof(A);
   std::array<const A*, M == 0 ? 1 : M> xs{}, as{};
@@ -262,36 +272,21 @@ void sum_rows(int64_t n, const A* start, int64_t start_stride, const A* const* x
     sum_at<A, R, M, END, MORE>(n, j, start, start_stride, xs.data(), as.data(), mask, out, sums, fresh);
 }
 
-template <class A, int R, End END, More MORE>
-void sum_rows_of(int64_t m, int64_t n, const A* start, int64_t stride, const A* const* x, const A* const* a,
-                 const A* mask, A* out, A* sums, bool fresh) {
-  switch (m) {
-    case 0: return sum_rows<A, 0, R, END, MORE>(n, start, stride, x, a, mask, out, sums, fresh);
-    case 1: return sum_rows<A, 1, R, END, MORE>(n, start, stride, x, a, mask, out, sums, fresh);
-    case 2: return sum_rows<A, 2, R, END, MORE>(n, start, stride, x, a, mask, out, sums, fresh);
-    case 3: return sum_rows<A, 3, R, END, MORE>(n, start, stride, x, a, mask, out, sums, fresh);
-    case 4: return sum_rows<A, 4, R, END, MORE>(n, start, stride, x, a, mask, out, sums, fresh);
-    case 5: return sum_rows<A, 5, R, END, MORE>(n, start, stride, x, a, mask, out, sums, fresh);
-    case 6: return sum_rows<A, 6, R, END, MORE>(n, start, stride, x, a, mask, out, sums, fresh);
-    case 7: return sum_rows<A, 7, R, END, MORE>(n, start, stride, x, a, mask, out, sums, fresh);
-    default: return sum_rows<A, TERMS, R, END, MORE>(n, start, stride, x, a, mask, out, sums, fresh);
-  }
-}
-
 // R rows of a sum of channels_last maps, in as many passes as its terms take.
 template <class A, int R, End END, More MORE>
 void sum_group(int64_t count, int64_t n, const A* start, const A* const* x, const A* const* a, const A* mask, A* out,
                A* sums, bool fresh) {
-  int64_t done = 0;
-  for (; count - done > TERMS; done += TERMS)
-    sum_rows<A, TERMS, R, End::NONE, NOTHING>(n, done ? out : start, done ? n : 0, x + done, a + done, mask, out, sums,
-                                              fresh);
-  sum_rows_of<A, R, END, MORE>(count - done, n, done ? out : start, done ? n : 0, x + done, a + done, mask, out, sums,
-                               fresh);
+  int64_t stride = 0;
+  for (; count > TERMS; count -= TERMS, x += TERMS, a += TERMS, start = out, stride = n)
+    sum_rows<A, TERMS, R, End::NONE, NOTHING>(n, start, stride, x, a, mask, out, sums, fresh);
+  with_constant(count, [&](auto m) {
+    sum_rows<A, decltype(m)::value, R, END, MORE>(n, start, stride, x, a, mask, out, sums, fresh);
+  });
 }
 
-// acc = start + sum over M terms of a[m] * x[m], then ReLU or a mask, for a row of contiguous maps: pixels of a channel,
-// with one coefficient each. `start` is one number in the first pass over a row (FIRST), where later ones go on from acc.
+// acc = start + sum over M terms of a[m] * x[m], then ReLU or a mask, for a row of contiguous maps: pixels of a
+// channel, with one coefficient each. `start` is one number in the first pass over a row (FIRST), where later ones go on
+// from acc.
 template <class A, int M, bool FIRST, End END>
 void pass(int64_t n, const A* start, const A* const* x, const A* const* a, const A* mask, A* acc) {
   std::array<const A*, M == 0 ? 1 : M> xs{};
@@ -309,17 +304,7 @@ void pass(int64_t n, const A* start, const A* const* x, const A* const* a, const
 
 template <class A, bool FIRST, End END>
 void pass_of(int64_t m, int64_t n, const A* start, const A* const* x, const A* const* a, const A* mask, A* acc) {
-  switch (m) {
-    case 0: return pass<A, 0, FIRST, END>(n, start, x, a, mask, acc);
-    case 1: return pass<A, 1, FIRST, END>(n, start, x, a, mask, acc);
-    case 2: return pass<A, 2, FIRST, END>(n, start, x, a, mask, acc);
-    case 3: return pass<A, 3, FIRST, END>(n, start, x, a, mask, acc);
-    case 4: return pass<A, 4, FIRST, END>(n, start, x, a, mask, acc);
-    case 5: return pass<A, 5, FIRST, END>(n, start, x, a, mask, acc);
-    case 6: return pass<A, 6, FIRST, END>(n, start, x, a, mask, acc);
-    case 7: return pass<A, 7, FIRST, END>(n, start, x, a, mask, acc);
-    default: return pass<A, TERMS, FIRST, END>(n, start, x, a, mask, acc);
-  }
+  with_constant(m, [&](auto count) { pass<A, decltype(count)::value, FIRST, END>(n, start, x, a, mask, acc); });
 }
 
 // A row of a sum of contiguous maps with its coefficients, in as many passes as its terms take.
@@ -945,8 +930,8 @@ void enter(Words w, int threads) {
   }
 }
 
-// s(addends + norm of the branch + sum of pairs), with the form of the norm of the result. The branch's own norm goes by
-// its moments or running statistics, unless pairs have its form.
+// s(addends + norm of the branch + sum of pairs), with the form of the norm of the result. The branch's own norm goes
+// by its moments or running statistics, unless pairs have its form.
 template <class A>
 void block(Words w, int threads) {
   const Shape shape(w);
