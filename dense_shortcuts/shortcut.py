@@ -91,10 +91,12 @@ class Memory(NamedTuple):
         return [term.map.untyped_storage().data_ptr() for term in self.terms]
 
     def leave_stream(self, k: int) -> "Memory":
-        """The same with X_0 .. X_k as terms."""
+        """The same with X_0 .. X_k as terms, and with the sums that the stream made ahead."""
         if self.stream is None:
             return self
-        return self._replace(terms=tuple(Term(*self.stream.map(i)) for i in range(k + 1)), stream=None)
+        closed: tuple[list[Tensor], ...] = ([],) * self.stream.begun  # there are no links without gradients
+        terms = tuple(Term(*self.stream.map(i)) for i in range(k + 1))
+        return self._replace(terms=terms, partial=tuple(self.stream.partial), closed=closed, stream=None)
 
 
 class DenseShortcut(nn.Module):
@@ -203,8 +205,7 @@ class DenseShortcut(nn.Module):
 
         x and last are as in `enter`.
         """
-        tiled = isinstance(self.tiling, Tiling) and self.tiling.size < self.depth
-        if tiled or not self.weighted or self.weighting == "attention" or not all(self.sources):
+        if not self.weighted or self.weighting == "attention" or not all(self.sources):
             return None
         if (
             not ops.is_eager(x)
@@ -219,7 +220,10 @@ class DenseShortcut(nn.Module):
             return None
         if len({form.groups == ops.RUNNING for form in forms[:-1] if form is not None}) > 1:  # norms of two kinds
             return None
-        return ops.Stream(x, forms.pop(), forms, self.sources, list(map(self.weight, range(self.depth))))
+        tiling, blocks = self.tiling, range(self.depth)
+        groups = {k: tiling.blocks(k) for k in blocks if tiling.begins(k)} if isinstance(tiling, Tiling) else {}
+        weights, direct = list(map(self.weight, blocks)), list(map(tiling.direct, blocks))
+        return ops.Stream(x, forms.pop(), forms, self.sources, weights, direct, groups)
 
     def sum_ahead(self, k: int, memory: Memory, backend: str) -> Memory:
         """Where block k begins a group of a deep stage: the sums of all maps finished so far, one for each block."""

@@ -113,6 +113,30 @@ def test_a_block_that_the_stream_does_not_take_goes_on_from_its_maps(sums):
     assert sums == [0, 0, 1]  # block 0 of the first stage, then the second stage
 
 
+def deep_pair(**settings: object) -> tuple[nn.Module, nn.Module]:
+    """A network whose stage of 16 blocks is cut into groups of four."""
+    torch.manual_seed(7)
+    nets = pair(hosts.Net("timm_basic", (16,), (8,)).double(), **settings)
+    assert ds.dense_stages(nets[0])["layer1"].shortcut.tiling.size == 4
+    return nets
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["channels_last", "contiguous"])
+@pytest.mark.parametrize("norm", ["group", "batch", None])
+def test_a_deep_stage_is_run_by_the_stream_with_sums_made_ahead(norm, last, sums):
+    assert_close(*outputs(deep_pair(norm=norm), images(last=last)), 1e-10, "output")
+    assert sums == list(range(16))
+
+
+@pytest.mark.parametrize("left", [0, 3, 4, 7, 8, 13])
+def test_a_deep_stage_that_leaves_the_stream_goes_on_from_its_maps_and_sums(left, sums):
+    nets = deep_pair()
+    for one in nets:
+        one.layer1[left].act2 = nn.SiLU()
+    assert_close(*outputs(nets, images()), 1e-10, "output")
+    assert sums == list(range(left))
+
+
 def test_a_norm_in_training_mode_moves_its_statistics_as_ever(sums):
     net, plain = pair(hosts.small_net("timm_basic").double(), norm="batch")
     for one in (net, plain):

@@ -5,13 +5,15 @@ then costs one call with a row of numbers, in place of the collecting and wrappi
 each sum, which on a CPU is no small part of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .compiled import KINDS, address_of, bits, call, shape_words
 from .forms import NONE, RUNNING
+from .native import mix
 from .reference import accumulation_dtype
 
 _NO_NORM = [NONE, *[0] * 7]
@@ -46,6 +48,8 @@ class Stream:
         norms: of each map X_0 .. X_{L-1}; None where no block sums it, or all None for maps summed as they stand.
         sources: the maps that each block sums, in order, one at least.
         weights: of each block, a row for each of these maps, (maps, C).
+        direct: the last of these maps, which the block sums by itself (`..tiling`); the others are summed ahead.
+        groups: for each block before which maps are summed ahead, the blocks that they are summed for.
     """
 
     def __init__(
@@ -55,18 +59,22 @@ class Stream:
         norms: Sequence[KnownNorm | None],
         sources: Sequence[Sequence[int]],
         weights: Sequence[Tensor],
+        direct: Sequence[Sequence[int]],
+        groups: Mapping[int, range],
     ) -> None:
         depth, (images, channels), dtype = len(sources), x.shape[:2], accumulation_dtype(x.dtype)
-        self.first, self.norms, self.sources = x, norms, sources
-        groups = {norm.groups for norm in norms if norm is not None}
-        self.normalised = len(groups) > 0
-        self.rows = 1 if groups <= {RUNNING} else images
+        self.first, self.norms, self.weights, self.direct, self.groups = x, norms, weights, direct, groups
+        kinds = {norm.groups for norm in norms if norm is not None}
+        self.normalised = len(kinds) > 0
+        self.rows = 1 if kinds <= {RUNNING} else images
         # rate and shift of each map, and in the last place those of another norm at hand
         self.forms = x.new_empty((depth + 1, 2, self.rows, channels), dtype=dtype)
         start, size = self.forms.data_ptr(), self.rows * channels * self.forms.itemsize
         self.places = [(start + 2 * i * size, start + (2 * i + 1) * size) for i in range(depth + 1)]
         self.shape, self.kind = shape_words(x), KINDS[x.dtype]
         self.maps, self.storages, self.finished = [x], [x.untyped_storage().data_ptr()], 1
+        self.partial: list[Tensor] = []  # the sums made ahead for the group of blocks under way
+        self.begun = 0  # number of such groups
         self.kept: list[Tensor] = []
         # what is known of each block beforehand, made in one go: between convolutions every line of Python costs more
         self.pairs = [self._pair(*given) for given in zip(sources, weights, strict=True)]
@@ -100,13 +108,16 @@ class Stream:
             norm: its last norm where that is still to be applied, by running statistics.
             relu: whether s is ReLU, else there is none.
         """
-        sources, kept = self.sources[k], []  # type: tuple[Sequence[int], list[Tensor]]
-        maps = [word for i in sources for word in (self.maps[i].data_ptr(), self.kind)]
+        if k in self.groups:
+            self._sum_ahead(k)
+        direct, kept = self.direct[k], []  # type: tuple[Sequence[int], list[Tensor]]
+        maps = [word for i in direct for word in (self.maps[i].data_ptr(), self.kind)]
         given = branch.data_ptr(), self.kind
+        ahead = [word for x in self._ahead(k) for word in (x.data_ptr(), self.kind)]
         if norm is None:
-            terms = [1, *given, 0, len(sources), *maps, 0]
+            terms = [1 + len(ahead) // 2, *given, *ahead, 0, len(direct), *maps, 0]
         else:
-            terms = [0, 1, *self._form(norm, -1, kept), len(sources) + 1, *given, *maps, 1]
+            terms = [len(ahead) // 2, *ahead, 1, *self._form(norm, -1, kept), len(direct) + 1, *given, *maps, 1]
         end = [relu, out.data_ptr(), self.kind, *self.own[k + 1]]
         call("block", self.forms.dtype, [*self.shape, *terms, *self.pairs[k], *end])
         if k + 1 < len(self.norms):  # no block sums X_L
@@ -114,6 +125,16 @@ class Stream:
             self.storages.append(out.untyped_storage().data_ptr())
             self.finished = k + 2
         return out
+
+    def _sum_ahead(self, k: int) -> None:
+        """The sums of the maps X_0 .. X_k for the group of blocks that begins at block k."""
+        weight = torch.stack([self.weights[block][: k + 1] for block in self.groups[k]])[:, :, None]
+        self.partial = mix(self.maps, weight.to(self.forms.dtype) * self.forms[: k + 1, 0])
+        self.begun += 1
+
+    def _ahead(self, k: int) -> list[Tensor]:
+        """What was summed ahead for block k, if anything was."""
+        return [self.partial[k - max(first for first in self.groups if first <= k)]] if self.partial else []
 
     def _pair(self, sources: Sequence[int], weight: Tensor) -> list[int]:
         """The weights of the maps that a block sums, and where their rates and shifts are."""
