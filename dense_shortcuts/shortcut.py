@@ -70,7 +70,7 @@ class Memory(NamedTuple):
 
     def finished(self) -> int:
         """Number of maps."""
-        return len(self.terms) if self.stream is None else self.stream.finished
+        return len(self.terms) if self.stream is None else len(self.stream.maps)
 
     def after(self, x: Tensor) -> "Memory":
         """The same behind a block that gave back x."""

@@ -351,8 +351,8 @@ class _Join:
         if self.entered:
             return self.memory
         x = as_map(x, self.place.tokens, self.place.volumes)
-        backend = ops.choose(x, self.shortcut.backend)
-        return self.memory.add(self.shortcut.enter(self.k + 1, x, backend))
+        term = self.shortcut.enter(self.k + 1, x, self._backend(x))
+        return self.memory.add(term)
 
     def _joins_norm(self, norm: nn.Module) -> bool:
         """Whether the last norm of the branch may be computed in the pass that adds the shortcuts.

@@ -269,13 +269,13 @@ def pull_block(
     ends = first, first + count, first + 2 * count
     addresses = [t.data_ptr() for t in small]
     to_fixed = [new(1, c) for _ in fixed]
-    to_affine = [] if fixed or branch is None else [new(c), new(c)]
     to_branch = [] if branch is None else [torch.empty_like(branch, memory_format=words.layout)]
-    theirs = _NOTHING
-    if to_affine:
+    to_affine, theirs = [], _NOTHING
+    if branch is not None and not fixed:
+        to_affine = [new(c), new(c)]
         parameters, to_parameters = words.all(affine) or _NO_PAIR, [t.data_ptr() for t in to_affine]
-        form = (BATCH, given.branch_eps, branch_norm)
-        theirs = _through(words, to_branch[0], *form, 1, _NO_PAIR, parameters, to_parameters)
+        own_form = (BATCH, given.branch_eps, branch_norm)
+        theirs = _through(words, branch, *own_form, 1, _NO_PAIR, parameters, to_parameters)
     pairs = _paired(words, given, fixed or branch_norm[:2], addresses[0])
     to_forms = to_weight.data_ptr(), addresses[ends[1]], addresses[ends[2]]
     gradients = [0, 0, *to_forms, *([t.data_ptr() for t in to_fixed] or _NO_PAIR)]
@@ -288,6 +288,7 @@ def pull_block(
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in a dtype; asking costs less than a conversion that has nothing to do."""
     return x if x.dtype == dtype else x.to(dtype)
 
 

@@ -72,9 +72,10 @@ class Stream:
         start, size = self.forms.data_ptr(), self.rows * channels * self.forms.itemsize
         self.places = [(start + 2 * i * size, start + (2 * i + 1) * size) for i in range(depth + 1)]
         self.shape, self.kind = shape_words(x), KINDS[x.dtype]
-        self.maps, self.storages, self.finished = [x], [x.untyped_storage().data_ptr()], 1
-        self.partial: list[Tensor] = []  # the sums made ahead for the group of blocks under way
-        self.begun = 0  # number of such groups
+        self.maps, self.storages = [x], [x.untyped_storage().data_ptr()]
+        # the sums made ahead for the group of blocks under way, its first block, and how many groups there were
+        self.partial: list[Tensor] = []
+        self.start = self.begun = 0
         self.kept: list[Tensor] = []
         # what is known of each block beforehand, made in one go: between convolutions every line of Python costs more
         self.pairs = [self._pair(*given) for given in zip(sources, weights, strict=True)]
@@ -110,10 +111,11 @@ class Stream:
         """
         if k in self.groups:
             self._sum_ahead(k)
-        direct, kept = self.direct[k], []  # type: tuple[Sequence[int], list[Tensor]]
+        direct = self.direct[k]
+        kept: list[Tensor] = []
         maps = [word for i in direct for word in (self.maps[i].data_ptr(), self.kind)]
         given = branch.data_ptr(), self.kind
-        ahead = [word for x in self._ahead(k) for word in (x.data_ptr(), self.kind)]
+        ahead = [self.partial[k - self.start].data_ptr(), self.kind] if self.partial else []
         if norm is None:
             terms = [1 + len(ahead) // 2, *given, *ahead, 0, len(direct), *maps, 0]
         else:
@@ -123,18 +125,13 @@ class Stream:
         if k + 1 < len(self.norms):  # no block sums X_L
             self.maps.append(out)
             self.storages.append(out.untyped_storage().data_ptr())
-            self.finished = k + 2
         return out
 
     def _sum_ahead(self, k: int) -> None:
         """The sums of the maps X_0 .. X_k for the group of blocks that begins at block k."""
         weight = torch.stack([self.weights[block][: k + 1] for block in self.groups[k]])[:, :, None]
         self.partial = mix(self.maps, weight.to(self.forms.dtype) * self.forms[: k + 1, 0])
-        self.begun += 1
-
-    def _ahead(self, k: int) -> list[Tensor]:
-        """What was summed ahead for block k, if anything was."""
-        return [self.partial[k - max(first for first in self.groups if first <= k)]] if self.partial else []
+        self.start, self.begun = k, self.begun + 1
 
     def _pair(self, sources: Sequence[int], weight: Tensor) -> list[int]:
         """The weights of the maps that a block sums, and where their rates and shifts are."""
