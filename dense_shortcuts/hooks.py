@@ -1,9 +1,11 @@
 """Whether anybody looks at what a module gives: hooks of all modules, of one, and of those in it."""
 
+from typing import Any
+
 from torch import nn
 from torch.nn.modules import module as _module
 
-_GLOBAL_HOOKS = (
+GLOBAL_HOOKS = (
     _module._global_forward_hooks,
     _module._global_forward_pre_hooks,
     _module._global_backward_hooks,
@@ -17,18 +19,22 @@ def observed(module: nn.Module) -> bool:
     Such an output must be a tensor to which all later gradients come; where X_l and its statistics are made in one pass
     they do not all come to X_l (`ops/fused.py`).
     """
-    return any(_GLOBAL_HOOKS) or has_own_hooks(module)
+    return any(GLOBAL_HOOKS) or has_own_hooks(module)
+
+
+def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """Where the hooks on the module itself are kept."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
 def has_own_hooks(module: nn.Module) -> bool:
     """Whether a hook was registered on the module itself, or its forward pass was replaced, as Accelerate does."""
-    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own) or "forward" in module.__dict__
+    return any(hooks_of(module)) or "forward" in module.__dict__
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a hook may look at the output of the module or of one in it."""
-    if any(_GLOBAL_HOOKS):
+    if any(GLOBAL_HOOKS):
         return True
     inside = [module]
     for one in inside:  # grows as it goes

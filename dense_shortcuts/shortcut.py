@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from . import ops
 from .errors import DenseShortcutError
@@ -43,15 +44,16 @@ class Memory(NamedTuple):
     """What a stage keeps from block to block: its maps X_0 .. X_{l-1} and, in a deep stage, the sums made ahead.
 
     partial has a sum (N, C, H, W) for each block of the group under way, closed the links from each group of maps to
-    the later groups of blocks (`tiling.py`). Where every block runs once and in order (`once`) and no gradient is
-    recorded, stream may keep the maps in place of terms. last is what the block before gave back, and the version that
-    its memory had then. chosen is the back end that was chosen for the row, and the dtype that it was chosen for.
+    the later groups of blocks (`tiling.py`). Where every block runs once and in order and no gradient is recorded,
+    stream may keep the maps in place of terms; streams are those that the passes before have left, None where a
+    block may be run again. last is what the block before gave back, and the version that its memory had then.
+    chosen is the back end that was chosen for the row, and the dtype that it was chosen for.
     """
 
     terms: tuple[Term, ...] = ()
     partial: tuple[Tensor, ...] = ()
     closed: tuple[list[Tensor], ...] = ()
-    once: bool = False
+    streams: dict[str, ops.Stream | None] | None = None
     stream: ops.Stream | None = None
     last: tuple[Tensor, int] | None = None
     chosen: tuple[torch.dtype, str] | None = None
@@ -61,12 +63,12 @@ class Memory(NamedTuple):
 
     def begin(self) -> "Memory":
         """What a row of blocks begins with."""
-        return Memory(once=self.once)
+        return Memory(streams=self.streams)
 
     @property
     def shape(self) -> torch.Size:
         """That of the maps, which all have the same."""
-        return self.stream.first.shape if self.stream is not None else self.terms[0].map.shape
+        return self.stream.shape if self.stream is not None else self.terms[0].map.shape
 
     def finished(self) -> int:
         """Number of maps."""
@@ -74,15 +76,21 @@ class Memory(NamedTuple):
 
     def after(self, x: Tensor) -> "Memory":
         """The same behind a block that gave back x."""
-        return self._replace(last=(x, -1 if x.is_inference() else x._version)) if ops.is_eager(x) else self
+        if type(x) is not Tensor or is_compiling():
+            return self
+        return self._replace(last=(x, -1 if x.is_inference() else x._version))
 
     def follows(self, x: Tensor) -> bool:
         """Whether x is what the block before gave back, as far as can be seen."""
-        if self.last is None or not ops.is_eager(x):
+        if self.last is None:
             return True
         last, version = self.last
-        same = x is last or (x.data_ptr() == last.data_ptr() and x.shape == last.shape and x.stride() == last.stride())
-        return same and (version == -1 or x.is_inference() or x._version == version)
+        if x is not last:
+            if not ops.is_eager(x):
+                return True
+            if x.data_ptr() != last.data_ptr() or x.shape != last.shape or x.stride() != last.stride():
+                return False
+        return version == -1 or x.is_inference() or x._version == version
 
     def storages(self) -> list[int]:
         """Where the storages of the maps are."""

@@ -17,6 +17,7 @@ from .errors import DenseShortcutError
 from .hooks import has_hooks, observed
 from .norms import frozen_statistics, joins, known
 from .shortcut import DenseShortcut, Memory, as_branch
+from .watch import Watch
 
 
 class Row(NamedTuple):
@@ -37,6 +38,7 @@ class Place(NamedTuple):
     Attributes:
         block: the block.
         shortcut: that of its row; None for a block in no row.
+        row: its name.
         k: its position in the row.
         last: whether it is the last one there.
         observed: whether a hook may look at its output.
@@ -47,6 +49,7 @@ class Place(NamedTuple):
 
     block: nn.Module
     shortcut: DenseShortcut | None = None
+    row: str = ""
     k: int = 0
     last: bool = False
     observed: bool = False
@@ -54,6 +57,20 @@ class Place(NamedTuple):
     next_hooked: bool = False
     tokens: bool = False
     volumes: bool = False
+
+
+class Prepared(NamedTuple):
+    """What a pass over a stage, where no gradient is recorded, leaves to the next, which has less to find out then.
+
+    Attributes:
+        places: those of the blocks.
+        streams: of rows, by name, that were run by one; None where another pass cannot go by it.
+        watch: tells whether all this holds; None in the pass that works it out.
+    """
+
+    places: list[Place]
+    streams: dict[str, ops.Stream | None]
+    watch: Watch | None = None
 
 
 class DenseStage(nn.Module):
@@ -90,7 +107,12 @@ class DenseStage(nn.Module):
             delattr(self, row.shortcut)
         host_class = self.host_class
         del self.rows, self.aggregate, self.keep_identity, self.fused, self.host_class
+        self.__dict__.pop("prepared", None)
         self.__class__ = host_class  # type: ignore[assignment]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle has: all but what was prepared from these very modules."""
+        return {name: value for name, value in self.__dict__.items() if name != "prepared"}
 
     @property
     def shortcuts(self) -> dict[Row, DenseShortcut]:
@@ -139,7 +161,7 @@ class DenseStage(nn.Module):
             for k, n in enumerate(inside):
                 block, last = blocks[n], n + 1 == row.stop
                 seen = observed(block), hooked[k], not last and hooked[k + 1]
-                places[n] = Place(block, shortcut, k, last, *seen, has_tokens(block), has_volumes(block))
+                places[n] = Place(block, shortcut, row.shortcut, k, last, *seen, has_tokens(block), has_volumes(block))
         return places
 
     def step(self, place: Place, x: Tensor, memory: Memory, *args: Any, **kwargs: Any) -> tuple[Any, Memory]:
@@ -173,10 +195,35 @@ class DenseStage(nn.Module):
             for step in self:
                 x = checkpoint(step, x, *args, use_reentrant=False, **kwargs)
             return x
-        memory = Memory(once=True)
-        for place in self.places():
+        quiet = not is_grad_enabled() and ops.is_eager(x)
+        prepared = (self._taken() if quiet else None) or Prepared(self.places(), {})
+        memory = Memory(streams=prepared.streams)
+        for place in prepared.places:
             x, memory = self.step(place, x, memory, *args, **kwargs)
+        if quiet:
+            self._leave(prepared)
         return x
+
+    def _taken(self) -> Prepared | None:
+        """What the pass before has left, if all is as it was; taken away, so that no other thread has it too."""
+        prepared: Prepared | None = self.__dict__.pop("prepared", None)
+        return prepared if prepared is not None and prepared.watch is not None and prepared.watch.holds(self) else None
+
+    def _leave(self, prepared: Prepared) -> None:
+        """Leave to the next pass what this one has worked out."""
+        watch, streams = prepared.watch, prepared.streams
+        new = {row: stream for row, stream in streams.items() if stream is not None and not stream.read}
+        if watch is None or new:
+            if has_hooks(self):
+                return
+            whole = [stream for stream in streams.values() if stream is not None]
+            given = [part for stream in whole for parts in stream.given for part in parts or ()]
+            shortcuts = [module for shortcut in self.shortcuts.values() for module in shortcut.modules()]
+            watch = Watch(self, [self, *shortcuts, *(part for part in given if isinstance(part, nn.Module))])
+            for row, stream in new.items():
+                covered = watch.covers(stream.seal()) and type(self._modules[row]) is DenseShortcut
+                streams[row] = stream if covered and None not in stream.given else None
+        self.__dict__["prepared"] = prepared._replace(watch=watch)  # nn.Module's own way of setting takes far longer
 
     def extra_repr(self) -> str:
         return f"aggregate={self.aggregate!r}, keep_identity={self.keep_identity}"
@@ -230,6 +277,9 @@ class _Join:
         whole: bool = False,
         identity_norm: nn.Module | None = None,
     ) -> Tensor:
+        given = norm, activation, identity_norm
+        if (x := self._again(branch, identity, given)) is not None:
+            return x
         backend = self._backend(branch)
         # without maps there is nothing to sum in one pass
         fused = backend != "plain" and bool(self.shortcut.sources[self.k])
@@ -248,6 +298,8 @@ class _Join:
         relu = fused and ops.is_relu(activation) and not (isinstance(activation, nn.Module) and observed(activation))
         ends = relu or activation is None
         x = self._stream(branch, norm, identity, relu) if self.memory.stream is not None and ends else None
+        if x is not None and not reshaped and given == (norm, activation, identity_norm):
+            self.memory.stream.given[self.k] = given
         if x is None:
             self.memory = self.memory.leave_stream(self.k)
             addends = [identity] if self.keep_identity and not whole else []
@@ -326,7 +378,7 @@ class _Join:
 
     def _may_stream(self) -> bool:
         """Whether the row may be run in place (`ops/stream.py`), without the shortcut's own call."""
-        if is_grad_enabled() or is_compiling() or not self.memory.once:
+        if is_grad_enabled() or is_compiling() or self.memory.streams is None:
             return False
         return not self.keep_identity and self.stage.aggregate != "block" and not has_hooks(self.shortcut)
 
@@ -337,22 +389,49 @@ class _Join:
         if is_grad_enabled() or self.keep_identity or is_compiling() or self.place.observed:
             return None
         found = None if norm is None else known(norm)
-        fits = norm is None or (found is not None and found.fits(stream.first.shape[1]))
+        fits = norm is None or (found is not None and found.fits(stream.shape[1]))
         if not fits or not stream.takes(branch):
             return None
+        stream.prepare(self.k, found, relu)
+        return self._sum_in(stream, branch, identity)
+
+    def _sum_in(self, stream: ops.Stream, branch: Tensor, identity: Tensor) -> Tensor:
         self.entered = True
         own = self._is_own(branch, identity)
-        return stream.sum(self.k, branch, found, relu, branch if own else torch.empty_like(branch))
+        return stream.sum(self.k, branch, branch if own else torch.empty_like(branch))
+
+    def _again(self, branch: Tensor, identity: Tensor, given: tuple[Any, ...]) -> Tensor | None:
+        """X_l as the stream of an earlier pass is prepared to make it of what the block gives; None where it is not."""
+        k, stream, streams = self.k, self.memory.stream, self.memory.streams
+        if k == 0 and streams is not None:
+            stream = streams.get(self.place.row)
+        if stream is None or stream.given[k] != given or is_grad_enabled() or not stream.takes(branch):
+            return None
+        if k == 0:
+            if self._backend(branch) != "native" or not stream.serves(identity):
+                return None
+            stream.begin(identity)
+            self.memory = self.memory._replace(stream=stream)
+        return self._sum_in(stream, branch, identity)
 
     def remember(self, x: Tensor) -> Memory:
         """What the stage keeps after the block, whose output is x."""
         if self.place.last:
+            self._leave_stream()
             return self.memory.begin()
         if self.entered:
             return self.memory
         x = as_map(x, self.place.tokens, self.place.volumes)
         term = self.shortcut.enter(self.k + 1, x, self._backend(x))
         return self.memory.add(term)
+
+    def _leave_stream(self) -> None:
+        """Leave the stream that ran a whole row, if there is one, to the next pass."""
+        stream, streams = self.memory.stream, self.memory.streams
+        if stream is not None and streams is not None:
+            stream.end()
+            if streams.get(self.place.row, stream) is not None:
+                streams[self.place.row] = stream
 
     def _joins_norm(self, norm: nn.Module) -> bool:
         """Whether the last norm of the branch may be computed in the pass that adds the shortcuts.

@@ -27,6 +27,7 @@ CACHE_VARIABLE = "DENSE_SHORTCUTS_CACHE"
 _FLAGS = ["-O3", "-std=c++17", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 _LINK = ["-shared", "-fPIC"]
 KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+SLOT = 16  # added to a kind where the address given is that of the map's address
 _INTEGER, _DOUBLE = struct.Struct("q"), struct.Struct("d")
 _SMALL = 2**15  # elements of a map below which a second thread costs more than it gains
 
@@ -177,6 +178,17 @@ def call(name: str, dtype: torch.dtype, words: Sequence[int]) -> None:
     """
     row = array("q", words)
     _function(name, dtype == torch.float64)(row.buffer_info()[0])
+
+
+class Call:
+    """`call` with words that are kept, to be made again and again; maps in slots may be others each time."""
+
+    def __init__(self, name: str, dtype: torch.dtype, words: Sequence[int]) -> None:
+        self.words = array("q", words)
+        self.function, self.address = _function(name, dtype == torch.float64), self.words.buffer_info()[0]
+
+    def __call__(self) -> None:
+        self.function(self.address)
 
 
 @lru_cache(256)

@@ -41,9 +41,10 @@ def choose(x: Tensor, wanted: str = "auto") -> str:
         where = f" in {VARIABLE}" if wanted == "auto" else ""
         raise DenseShortcutError(f"unknown back end {named!r}{where}: choose one of {', '.join(BACKENDS)}.")
     wanted = named
-    if wanted == "plain" or (wanted == "auto" and (is_traced(x) or is_transformed())):
+    transformed = is_transformed()
+    if wanted == "plain" or (wanted == "auto" and (transformed or is_traced(x))):
         return "plain"
-    if is_transformed():
+    if transformed:
         raise DenseShortcutError(
             f"the back end {wanted!r} has no rules for torch.func's transforms and forward-mode gradients: "
             "choose 'auto' or 'plain'."

@@ -19,7 +19,7 @@ namespace {
 constexpr int64_t CHUNK = 512;  // pixels of one image summed without going to double
 constexpr int64_t GROUP = 4;    // rows taken in one pass over registers
 
-enum Kind : int32_t { F32 = 0, F64 = 1, BF16 = 2, F16 = 3 };
+enum Kind : int32_t { F32 = 0, F64 = 1, BF16 = 2, F16 = 3, SLOT = 16 };
 
 struct bfloat16 {
   uint16_t bits;
@@ -76,8 +76,12 @@ struct Words {
   }
   template <class T>
   T* address() { return reinterpret_cast<T*>(integer()); }
-  // braces are filled from the left, here and wherever a structure is read
-  Map map() { return Map{address<const void>(), int32_t(integer())}; }
+  // A map, or where its address stands (SLOT), so that a row of words serves for one map after another. Braces are
+  // filled from the left, here and wherever a structure is read.
+  Map map() {
+    const Map given{address<const void>(), int32_t(integer())};
+    return given.kind & SLOT ? Map{*static_cast<const void* const*>(given.data), given.kind & ~SLOT} : given;
+  }
   std::vector<Map> maps() {
     std::vector<Map> taken(integer());
     for (Map& one : taken) one = map();

@@ -1,22 +1,26 @@
 """A row of blocks where no gradient is recorded, by the compiled kernels.
 
-What all sums of the row need lies ready for them: its maps, and the affine forms of their norms in one tensor. A block
-then costs one call with a row of numbers, in place of the collecting and wrapping that `joining.join` does anew for
-each sum, which on a CPU is no small part of it.
+What all sums of the row need lies ready for them: its maps, the affine forms of their norms in one tensor, and for each
+block a call with a row of numbers, in place of the collecting and wrapping that `joining.join` does anew for each sum.
+On a CPU that is no small part of it, for between two convolutions a line of Python costs ten times what it does in a
+loop. The calls find their maps by a table of addresses, so they serve for the next pass as well.
 """
 
+from array import array
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .compiled import KINDS, address_of, bits, call, shape_words
+from .compiled import KINDS, SLOT, Call, address_of, bits, shape_words
 from .forms import NONE, RUNNING
 from .native import mix
 from .reference import accumulation_dtype
 
 _NO_NORM = [NONE, *[0] * 7]
+_WORD = 8  # bytes
 
 
 class KnownNorm(NamedTuple):
@@ -50,6 +54,9 @@ class Stream:
         weights: of each block, a row for each of these maps, (maps, C).
         direct: the last of these maps, which the block sums by itself (`..tiling`); the others are summed ahead.
         groups: for each block before which maps are summed ahead, the blocks that they are summed for.
+
+    Attributes:
+        given: for each block what its sum was prepared for, kept by the caller; None where it has to be prepared anew.
     """
 
     def __init__(
@@ -62,34 +69,63 @@ class Stream:
         direct: Sequence[Sequence[int]],
         groups: Mapping[int, range],
     ) -> None:
-        depth, (images, channels), dtype = len(sources), x.shape[:2], accumulation_dtype(x.dtype)
-        self.first, self.norms, self.weights, self.direct, self.groups = x, norms, weights, direct, groups
+        depth, (images, channels), self.dtype = len(sources), x.shape[:2], accumulation_dtype(x.dtype)
+        self.norms, self.weights, self.direct, self.groups = norms, weights, direct, groups
+        self.shape, self.layout, self.words = x.shape, (x.dtype, x.stride()), shape_words(x)
         kinds = {norm.groups for norm in norms if norm is not None}
         self.normalised = len(kinds) > 0
         self.rows = 1 if kinds <= {RUNNING} else images
         # rate and shift of each map, and in the last place those of another norm at hand
-        self.forms = x.new_empty((depth + 1, 2, self.rows, channels), dtype=dtype)
+        self.forms = x.new_empty((depth + 1, 2, self.rows, channels), dtype=self.dtype)
         start, size = self.forms.data_ptr(), self.rows * channels * self.forms.itemsize
         self.places = [(start + 2 * i * size, start + (2 * i + 1) * size) for i in range(depth + 1)]
-        self.shape, self.kind = shape_words(x), KINDS[x.dtype]
+        # the addresses of X_0 .. X_L, of a branch, and of a sum made ahead, which a call finds in slots
+        self.addresses = array("q", [0] * (depth + 3))
+        first, kind = self.addresses.buffer_info()[0], KINDS[x.dtype] + SLOT
+        self.slots = [(first + _WORD * i, kind) for i in range(depth + 3)]
+        self.kept: list[Tensor] = []
+        # what is known of each block beforehand
+        self.pairs = [self._pair(*given) for given in zip(sources, weights, strict=True)]
+        self.own = [self._form(norm, i, self.kept) for i, norm in enumerate(norms)] + [_NO_NORM]
+        self.enter = self._enter(last) if norms[0] is not None else None
+        self.calls: list[tuple[Call, list[Tensor]] | None] = [None] * depth
+        self.given: list[Any] = [None] * depth
+        self.read: list[Tensor] = []
+        self.found: list[Any] = []
+        if not self.normalised:
+            self.forms[:, 0], self.forms[:, 1] = 1, 0
+        self.begin(x)
+
+    def _enter(self, last: KnownNorm | None) -> Call:
+        inner = [0] if last is None else [1, *self._form(last, -1, self.kept)]
+        return Call("enter", self.dtype, [*self.words, *self.slots[0], *self.own[0], *inner])
+
+    def begin(self, x: Tensor) -> None:
+        """Start a pass with X_0, or what it is made of."""
         self.maps, self.storages = [x], [x.untyped_storage().data_ptr()]
         # the sums made ahead for the group of blocks under way, its first block, and how many groups there were
         self.partial: list[Tensor] = []
         self.start = self.begun = 0
-        self.kept: list[Tensor] = []
-        # what is known of each block beforehand, made in one go: between convolutions every line of Python costs more
-        self.pairs = [self._pair(*given) for given in zip(sources, weights, strict=True)]
-        self.own = [self._form(norm, i, self.kept) for i, norm in enumerate(norms)] + [_NO_NORM]
-        if self.normalised:
-            self._enter(norms[0], last)
-        else:
-            self.forms[:, 0], self.forms[:, 1] = 1, 0
+        self.addresses[0] = x.data_ptr()
+        if self.enter is not None:
+            self.enter()
 
-    def _enter(self, norm: KnownNorm | None, last: KnownNorm | None) -> None:
-        if norm is not None:
-            inner = [0] if last is None else [1, *self._form(last, -1, self.kept)]
-            words = [*self.shape, self.first.data_ptr(), self.kind, *self.own[0], *inner]
-            call("enter", self.forms.dtype, words)
+    def end(self) -> None:
+        """Let go of the maps after the last block."""
+        self.maps, self.storages, self.partial = [], [], []
+
+    def seal(self) -> list[Tensor]:
+        """End the preparing, so that other passes may begin with it; gives the tensors besides maps that it refers to.
+
+        They are parameters and buffers, or what was made of them, which serves for this pass alone.
+        """
+        self.read = [*self.kept, *(t for call in self.calls if call is not None for t in call[1])]
+        self.found = _as_read(self.read)
+        return self.read
+
+    def serves(self, x: Tensor) -> bool:
+        """Whether a pass may begin with x by what another one prepared, whose tensors are where they were."""
+        return self.takes(x) and shape_words(x) == self.words and _as_read(self.read) == self.found
 
     def map(self, i: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Map X_i, and rate and shift of its norm, (1 or N, C); None for none."""
@@ -97,31 +133,43 @@ class Stream:
 
     def takes(self, x: Tensor) -> bool:
         """Whether a branch is laid out as the maps are."""
-        first = self.first
-        return type(x) is Tensor and x.dtype == first.dtype and x.shape == first.shape and x.stride() == first.stride()
+        return type(x) is Tensor and x.shape == self.shape and (x.dtype, x.stride()) == self.layout
 
-    def sum(self, k: int, branch: Tensor, norm: KnownNorm | None, relu: bool, out: Tensor) -> Tensor:
-        """X_l of block l = k + 1, s(N(branch) + sum_i w_i * N(X_i)), written to `out`.
+    def prepare(self, k: int, norm: KnownNorm | None, relu: bool) -> None:
+        """Make ready for the sum of block l = k + 1, s(N(branch) + sum_i w_i * N(X_i)).
 
         Args:
-            k: the block; X_0 .. X_k are there.
-            branch: the residual branch, one that `takes`; `out` may be the same.
-            norm: its last norm where that is still to be applied, by running statistics.
+            k: the block.
+            norm: the branch's last norm where that is still to be applied, by running statistics.
             relu: whether s is ReLU, else there is none.
+        """
+        kept: list[Tensor] = []
+        *maps, branch, summed = self.slots
+        direct = [word for i in self.direct[k] for word in maps[i]]
+        count, ahead = len(self.direct[k]), summed if k >= min(self.groups, default=k + 1) else ()
+        if norm is None:
+            terms = [1 + len(ahead) // 2, *branch, *ahead, 0, count, *direct, 0]
+        else:
+            terms = [len(ahead) // 2, *ahead, 1, *self._form(norm, -1, kept), count + 1, *branch, *direct, 1]
+        end = [relu, *maps[k + 1], *self.own[k + 1]]
+        self.calls[k] = Call("block", self.dtype, [*self.words, *terms, *self.pairs[k], *end]), kept
+        self.given[k], self.read = None, []
+
+    def sum(self, k: int, branch: Tensor, out: Tensor) -> Tensor:
+        """X_l of block l = k + 1, which is prepared, written to `out`; X_0 .. X_k are there.
+
+        Args:
+            k: the block.
+            branch: the residual branch, one that the stream `takes`; `out` may be the same.
         """
         if k in self.groups:
             self._sum_ahead(k)
-        direct = self.direct[k]
-        kept: list[Tensor] = []
-        maps = [word for i in direct for word in (self.maps[i].data_ptr(), self.kind)]
-        given = branch.data_ptr(), self.kind
-        ahead = [self.partial[k - self.start].data_ptr(), self.kind] if self.partial else []
-        if norm is None:
-            terms = [1 + len(ahead) // 2, *given, *ahead, 0, len(direct), *maps, 0]
-        else:
-            terms = [len(ahead) // 2, *ahead, 1, *self._form(norm, -1, kept), len(direct) + 1, *given, *maps, 1]
-        end = [relu, out.data_ptr(), self.kind, *self.own[k + 1]]
-        call("block", self.forms.dtype, [*self.shape, *terms, *self.pairs[k], *end])
+        prepared, addresses = self.calls[k], self.addresses
+        assert prepared is not None
+        addresses[k + 1], addresses[-2] = out.data_ptr(), branch.data_ptr()
+        if self.partial:
+            addresses[-1] = self.partial[k - self.start].data_ptr()
+        prepared[0]()
         if k + 1 < len(self.norms):  # no block sums X_L
             self.maps.append(out)
             self.storages.append(out.untyped_storage().data_ptr())
@@ -130,18 +178,26 @@ class Stream:
     def _sum_ahead(self, k: int) -> None:
         """The sums of the maps X_0 .. X_k for the group of blocks that begins at block k."""
         weight = torch.stack([self.weights[block][: k + 1] for block in self.groups[k]])[:, :, None]
-        self.partial = mix(self.maps, weight.to(self.forms.dtype) * self.forms[: k + 1, 0])
+        self.partial = mix(self.maps, weight.to(self.dtype) * self.forms[: k + 1, 0])
         self.start, self.begun = k, self.begun + 1
 
     def _pair(self, sources: Sequence[int], weight: Tensor) -> list[int]:
         """The weights of the maps that a block sums, and where their rates and shifts are."""
         rates, shifts = ([self.places[i][side] for i in sources] for side in (0, 1))
-        address = address_of(weight, self.forms.dtype, self.kept)
+        address = address_of(weight, self.dtype, self.kept)
         return [self.rows, 0, 0, len(sources), address, *rates, *shifts, *self.places[-1]]
 
     def _form(self, norm: KnownNorm | None, place: int, kept: list[Tensor]) -> list[int]:
         """A norm, whose form goes to its place; what it refers to is kept."""
         if norm is None:
             return _NO_NORM
-        weight, bias, mean, var = (address_of(t, self.forms.dtype, kept) for t in norm[2:])
+        weight, bias, mean, var = (address_of(t, self.dtype, kept) for t in norm[2:])
         return [norm.groups, bits(norm.eps), weight, bias, *self.places[place], mean, var]
+
+
+def _as_read(tensors: Sequence[Tensor]) -> list[Any]:
+    """Where the numbers of each tensor stand, and in which dtype."""
+    return [*map(Tensor.data_ptr, tensors), *map(_dtype_of, tensors)]
+
+
+_dtype_of = attrgetter("dtype")

@@ -1,0 +1,55 @@
+"""Whether what was worked out from a network's modules still holds."""
+
+from collections.abc import Iterable
+from operator import is_
+
+from torch import Tensor, nn
+
+from .hooks import GLOBAL_HOOKS, hooks_of
+
+
+_OF_ANY_MODULE = set(nn.Module().__dict__) - {"training"}
+
+
+class Watch:
+    """A module and those in it as they were when the watch was set up: which they are, and that nobody looks at them.
+
+    To look again takes no line of Python for each module, unlike walking over them: between two convolutions such lines
+    are slow.
+
+    Args:
+        module: the module, without hooks in it (`hooks.has_hooks`).
+        closely: modules in it of which every attribute, parameter and buffer counts too.
+    """
+
+    def __init__(self, module: nn.Module, closely: Iterable[nn.Module]) -> None:
+        self.module, self.closely = module, list(closely)
+        modules = list(module.modules())
+        self.hooks = [hooks for one in modules for hooks in hooks_of(one)]
+        self.attributes = [one.__dict__ for one in modules]
+        self.counts = [*map(len, self.attributes)]  # one more where `forward` is replaced on the module itself
+        self.children = [one._modules for one in modules if one._modules]
+        self.had = [*map(dict, self.children)]
+        self.types = [*map(type, self.closely)]
+        read = []
+        for one in self.closely:
+            own = ((name, value) for name, value in one.__dict__.items() if name not in _OF_ANY_MODULE)
+            read += [(one.__dict__, name, value) for name, value in own]
+            read += [(part, name, t) for part in (one._parameters, one._buffers) for name, t in part.items()]
+        self.dicts, self.names, self.values = zip(*read, strict=True)
+
+    def covers(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether other tensors in place of these would be noticed."""
+        return set(map(id, tensors)) <= set(map(id, self.values))
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether all is as it was, and `module` the one that the watch was set up for, not a copy of it."""
+        return (
+            module is self.module
+            and not any(GLOBAL_HOOKS)
+            and not any(self.hooks)
+            and [*map(len, self.attributes)] == self.counts
+            and self.children == self.had
+            and [*map(type, self.closely)] == self.types
+            and all(map(is_, map(dict.get, self.dicts, self.names), self.values))
+        )
