@@ -8,7 +8,6 @@ loop. The calls find their maps by a table of addresses, so they serve for the n
 
 from array import array
 from collections.abc import Mapping, Sequence
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -91,7 +90,6 @@ class Stream:
         self.calls: list[tuple[Call, list[Tensor]] | None] = [None] * depth
         self.given: list[Any] = [None] * depth
         self.read: list[Tensor] = []
-        self.found: list[Any] = []
         if not self.normalised:
             self.forms[:, 0], self.forms[:, 1] = 1, 0
         self.begin(x)
@@ -119,13 +117,15 @@ class Stream:
 
         They are parameters and buffers, or what was made of them, which serves for this pass alone.
         """
-        self.read = [*self.kept, *(t for call in self.calls if call is not None for t in call[1])]
-        self.found = _as_read(self.read)
-        return self.read
+        read = [*self.kept, *(t for call in self.calls if call is not None for t in call[1])]
+        # by another name each, so that no other tensor is put where one of them was, if its numbers move
+        self.read, self.held, self.found = read, [t.detach() for t in read], [t.data_ptr() for t in read]
+        return read
 
     def serves(self, x: Tensor) -> bool:
         """Whether a pass may begin with x by what another one prepared, whose tensors are where they were."""
-        return self.takes(x) and shape_words(x) == self.words and _as_read(self.read) == self.found
+        there = [*map(Tensor.data_ptr, self.read)] == self.found
+        return there and self.takes(x) and shape_words(x) == self.words
 
     def map(self, i: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Map X_i, and rate and shift of its norm, (1 or N, C); None for none."""
@@ -193,11 +193,3 @@ class Stream:
             return _NO_NORM
         weight, bias, mean, var = (address_of(t, self.dtype, kept) for t in norm[2:])
         return [norm.groups, bits(norm.eps), weight, bias, *self.places[place], mean, var]
-
-
-def _as_read(tensors: Sequence[Tensor]) -> list[Any]:
-    """Where the numbers of each tensor stand, and in which dtype."""
-    return [*map(Tensor.data_ptr, tensors), *map(_dtype_of, tensors)]
-
-
-_dtype_of = attrgetter("dtype")
