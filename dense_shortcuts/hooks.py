@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules import module as _module
 
@@ -42,3 +43,11 @@ def has_hooks(module: nn.Module) -> bool:
             return True
         inside += [child for child in one._modules.values() if child is not None]
     return False
+
+
+def saves_elsewhere() -> bool:
+    """Whether what autograd saves goes through hooks, as under activation checkpointing and `save_on_cpu`."""
+    return bool(_saved_tensors_hooks(True) is not None)
+
+
+_saved_tensors_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks

@@ -150,6 +150,18 @@ def known(norm: nn.Module) -> ops.KnownNorm | None:
     return ops.KnownNorm(statistics(norm)[0], eps, *affine)
 
 
+def goes_by_batch(norm: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether a norm is batch norm by the batch at hand alone, with running statistics that it moves by a fixed share.
+
+    Its parameters and statistics are then in this dtype, one number behind the other.
+    """
+    if not is_batch_norm(norm) or not norm.training or _is_synchronised(norm) or not norm.track_running_stats:
+        return False
+    given = (*norm._parameters.values(), norm._buffers["running_mean"], norm._buffers["running_var"])
+    held = all(t is None or (t.dtype == dtype and t.is_contiguous()) for t in given)
+    return held and isinstance(norm.momentum, float) and norm._buffers["num_batches_tracked"] is not None
+
+
 def affine_form(norm: nn.Module, gathered: Sequence[Tensor], x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """r and s with norm(x) = r * x + s; in training, batch norm updates its running statistics as PyTorch's does.
 

@@ -1,7 +1,7 @@
 """The dense shortcut of a stage: one norm for each earlier feature map, one weight per channel for each pair."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from .errors import DenseShortcutError
 from .norms import (
     Norm,
     affine_form,
+    goes_by_batch,
     has_affine_form,
     is_batch_norm,
     known,
@@ -24,6 +25,7 @@ from .norms import (
 from .pattern import Sources, Sparse
 from .pattern import sources as all_sources
 from .tiling import Tiling
+from .watch import Repeat
 from .weighting import start_parameter, weigh
 
 
@@ -45,16 +47,20 @@ class Memory(NamedTuple):
 
     partial has a sum (N, C, H, W) for each block of the group under way, closed the links from each group of maps to
     the later groups of blocks (`tiling.py`). Where every block runs once and in order and no gradient is recorded,
-    stream may keep the maps in place of terms; streams are those that the passes before have left, None where a
-    block may be run again. last is what the block before gave back, and the version that its memory had then.
-    chosen is the back end that was chosen for the row, and the dtype that it was chosen for.
+    stream may keep the maps in place of terms; tape does so in training. rows is what passes have left (`watch.Repeat`),
+    None where a block may be run again, and repeat what of it this row is run by; record is what each block gave, for
+    passes to come. last is what the block before gave back, and the version that its memory had then. chosen is the
+    back end that was chosen for the row, and the dtype that it was chosen for.
     """
 
     terms: tuple[Term, ...] = ()
     partial: tuple[Tensor, ...] = ()
     closed: tuple[list[Tensor], ...] = ()
-    streams: dict[str, ops.Stream | None] | None = None
     stream: ops.Stream | None = None
+    tape: ops.Tape | None = None
+    rows: dict[str, Repeat | None] | None = None
+    repeat: Repeat | None = None
+    record: tuple[tuple[Any, ops.End | None], ...] | None = None
     last: tuple[Tensor, int] | None = None
     chosen: tuple[torch.dtype, str] | None = None
 
@@ -63,16 +69,17 @@ class Memory(NamedTuple):
 
     def begin(self) -> "Memory":
         """What a row of blocks begins with."""
-        return Memory(streams=self.streams)
+        return Memory(rows=self.rows)
 
     @property
     def shape(self) -> torch.Size:
         """That of the maps, which all have the same."""
-        return self.stream.shape if self.stream is not None else self.terms[0].map.shape
+        return self.terms[0].map.shape if self.stream is None else self.stream.shape
 
     def finished(self) -> int:
         """Number of maps."""
-        return len(self.terms) if self.stream is None else len(self.stream.maps)
+        maps = self.stream or self.tape
+        return len(self.terms) if maps is None else len(maps.maps)
 
     def after(self, x: Tensor) -> "Memory":
         """The same behind a block that gave back x."""
@@ -232,6 +239,24 @@ class DenseShortcut(nn.Module):
         groups = {k: tiling.blocks(k) for k in blocks if tiling.begins(k)} if isinstance(tiling, Tiling) else {}
         weights, direct = list(map(self.weight, blocks)), list(map(tiling.direct, blocks))
         return ops.Stream(x, forms.pop(), forms, self.sources, weights, direct, groups)
+
+    def plan(self, x: Tensor, rows: int, ends: Sequence[ops.End]) -> ops.Plan | None:
+        """What other passes in training may go by, from X_0 and `Plan`'s rows and ends; None where they may not."""
+        dtype, norms = ops.accumulation_dtype(x.dtype), [self.norm(i) for i in range(self.depth)]
+        if not self.weighted or self.weighting != "channel" or any(map(self.tiling.begins, range(self.depth))):
+            return None
+        if not all(maps and len(maps) == maps[-1] - maps[0] + 1 for maps in self.sources):
+            return None
+        if not all(weight.dtype == dtype and weight.is_contiguous() for weight in self.weights):
+            return None
+        for norm in norms:
+            if norm is None or not has_affine_form(norm) or norm.weight is not None:
+                return None
+            if is_batch_norm(norm) and not goes_by_batch(norm, dtype):
+                return None
+        if len({is_batch_norm(norm) for norm in norms if norm is not None}) > 1:
+            return None
+        return ops.Plan(x, rows, self.sources, [statistics(norm) for norm in norms[1:]], ends)
 
     def sum_ahead(self, k: int, memory: Memory, backend: str) -> Memory:
         """Where block k begins a group of a deep stage: the sums of all maps finished so far, one for each block."""

@@ -1,10 +1,12 @@
 """Whether what was worked out from a network's modules still holds."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from operator import is_
+from typing import Any
 
 from torch import Tensor, nn
 
+from . import ops
 from .hooks import GLOBAL_HOOKS, hooks_of
 
 
@@ -53,3 +55,35 @@ class Watch:
             and [*map(type, self.closely)] == self.types
             and all(map(is_, map(dict.get, self.dicts, self.names), self.values))
         )
+
+
+class Repeat:
+    """How a pass ran a row of blocks, for others to do the same.
+
+    Args:
+        run: what is prepared.
+        given: for each block what it was prepared for.
+        read: the tensors whose addresses it took: parameters and buffers, or what was made of them, which serves for
+            one pass alone.
+
+    Attributes:
+        watched: whether a watch tells when it no longer holds.
+    """
+
+    def __init__(self, run: ops.Stream | ops.Plan, given: Sequence[Any], read: Sequence[Tensor]) -> None:
+        self.run, self.given, self.read, self.watched = run, given, read, False
+        # by another name each, so that no other tensor is put where one of them was, if its numbers move
+        self.held, self.found = [t.detach() for t in read], [t.data_ptr() for t in read]
+
+    def modules(self) -> list[nn.Module]:
+        """The modules that were given."""
+        return [part for parts in self.given for part in parts if isinstance(part, nn.Module)]
+
+    def goes_on(self, watch: Watch) -> bool:
+        """Whether other passes may go by it, under a watch over what was given."""
+        self.watched = watch.covers(self.read)
+        return self.watched
+
+    def holds(self) -> bool:
+        """Whether the numbers of all tensors are where they were."""
+        return [*map(Tensor.data_ptr, self.read)] == self.found

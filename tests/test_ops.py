@@ -150,8 +150,8 @@ def test_compiled_operator_at_one_go_matches_its_parts(before, groups, dtype, to
         if groups == ops.NONE:
             arguments = (*arguments[:3], None, None, *arguments[5:])
         # the back end "cpu" goes the way of parts, with forms.py
-        wanted = fused._run_pull_block(*arguments, "cpu")
-        for ours, theirs_too in zip(fused._run_pull_block(*arguments, "native"), wanted, strict=True):
+        wanted = fused.run_pull_block(*arguments, "cpu")
+        for ours, theirs_too in zip(fused.run_pull_block(*arguments, "native"), wanted, strict=True):
             listed = isinstance(ours, list)
             found, right = (ours, theirs_too) if listed else ([ours], [theirs_too])
             assert_all_close(found, right, 100 * tolerance)

@@ -240,7 +240,7 @@ def test_a_block_takes_few_launches(groups, form, forwards, backwards, size, lau
     launches.clear()
     back = (y_grad, *own[:2], [x, branch], [rates[0], rates[1]], theirs)
     with Noted(launches):
-        fused._run_pull_block(y, own, *back, *given[1:], "triton")
+        fused.run_pull_block(y, own, *back, *given[1:], "triton")
     assert len(launches) <= backwards
 
 
@@ -265,5 +265,5 @@ def test_a_block_by_triton_matches_one_by_plain_pytorch(form, groups):
         assert_same([y, own, theirs], [*expected], 1e-11)
         grads = (None, None) if groups == NONE else (numbers(*own[0].shape), numbers(*own[1].shape))
         back = (maps[3], *grads, maps[3:5], [numbers(rows, 6), numbers(rows, 6)], theirs)
-        ours, wanted = (fused._run_pull_block(y, own, *back, *given[1:], b) for b in ("triton", "plain"))
+        ours, wanted = (fused.run_pull_block(y, own, *back, *given[1:], b) for b in ("triton", "plain"))
         assert_same(ours, wanted, 1e-10)

@@ -8,6 +8,7 @@ from .operators import is_eager
 from .reference import accumulation_dtype, moments
 from .stream import KnownNorm, Stream
 from .summing import dense_sum, is_relu
+from .tape import End, Plan, Tape
 
 __all__ = [
     "BACKENDS",
@@ -16,9 +17,12 @@ __all__ = [
     "RAW",
     "RUNNING",
     "Branch",
+    "End",
     "Joined",
     "KnownNorm",
+    "Plan",
     "Stream",
+    "Tape",
     "accumulation_dtype",
     "ahead",
     "choose",

@@ -165,7 +165,7 @@ def _function(name: str, double: bool) -> "ctypes._FuncPointer":
     loaded, reason = library()
     assert loaded is not None, reason
     found: ctypes._FuncPointer = getattr(loaded, f"{name}_{'f64' if double else 'f32'}")
-    found.argtypes, found.restype = [ctypes.c_void_p], None
+    found.argtypes, found.restype = [ctypes.c_void_p, ctypes.c_void_p], None
     return found
 
 
@@ -177,18 +177,23 @@ def call(name: str, dtype: torch.dtype, words: Sequence[int]) -> None:
             float (`bits`). One row of numbers is far quicker to make than structures are.
     """
     row = array("q", words)
-    _function(name, dtype == torch.float64)(row.buffer_info()[0])
+    _function(name, dtype == torch.float64)(row.buffer_info()[0], None)
 
 
 class Call:
-    """`call` with words that are kept, to be made again and again; maps in slots may be others each time."""
+    """`call` with words that are kept, to be made again and again; maps in slots may be others each time.
+
+    Given a table, all addresses among the words are places in it (`native.cpp`), so that one row of words serves any
+    number of threads.
+    """
 
     def __init__(self, name: str, dtype: torch.dtype, words: Sequence[int]) -> None:
         self.words = array("q", words)
         self.function, self.address = _function(name, dtype == torch.float64), self.words.buffer_info()[0]
 
-    def __call__(self) -> None:
-        self.function(self.address)
+    def __call__(self, table: Sequence[int] = ()) -> None:
+        row = array("q", table)
+        self.function(self.address, row.buffer_info()[0] if row else None)
 
 
 @lru_cache(256)

@@ -55,7 +55,7 @@ def _statistics_like(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor, Te
     return first, torch.empty_like(first), first.new_empty(pooled), first.new_empty(pooled)
 
 
-def _gathered(x: Tensor, groups: int, eps: float, affine: Sequence[Tensor]) -> Sequence[Tensor]:
+def gathered(x: Tensor, groups: int, eps: float, affine: Sequence[Tensor]) -> Sequence[Tensor]:
     """The statistics of a map once more, as differentiable functions of it."""
     mean, var = reference.moments(x)
     return _statistics(mean, var, groups, eps, affine, "plain")
@@ -192,7 +192,7 @@ def _block_backward(ctx: Any, grad: Any, grad_own: Any, _: Any, grad_links: Any)
     back = (grad, *grad_own[:2], later_grads, later_scales)
     given = (branch, affine, fixed, branch_eps, maps, weight, rates, shifts, *settings)
     g, scales, to_branch, to_affine, to_fixed, to_weight, to_rates, to_shifts = run_backward(
-        _run_pull_block, pull_block, y, (y, own, *back, branch_norm, *given, ctx.backend)
+        run_pull_block, pull_block, y, (y, own, *back, branch_norm, *given, ctx.backend)
     )
     first = len(rates) - len(to_rates)
     return (
@@ -217,7 +217,7 @@ def _given(grad_links: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tens
     return [g for g, _ in pairs], [a for _, a in pairs]
 
 
-def _run_pull_block(
+def run_pull_block(
     y: Tensor,
     own: Sequence[Tensor],
     grad: Tensor | None,
@@ -260,8 +260,8 @@ def _run_pull_block(
         return found
     k = reference if backend == "plain" else kernels(backend)
     if backend == "plain":
-        own = _gathered(y, groups, eps, ())
-        branch_norm = _gathered(branch, BATCH, branch_eps, affine) if branch is not None and branch_norm else ()
+        own = gathered(y, groups, eps, ())
+        branch_norm = gathered(branch, BATCH, branch_eps, affine) if branch is not None and branch_norm else ()
     offset, slope, _ = _through_statistics(y, own, groups, eps, (), grad_rate, grad_shift, backend)
     form = (fixed or branch_norm[:2]) if branch is not None else ()
     scales, _bias = _scales(given, form, backend)
@@ -300,10 +300,10 @@ def _through_scales(
     return [to_weight], to_rates, to_shifts, tuple(to_branch) if branch else ()
 
 
-@wraps(_run_pull_block)  # whose annotations give the operator its schema
+@wraps(run_pull_block)  # whose annotations give the operator its schema
 def _pull_block_apart(*arguments: Any) -> Any:
-    """`_run_pull_block` with results that share no memory, as slices of one tensor do and an operator's may not."""
-    g, scales, to_branch, *small = _run_pull_block(*arguments)
+    """`run_pull_block` with results that share no memory, as slices of one tensor do and an operator's may not."""
+    g, scales, to_branch, *small = run_pull_block(*arguments)
     return g, [t.clone() for t in scales], to_branch, *([t.clone() for t in part] for part in small)
 
 
@@ -388,7 +388,7 @@ def _run_pull_entered(
         entered: Tensor = kernels(backend).pull_entered(x, own, grad_rate, grad_shift, *given, groups, eps)
         return entered
     k = reference if backend == "plain" else kernels(backend)
-    own = _gathered(x, groups, eps, ()) if backend == "plain" else own
+    own = gathered(x, groups, eps, ()) if backend == "plain" else own
     offset, slope, _ = _through_statistics(x, own, groups, eps, (), grad_rate, grad_shift, backend)
     pulled: Tensor = k.pull(x, None, offset, slope, *given, [], 0, False)[0]
     return pulled

@@ -62,9 +62,12 @@ struct Map {
   int32_t kind;
 };
 
-// What a function is given: a row of 64-bit words that are taken one after the other, as native.py writes them.
+// What a function is given: a row of 64-bit words that are taken one after the other, as native.py writes them. With a
+// table the row has no addresses in it and serves for other tensors too: where an address is due there is a place in the
+// table, or below zero -1 - (2 * bytes + n), so many bytes behind what stands in the table's place 1 + n.
 struct Words {
   const int64_t* at;
+  const int64_t* table;
 
   int64_t integer() { return *at++; }
   bool flag() { return integer() != 0; }
@@ -75,7 +78,12 @@ struct Words {
     return value;
   }
   template <class T>
-  T* address() { return reinterpret_cast<T*>(integer()); }
+  T* address() {
+    const int64_t given = integer();
+    if (table == nullptr) return reinterpret_cast<T*>(given);
+    if (given >= 0) return reinterpret_cast<T*>(table[given]);
+    return reinterpret_cast<T*>(table[1 + ((-1 - given) & 1)] + ((-1 - given) >> 1));
+  }
   // A map, or where its address stands (SLOT), so that a row of words serves for one map after another. Braces are
   // filled from the left, here and wherever a structure is read.
   Map map() {
@@ -634,12 +642,13 @@ struct PairGradients {
   A *scales, *bias;                          // (maps, rows, C), (rows, C)
   A *weight = nullptr;                       // (total, C)
   A *rates = nullptr, *shifts = nullptr;     // (maps without branch, rows, C), (total, rows, C)
+  bool adds = false;                         // to what stands at rates and shifts
   A *branch_rate = nullptr, *branch_shift = nullptr;  // (1, C)
   std::unique_ptr<A[]> made{};
 
   PairGradients(Words& w, const Pairs<A>& pairs, int64_t channels) : scales(w.address<A>()), bias(w.address<A>()) {
     if (pairs.total == 0) return;
-    weight = w.address<A>(), rates = w.address<A>(), shifts = w.address<A>();
+    weight = w.address<A>(), rates = w.address<A>(), shifts = w.address<A>(), adds = w.flag();
     branch_rate = w.address<A>(), branch_shift = w.address<A>();
     const int64_t each = pairs.rows * channels;
     made = room_for<A>((pairs.count() + 1) * each + 2 * channels);
@@ -834,18 +843,20 @@ void team_coefficients_backward(int64_t c, const Pairs<A>& p, const PairGradient
         const int64_t at = row * c + from;
         const A *shift = p.shifts[i] + at, *rate = p.rates[i] + at, *bias = g.bias + at;
         A* to_shift = g.shifts + i * p.rows * c + at;
+        if (!g.adds) std::fill(to_shift, to_shift + n, A(0));
 #pragma omp simd
         for (int64_t j = 0; j < n; ++j) {
           to[j] += shift[j] * bias[j];
-          to_shift[j] = w[j] * bias[j];
+          to_shift[j] += w[j] * bias[j];
         }
         if (i < first) continue;
         const A* scale = g.scales + (i - first + p.branch) * p.rows * c + at;
         A* to_rate = g.rates + (i - first) * p.rows * c + at;
+        if (!g.adds) std::fill(to_rate, to_rate + n, A(0));
 #pragma omp simd
         for (int64_t j = 0; j < n; ++j) {
           to[j] += rate[j] * scale[j];
-          to_rate[j] = w[j] * scale[j];
+          to_rate[j] += w[j] * scale[j];
         }
       }
     }
@@ -1249,8 +1260,12 @@ int dense_shortcuts_has_half() {
 }
 
 #define EXPORT(NAME)                                                                                       \
-  void NAME##_f32(const int64_t* words) { NAME<float>(Words{words + 1}, int(words[0])); }                  \
-  void NAME##_f64(const int64_t* words) { NAME<double>(Words{words + 1}, int(words[0])); }
+  void NAME##_f32(const int64_t* words, const int64_t* table) {                                            \
+    NAME<float>(Words{words + 1, table}, int(words[0]));                                                   \
+  }                                                                                                        \
+  void NAME##_f64(const int64_t* words, const int64_t* table) {                                            \
+    NAME<double>(Words{words + 1, table}, int(words[0]));                                                  \
+  }
 
 EXPORT(enter)
 EXPORT(block)

@@ -8,7 +8,7 @@ loop. The calls find their maps by a table of addresses, so they serve for the n
 
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,9 +53,6 @@ class Stream:
         weights: of each block, a row for each of these maps, (maps, C).
         direct: the last of these maps, which the block sums by itself (`..tiling`); the others are summed ahead.
         groups: for each block before which maps are summed ahead, the blocks that they are summed for.
-
-    Attributes:
-        given: for each block what its sum was prepared for, kept by the caller; None where it has to be prepared anew.
     """
 
     def __init__(
@@ -88,8 +85,6 @@ class Stream:
         self.own = [self._form(norm, i, self.kept) for i, norm in enumerate(norms)] + [_NO_NORM]
         self.enter = self._enter(last) if norms[0] is not None else None
         self.calls: list[tuple[Call, list[Tensor]] | None] = [None] * depth
-        self.given: list[Any] = [None] * depth
-        self.read: list[Tensor] = []
         if not self.normalised:
             self.forms[:, 0], self.forms[:, 1] = 1, 0
         self.begin(x)
@@ -112,20 +107,13 @@ class Stream:
         """Let go of the maps after the last block."""
         self.maps, self.storages, self.partial = [], [], []
 
-    def seal(self) -> list[Tensor]:
-        """End the preparing, so that other passes may begin with it; gives the tensors besides maps that it refers to.
-
-        They are parameters and buffers, or what was made of them, which serves for this pass alone.
-        """
-        read = [*self.kept, *(t for call in self.calls if call is not None for t in call[1])]
-        # by another name each, so that no other tensor is put where one of them was, if its numbers move
-        self.read, self.held, self.found = read, [t.detach() for t in read], [t.data_ptr() for t in read]
-        return read
+    def read(self) -> list[Tensor]:
+        """The tensors besides maps that the calls refer to."""
+        return [*self.kept, *(t for call in self.calls if call is not None for t in call[1])]
 
     def serves(self, x: Tensor) -> bool:
-        """Whether a pass may begin with x by what another one prepared, whose tensors are where they were."""
-        there = [*map(Tensor.data_ptr, self.read)] == self.found
-        return there and self.takes(x) and shape_words(x) == self.words
+        """Whether another pass may begin with x."""
+        return self.takes(x) and shape_words(x) == self.words
 
     def map(self, i: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Map X_i, and rate and shift of its norm, (1 or N, C); None for none."""
@@ -153,7 +141,6 @@ class Stream:
             terms = [len(ahead) // 2, *ahead, 1, *self._form(norm, -1, kept), count + 1, *branch, *direct, 1]
         end = [relu, *maps[k + 1], *self.own[k + 1]]
         self.calls[k] = Call("block", self.dtype, [*self.words, *terms, *self.pairs[k], *end]), kept
-        self.given[k], self.read = None, []
 
     def sum(self, k: int, branch: Tensor, out: Tensor) -> Tensor:
         """X_l of block l = k + 1, which is prepared, written to `out`; X_0 .. X_k are there.

@@ -1,0 +1,326 @@
+"""A row of blocks in training, by the compiled kernels.
+
+`fused.block` tells autograd of every pair of blocks: two links, a rate and a shift. Here the sums of one row share a
+tape instead, which autograd does not see. A sum takes the branch and the weights and gives the map; backwards it leaves
+G and a_i of its pairs on the tape, with the gradients of rates and shifts, where the sum that made X_i finds them. That
+one runs later, for each sum takes the map before it too. Between two convolutions Python is slow, so what the passes
+have in common, the words of each call, is worked out once (`Plan`).
+
+The numbers are those of `fused.block`, whose kernels run; it is also what computes where a gradient is to be
+differentiated in its turn.
+"""
+
+from array import array
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, is_grad_enabled
+from torch._C import _current_graph_task_id
+
+from . import fused
+from .compiled import KINDS, Call, bits, call, shape_words
+from .forms import BATCH, NONE, shapes
+from .operators import is_eager, run_backward
+from .reference import accumulation_dtype
+
+# places in the table of a call; 1 and 2 are where the numbers of the pass forward and backward begin
+_Y, _BRANCH, _WEIGHT, _SCALE, _BIAS, _RATE, _SHIFT, _MAPS = range(3, 11)
+_FORWARD, _BACKWARD = 0, 1
+_NO_NORM = [NONE, *[0] * 7]
+_NOTHING, _MADE = [0], 2
+_GIVEN = 6  # places behind the maps of what a backward call takes and gives besides the gradients of later sums
+
+
+class End(NamedTuple):
+    """How a block ends: the eps of its branch's last norm, a batch norm by this batch, and whether ReLU follows."""
+
+    eps: float
+    relu: bool
+
+
+class Plan:
+    """What all passes over a row of L blocks have in common.
+
+    Args:
+        x: a map of the row, (N, C, H, W), dense in memory.
+        rows: 1 or N, those of rates and shifts.
+        sources: for each block the maps that it sums, one after the other and all at once.
+        norms: for X_1 .. X_{L-1} the norm: a number of groups or BATCH, and eps.
+        ends: of each block.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        rows: int,
+        sources: Sequence[Sequence[int]],
+        norms: Sequence[tuple[int, float]],
+        ends: Sequence[End],
+    ) -> None:
+        self.depth, self.sources, self.ends = len(sources), sources, ends
+        self.shape, self.layout, self.words = x.shape, (x.dtype, x.stride()), shape_words(x)
+        self.norms, self.kind, self.dtype = [(NONE, 0.0), *norms], KINDS[x.dtype], accumulation_dtype(x.dtype)
+        n, c = x.shape[:2]
+        self.pixels, self.item, self.rows, self.each = x.shape[2] * x.shape[3], self.dtype.itemsize, rows, rows * c
+        # numbers of the pass forward: rate, shift, pooled mean and variance of each map but X_0, and of each branch
+        self.size, self.forms, self.branches = 0, [[0] * 4], list[list[int]]()
+        for groups, _ in norms:
+            form, pooled = shapes(n, c, groups)
+            self.forms.append([self._room(torch.Size(shape).numel()) for shape in (form, form, pooled, pooled)])
+        self.branches = [[self._room(c) for _ in range(4)] for _ in sources]
+        # and backward: the gradients of all rates and shifts, then the scales of each sum, that of its branch first
+        self.sums = 2 * self.depth * self.each
+        ends_at = [self.sums]
+        for maps in sources:
+            ends_at.append(ends_at[-1] + (1 + len(maps)) * self.each)
+        self.scales, self.back_size = ends_at[:-1], ends_at[-1]
+        self.forward = [self._forward(k) for k in range(self.depth)]
+        self._backward: dict[tuple[int, bool, tuple[int, ...]], Call] = {}
+
+    def _room(self, count: int) -> int:
+        start, self.size = self.size, self.size + count
+        return start
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether a map is laid out as the plan has it."""
+        return type(x) is Tensor and x.shape == self.shape and (x.dtype, x.stride()) == self.layout
+
+    def serves(self, x: Tensor) -> bool:
+        """Whether a pass may begin with x."""
+        return self.takes(x) and shape_words(x) == self.words
+
+    def scale_at(self, k: int, i: int) -> int:
+        """Where a_i of block k stands among the numbers of the pass backward."""
+        return self.scales[k] + (1 + i - self.sources[k][0]) * self.each
+
+    def _at(self, place: int, way: int = _FORWARD) -> int:
+        """A number of a pass, as the table's words have it (`native.cpp`)."""
+        return -1 - (2 * place * self.item + way)
+
+    def _pairs(self, k: int, scales: int) -> list[int]:
+        """The terms of the sum of block k, as `native._paired` writes them."""
+        maps = self.sources[k]
+        summed = [word for j in range(len(maps)) for word in (_MAPS + j, self.kind)]
+        rates, shifts = (
+            [given if i == 0 else self._at(self.forms[i][side]) for i in maps]
+            for side, given in ((0, _RATE), (1, _SHIFT))
+        )
+        branch = [self._at(place) for place in self.branches[k][:2]]
+        terms = [1 + len(maps), _BRANCH, self.kind, *summed, 1, self.rows, scales, 0]
+        return [*terms, len(maps), _WEIGHT, *rates, *shifts, *branch]
+
+    def _forward(self, k: int) -> Call:
+        eps, relu = self.ends[k]
+        branch = [1, BATCH, bits(eps), _SCALE, _BIAS, *map(self._at, self.branches[k])]
+        own = _NO_NORM
+        if k + 1 < self.depth:
+            groups, own_eps = self.norms[k + 1]
+            own = [groups, bits(own_eps), 0, 0, *map(self._at, self.forms[k + 1])]
+        words = [*self.words, 0, *branch, *self._pairs(k, 0), relu, _Y, self.kind, *own]
+        return Call("block", self.dtype, words)
+
+    def backward(self, k: int, has_grad: bool, later: tuple[int, ...]) -> Call:
+        """The call for the gradient of block k's map, which a gradient may come to and which later blocks sum."""
+        key = k, has_grad, later
+        if key not in self._backward:
+            self._backward[key] = self._pull(*key)
+        return self._backward[key]
+
+    def _pull(self, k: int, has_grad: bool, later: tuple[int, ...]) -> Call:
+        maps, (eps, relu), i = self.sources[k], self.ends[k], k + 1
+        grad, g, to_branch, to_weight, to_scale, to_bias = range(_MAPS + len(maps), _MAPS + len(maps) + _GIVEN)
+        own = _NOTHING
+        if later:
+            groups, own_eps = self.norms[i]
+            count = self.pixels * (self.shape[0] if groups == BATCH else self.shape[1] // groups)
+            sums = [self._at((side * self.depth + i) * self.each, _BACKWARD) for side in (0, 1)]
+            pooled = map(self._at, self.forms[i][2:])
+            own = [_MADE, self.rows, groups, bits(own_eps), count, 0, *pooled, *sums, 0, 0]
+        pulled = [
+            word
+            for n, block in enumerate(later)
+            for word in (to_bias + 1 + n, self.kind, self._at(self.scale_at(block, i), _BACKWARD), self.rows)
+        ]
+        given = [_Y, self.kind, *((grad, self.kind) if has_grad else (0, 0)), *own, len(later), *pulled, relu, g]
+        forms = [self._at((side * self.depth + maps[0]) * self.each, _BACKWARD) for side in (0, 1)]
+        gradients = [0, 0, to_weight, *forms, True, 0, 0]
+        statistics = map(self._at, self.branches[k][2:])
+        count = self.pixels * self.shape[0]
+        branch = [_MADE, 1, BATCH, bits(eps), count, _SCALE, *statistics, 0, 0, to_scale, to_bias]
+        pairs = self._pairs(k, self._at(self.scales[k], _BACKWARD))
+        return Call("pull_block", self.dtype, [*self.words, *given, *pairs, *gradients, *branch, to_branch])
+
+
+class _Back:
+    """What the sums of a tape leave to those before them in one backward pass, `task`.
+
+    Attributes:
+        later: for each map the sums that read it: the block, its G, and a_i where it is not among `numbers`.
+        forms: gradients of rate and shift of a map, where they are not among `numbers`.
+        slow: whether they are not, for all has to be seen by autograd or by a dispatch mode.
+    """
+
+    def __init__(self, plan: Plan, like: Tensor, task: int) -> None:
+        self.task, self.slow = task, is_grad_enabled() or not is_eager(like)
+        self.later: list[list[tuple[int, Tensor, Tensor | None]]] = [[] for _ in range(plan.depth)]
+        self.forms: dict[int, tuple[Tensor, Tensor]] = {}
+        self.numbers = like.new_empty(0 if self.slow else plan.back_size)
+        self.numbers[: plan.sums].zero_()
+
+
+class Tape:
+    """One pass over a row in training.
+
+    Args:
+        plan: the row's; the norms of its maps and branches go by this batch.
+        x: X_0, or what its form is one of, (N, C, H, W).
+        rate, shift: N(X_0) = rate * x + shift, (1 or N, C) and contiguous, in the accumulation type.
+        links: those of `fused.enter` to the blocks that sum X_0.
+    """
+
+    def __init__(self, plan: Plan, x: Tensor, rate: Tensor, shift: Tensor, links: Sequence[Tensor]) -> None:
+        self.plan, self.rate, self.shift = plan, rate, shift
+        self.numbers = rate.new_empty(plan.size)
+        self.start = self.numbers.data_ptr()
+        self.maps, self.last = [x], _Begin.apply(self, rate, shift, *links)
+        self.wanted = [self.last.requires_grad]
+        self._back: _Back | None = None
+
+    def sum(self, k: int, branch: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        """X_l of block l = k + 1, (N, C, H, W).
+
+        Args:
+            branch: the residual branch before its last norm, one that the plan takes.
+            weight: w, a row for each map that the block sums, (maps, C).
+            scale, bias: of that norm, (C,) each. All three are contiguous, in the accumulation type.
+        """
+        y: Tensor = _Sum.apply(self, k, branch, weight, scale, bias, self.last)
+        self.last = y
+        if k + 1 < self.plan.depth:  # no block sums X_L
+            self.maps.append(y)
+            self.wanted.append(y.requires_grad)
+        return y
+
+    def end(self) -> None:
+        """Let go of the maps after the last block: what has to be kept, autograd keeps."""
+        self.maps.clear()
+        del self.last, self.rate, self.shift
+
+    def move(self, running: Sequence[Tensor], places: Sequence[int], step: float) -> None:
+        """One step of running statistics by the mean and variance that stand at places in the pass's numbers."""
+        given = [self.start + place * self.plan.item for place in places]
+        count = self.plan.pixels * self.plan.shape[0]
+        words = [1, self.plan.shape[1], *given, bits(count / (count - 1)), bits(step), *(t.data_ptr() for t in running)]
+        call("move", self.plan.dtype, words)
+
+    def back(self) -> _Back:
+        """For the backward pass under way, anew if it is another one than before."""
+        task = _current_graph_task_id()
+        if self._back is None or self._back.task != task:
+            self._back = _Back(self.plan, self.numbers, task)
+        return self._back
+
+    def leave(self, k: int, g: Tensor, scales: Sequence[Tensor | None]) -> None:
+        """Leave G of block k to the sums that made the maps it read, with a_i of each or None."""
+        assert self._back is not None
+        for i, scale in zip(self.plan.sources[k], scales, strict=True):
+            if self.wanted[i]:
+                self._back.later[i].append((k, g, scale))
+
+
+class _Begin(torch.autograd.Function):
+    """Hands what is left for X_0 to the operator that took its statistics."""
+
+    @staticmethod
+    def forward(ctx: Any, tape: Tape, rate: Tensor, shift: Tensor, *links: Tensor) -> Tensor:
+        ctx.tape, ctx.links = tape, len(links)
+        ctx.set_materialize_grads(False)
+        return rate.new_empty(1)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        tape, plan, back = ctx.tape, ctx.tape.plan, ctx.tape.back()
+        later, tape._back = {k: (g, a) for k, g, a in back.later[0]}, None
+        if not later:
+            return None, None, None, *[None] * ctx.links
+
+        def number(place: int) -> Tensor:
+            c = plan.shape[1]
+            return back.numbers.as_strided((plan.rows, c), (c, 1), place)
+
+        forms = back.forms[0] if back.slow else (number(0), number(plan.depth * plan.each))
+        pairs = [later.get(k, (None, None)) for k, maps in enumerate(plan.sources) if 0 in maps]
+        users = [k for k, maps in enumerate(plan.sources) if 0 in maps]
+        links = [
+            t
+            for k, (g, a) in zip(users, pairs, strict=True)
+            for t in (g, number(plan.scale_at(k, 0)) if a is None and g is not None else a)
+        ]
+        return None, *forms, *links
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, tape: Tape, k: int, branch: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, _: Tensor
+    ) -> Tensor:
+        plan, y = tape.plan, torch.empty_like(branch)
+        first, *_, last = *plan.sources[k], plan.sources[k][-1]
+        taken = (branch, weight, scale, bias, tape.rate, tape.shift, *tape.maps[first : last + 1])
+        plan.forward[k]([0, tape.start, 0, y.data_ptr(), *map(Tensor.data_ptr, taken)])
+        ctx.tape, ctx.k = tape, k
+        ctx.set_materialize_grads(False)
+        # without ReLU and statistics the map is not looked at again, and may be overwritten by what follows
+        kept = y if plan.ends[k].relu or k + 1 < plan.depth else branch
+        ctx.save_for_backward(kept, *taken)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Any:
+        tape, k, taken = ctx.tape, ctx.k, ctx.saved_tensors
+        plan, back = tape.plan, tape.back()
+        later = back.later[k + 1] if k + 1 < plan.depth else []
+        if grad is None and not later:
+            return (None,) * 7
+        if k + 1 < plan.depth:
+            back.later[k + 1] = []  # whose G are needed no more behind this
+        if back.slow:
+            return None, None, *_slowly(tape, k, grad, later, taken), None
+        y, branch, weight, scale, bias = taken[:5]
+        if grad is not None and not plan.takes(grad):
+            grad = torch.empty_like(y).copy_(grad)
+        g, *to = map(torch.empty_like, (y, branch, weight, scale, bias))
+        given = (*taken, y if grad is None else grad, g, *to, *(left[1] for left in later))
+        call = plan.backward(k, grad is not None, tuple(left[0] for left in later))
+        call([0, tape.start, back.numbers.data_ptr(), *map(Tensor.data_ptr, given)])
+        tape.leave(k, g, [None] * len(plan.sources[k]))
+        return None, None, *to, None
+
+
+def _slowly(
+    tape: Tape,
+    k: int,
+    grad: Tensor | None,
+    later: Sequence[tuple[int, Tensor, Tensor | None]],
+    taken: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """The backward pass of a sum by operators, whose gradients have gradients: of branch, weight, scale and bias."""
+    plan, back = tape.plan, tape.back()
+    y, branch, weight, scale, bias, rate, shift, *maps = taken
+    (eps, relu), sources = plan.ends[k], plan.sources[k]
+    groups, own_eps = plan.norms[k + 1] if k + 1 < plan.depth else (NONE, 0.0)
+    of_maps = zip(sources, maps, strict=True)
+    forms = [(rate, shift) if i == 0 else fused.gathered(x, *plan.norms[i], ())[:2] for i, x in of_maps]
+    rates, shifts = map(list, zip(*forms, strict=True))
+    own, branch_norm = fused.gathered(y, groups, own_eps, ()), fused.gathered(branch, BATCH, eps, (scale, bias))
+    given_back = (grad, *back.forms.get(k + 1, (None, None)), [left[1] for left in later], [left[2] for left in later])
+    summed = (branch, [scale, bias], [], eps, maps, weight, rates, shifts, relu, groups, own_eps)
+    arguments = (y, list(own), *given_back, list(branch_norm), *summed, "native")
+    found = run_backward(fused.run_pull_block, fused.pull_block, y, arguments)
+    g, scales, to_branch, to_affine, _, to_weight, to_rates, to_shifts = found
+    for i, *new in zip(sources, to_rates, to_shifts, strict=True):
+        old = back.forms.get(i)
+        back.forms[i] = tuple(new) if old is None else (old[0] + new[0], old[1] + new[1])
+    tape.leave(k, g, scales)
+    return to_branch[0], to_weight[0], *to_affine
