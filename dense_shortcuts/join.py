@@ -1,7 +1,7 @@
 """What a stage does at the end of a block: makes its map from the block's parts and the earlier maps."""
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +11,12 @@ from torch.fx import Proxy
 
 from . import ops
 from .errors import DenseShortcutError
-from .hooks import has_hooks, observed, saves_elsewhere
-from .norms import frozen_statistics, goes_by_batch, is_batch_norm, joins, known
-from .shortcut import DenseShortcut, Memory, as_branch
-from .watch import Repeat
+from .hooks import has_hooks, observed
+from .maps import as_map, from_map, is_map
+from .memory import Memory
+from .norms import joins, known
+from .repeat import as_repeat, begin, end_of, leave, serves, sum_on_tape
+from .shortcut import DenseShortcut, as_branch
 
 
 class Place(NamedTuple):
@@ -71,7 +73,7 @@ class Join:
         identity_norm: nn.Module | None = None,
     ) -> Tensor:
         given = norm, activation, identity_norm
-        if (x := self._repeat(branch, identity, given)) is not None:
+        if self.memory.rows is not None and (x := self._repeat(branch, identity, *given)) is not None:
             return x
         backend = self._backend(branch)
         # without maps there is nothing to sum in one pass
@@ -91,13 +93,13 @@ class Join:
         relu = fused and ops.is_relu(activation) and not (isinstance(activation, nn.Module) and observed(activation))
         ends = relu or activation is None
         x = self._stream(branch, norm, identity, relu) if self.memory.stream is not None and ends else None
-        end = None
         if x is None:
             self.memory = self.memory.leave_stream(self.k)
             addends = [identity] if self.keep_identity and not whole else []
             x = self._sum(branch, norm, identity, addends, relu, ends, backend, fused)
-            end = self._end(branch, norm, relu) if ends and not addends else None
-        self._record(given, given == (norm, activation, identity_norm) and not reshaped, end)
+        if self.memory.record is not None:
+            same = given == (norm, activation, identity_norm) and not reshaped and not self.keep_identity
+            self._record(given, branch, relu, same and ends)
         if reshaped:
             x = from_map(x, form[0], host_form, form[1])
         elif activation is None and isinstance(x, Proxy):
@@ -132,7 +134,7 @@ class Join:
     def _begin(self, identity: Tensor, identity_norm: nn.Module | None, backend: str) -> None:
         """Remember X_0, in a stream where the row may be run by one."""
         rows = self.memory.rows
-        if rows is not None and rows.get(self.place.row, self) is not None and backend == "native":
+        if rows is not None and backend == "native" and rows.get(self.place.row, self) is not None:
             self.memory = self.memory._replace(record=())
         if backend == "native" and self._may_stream():
             self.memory = self.memory._replace(stream=self.shortcut.stream(identity, identity_norm))
@@ -175,7 +177,7 @@ class Join:
 
     def _may_stream(self) -> bool:
         """Whether the row may be run in place (`ops/stream.py`), without the shortcut's own call."""
-        if is_grad_enabled() or is_compiling() or self.memory.rows is None:
+        if is_grad_enabled() or is_compiling() or not self.memory.once:
             return False
         return not self.keep_identity and self.aggregate != "block" and not has_hooks(self.shortcut)
 
@@ -197,80 +199,36 @@ class Join:
         own = self._is_own(branch, identity)
         return stream.sum(self.k, branch, branch if own else torch.empty_like(branch))
 
-    def _repeat(self, branch: Tensor, identity: Tensor, given: tuple[Any, ...]) -> Tensor | None:
-        """X_l in the way of an earlier pass, where the block gives the same as then; None where it does not."""
-        k, memory, row = self.k, self.memory, self.place.row
-        repeat = memory.repeat if k or memory.rows is None else memory.rows.get(row)
+    def _repeat(
+        self, branch: Tensor, identity: Tensor, norm: nn.Module | None, activation: Any, identity_norm: nn.Module | None
+    ) -> Tensor | None:
+        """X_l in the way of an earlier pass; None where that does not serve."""
+        k, row, rows = self.k, self.place.row, self.memory.rows
+        repeat = self.memory.repeat if k or rows is None else rows.get(row)
         if repeat is None:
             return None
-        same = repeat.given[k] == given and repeat.run.takes(branch)
-        trains = isinstance(repeat.run, ops.Plan)
-        if not same or is_grad_enabled() != trains or (k == 0 and not self._begin_repeat(repeat, branch, identity, given)):
-            self._leave_repeat()
+        served = serves(repeat, k, branch, (norm, activation, identity_norm))
+        if k == 0 and served and self._backend(branch) == "native":
+            self.memory = begin(repeat, self.memory, self.shortcut, identity, identity_norm) or self.memory
+        elif k and not served:
+            self.memory = leave(self.memory, self.shortcut, row)
+        memory = self.memory
+        if memory.repeat is None:
             return None
-        if self.memory.stream is not None:
-            return self._sum_in(self.memory.stream, branch, identity)
-        return self._sum_on_tape(branch, given[0])
-
-    def _begin_repeat(self, repeat: Repeat, branch: Tensor, identity: Tensor, given: tuple[Any, ...]) -> bool:
-        """Remember X_0 for a pass in the way of an earlier one; False where that does not serve."""
-        run = repeat.run
-        if self._backend(branch) != "native" or not repeat.holds() or not run.serves(identity):
-            return False
-        if isinstance(run, ops.Stream):
-            run.begin(identity)
-            self.memory = self.memory._replace(stream=run, repeat=repeat)
-            return True
-        if saves_elsewhere():
-            return False
-        term = self.shortcut.enter(0, identity, "native", given[2])
-        assert term.scale is not None and term.shift is not None
-        tape = ops.Tape(run, term.map, term.scale, term.shift, term.links)
-        self.memory = self.memory._replace(terms=(term,), tape=tape, repeat=repeat)
-        return True
-
-    def _leave_repeat(self) -> None:
-        """Go on without what earlier passes left, from the maps that are there."""
-        tape, rows = self.memory.tape, self.memory.rows
-        self.memory = self.memory._replace(tape=None, repeat=None)
-        if rows is not None and self.k:
-            rows.pop(self.place.row, None)
-        if tape is not None:
-            with frozen_statistics(self.shortcut):  # which have taken this step
-                terms = [self.shortcut.enter(i, x, "native") for i, x in enumerate(tape.maps[1:], 1)]
-            self.memory = self.memory._replace(terms=(*self.memory.terms, *terms))
-
-    def _sum_on_tape(self, branch: Tensor, norm: nn.Module) -> Tensor:
-        """X_l by the tape, with a step of the running statistics of the norms that it goes by."""
-        k, tape, shortcut = self.k, self.memory.tape, self.shortcut
-        assert tape is not None
-        x = tape.sum(k, branch, shortcut.weight(k), *norm._parameters.values())
-        self._move(norm, tape.plan.branches[k])
-        if not self.place.last and is_batch_norm(own := shortcut.norm(k + 1)):
-            self._move(own, tape.plan.forms[k + 1])
+        if memory.stream is not None:
+            return self._sum_in(memory.stream, branch, identity)
         self.entered = True
-        return x
+        assert memory.tape is not None and norm is not None
+        return sum_on_tape(memory.tape, k, self.shortcut, branch, norm)
 
-    def _move(self, norm: nn.Module, places: Sequence[int]) -> None:
-        mean, var, counter = norm._buffers.values()
-        counter.add_(1)
-        self.memory.tape.move((mean, var), places[2:], norm.momentum)
-
-    def _end(self, branch: Tensor, norm: nn.Module | None, relu: bool) -> ops.End | None:
-        """How the block ends, where its sum may be made on a tape; None where it may not."""
-        if norm is None or not is_grad_enabled() or not ops.is_eager(branch) or not (self.entered or self.place.last):
-            return None
-        like, affine = self.memory.terms[0].map, norm.weight is not None
-        same = branch.stride() == like.stride() and branch.dtype == like.dtype and _is_dense(branch)
-        taken = same and affine and goes_by_batch(norm, ops.accumulation_dtype(branch.dtype))
-        return ops.End(norm.eps, relu) if taken and not saves_elsewhere() else None
-
-    def _record(self, given: tuple[Any, ...], whole: bool, end: ops.End | None) -> None:
-        """Note what the block gave, if that is all there is to it."""
-        record, memory = self.memory.record, self.memory
-        if record is not None:
-            taken = whole and len(record) == self.k and (memory.stream is not None or end is not None)
-            self.memory = memory._replace(record=(*record, (given, end)) if taken else None)
+    def _record(self, given: tuple[Any, ...], branch: Tensor, relu: bool, repeats: bool) -> None:
+        """Note what the block gave, if its sum may be made of nothing else another time; else give up on the row."""
+        memory, end = self.memory, None
+        assert memory.record is not None
+        if memory.stream is None and memory.terms:
+            end = end_of(branch, given[0], relu, memory.terms[0].map)
+            repeats = repeats and end is not None and (self.entered or self.place.last)
+        self.memory = memory._replace(record=(*memory.record, (given, end)) if repeats else None)
 
     def remember(self, x: Tensor) -> Memory:
         """What the stage keeps after the block, whose output is x."""
@@ -285,27 +243,12 @@ class Join:
 
     def _leave_row(self) -> None:
         """Behind its last block, leave to other passes how the row was run."""
-        memory, rows, row = self.memory, self.memory.rows, self.place.row
-        if memory.stream is not None:
-            memory.stream.end()
-        if memory.tape is not None:
-            memory.tape.end()
-        if memory.record is not None and rows is not None:
-            rows[row] = self._as_repeat()
-
-    def _as_repeat(self) -> Repeat | None:
-        memory, shortcut = self.memory, self.shortcut
-        if len(memory.record) < shortcut.depth or type(shortcut) is not DenseShortcut:
-            return None
-        given, ends = zip(*memory.record, strict=True)
-        if memory.stream is not None:
-            return Repeat(memory.stream, given, memory.stream.read())
-        term = memory.terms[0]
-        plan = shortcut.plan(term.map, term.scale.shape[0], ends) if term.scale is not None else None
-        if plan is None:
-            return None
-        affine = [t for norm, *_ in given for t in norm._parameters.values()]
-        return Repeat(plan, given, [*shortcut.weights, *affine])
+        memory = self.memory
+        if memory.rows is not None and memory.record is not None:
+            memory.rows[self.place.row] = as_repeat(memory, self.shortcut)
+        for maps in (memory.stream, memory.tape):
+            if maps is not None:
+                maps.end()
 
     def _joins_norm(self, norm: nn.Module) -> bool:
         """Whether the last norm of the branch may be computed in the pass that adds the shortcuts.
@@ -335,41 +278,3 @@ class Join:
         is given X_l, may do the first.
         """
         return self.place.observed or (is_grad_enabled() and self.place.next_hooked)
-
-
-def as_map(x: Tensor, tokens: bool, volumes: bool = False) -> Tensor:
-    """A view as a map (N, C, H, W), of tokens, whose channels are last, or of a map of any number of axes.
-
-    (N, C) becomes (N, C, 1, 1), a sequence (N, C, L) becomes (N, C, 1, L), a volume (N, C, D, H, W) becomes
-    (N, C, D H, W). What torch.fx records does not know how many axes it has: tokens are all put into one, as those of
-    (N, L, C), and `volumes` says of others whether they are such.
-    """
-    recorded = isinstance(x, Proxy)
-    if recorded and tokens:
-        return x.movedim(-1, 1).flatten(2).unsqueeze(2)
-    x = x.movedim(-1, 1) if tokens else x
-    axes = (5 if volumes else 4) if recorded else x.ndim
-    return {2: lambda: x[:, :, None, None], 3: lambda: x.unsqueeze(2), 4: lambda: x, 5: lambda: x.flatten(2, 3)}[axes]()
-
-
-def is_map(x: Tensor, tokens: bool, volumes: bool) -> bool:
-    """Whether x is (N, C, H, W) as it stands; see `as_map` for what torch.fx records."""
-    return not tokens and (not volumes if isinstance(x, Proxy) else x.ndim == 4)
-
-
-def from_map(x: Tensor, tokens: bool, like: Tensor, volumes: bool = False) -> Tensor:
-    """A map in the form of `like`, one that `as_map` was given."""
-    recorded = isinstance(like, Proxy)
-    if recorded and tokens:
-        return x.movedim(1, -1).reshape(like.shape)
-    axes = (5 if volumes else 4) if recorded else like.ndim
-    if axes == 5:
-        first = 1 if tokens else 2
-        x = x.unflatten(2, (like.shape[first], like.shape[first + 1]))
-    elif axes < 4:
-        x = x[:, :, 0, 0] if axes == 2 else x.squeeze(2)
-    return x.movedim(1, -1) if tokens else x
-
-
-def _is_dense(x: Tensor) -> bool:
-    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)

@@ -1,14 +1,13 @@
 """The dense shortcut of a stage: one norm for each earlier feature map, one weight per channel for each pair."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
 from . import ops
 from .errors import DenseShortcutError
+from .memory import Memory, Term
 from .norms import (
     Norm,
     affine_form,
@@ -25,93 +24,7 @@ from .norms import (
 from .pattern import Sources, Sparse
 from .pattern import sources as all_sources
 from .tiling import Tiling
-from .watch import Repeat
 from .weighting import start_parameter, weigh
-
-
-class Term(NamedTuple):
-    """A map as sums use it: N(X) = scale * map + shift, the statistics taken once.
-
-    map is (N, C, H, W); scale and shift are (1 or N, C), or None where the map is used as it stands. links are those of
-    the fused operator, two tensors for each later user in turn (`ops/fused.py`); none on the plain path.
-    """
-
-    map: Tensor
-    scale: Tensor | None
-    shift: Tensor | None
-    links: tuple[Tensor, ...] = ()
-
-
-class Memory(NamedTuple):
-    """What a stage keeps from block to block: its maps X_0 .. X_{l-1} and, in a deep stage, the sums made ahead.
-
-    partial has a sum (N, C, H, W) for each block of the group under way, closed the links from each group of maps to
-    the later groups of blocks (`tiling.py`). Where every block runs once and in order and no gradient is recorded,
-    stream may keep the maps in place of terms; tape does so in training. rows is what passes have left (`watch.Repeat`),
-    None where a block may be run again, and repeat what of it this row is run by; record is what each block gave, for
-    passes to come. last is what the block before gave back, and the version that its memory had then. chosen is the
-    back end that was chosen for the row, and the dtype that it was chosen for.
-    """
-
-    terms: tuple[Term, ...] = ()
-    partial: tuple[Tensor, ...] = ()
-    closed: tuple[list[Tensor], ...] = ()
-    stream: ops.Stream | None = None
-    tape: ops.Tape | None = None
-    rows: dict[str, Repeat | None] | None = None
-    repeat: Repeat | None = None
-    record: tuple[tuple[Any, ops.End | None], ...] | None = None
-    last: tuple[Tensor, int] | None = None
-    chosen: tuple[torch.dtype, str] | None = None
-
-    def add(self, term: Term) -> "Memory":
-        return self._replace(terms=(*self.terms, term))
-
-    def begin(self) -> "Memory":
-        """What a row of blocks begins with."""
-        return Memory(rows=self.rows)
-
-    @property
-    def shape(self) -> torch.Size:
-        """That of the maps, which all have the same."""
-        return self.terms[0].map.shape if self.stream is None else self.stream.shape
-
-    def finished(self) -> int:
-        """Number of maps."""
-        maps = self.stream or self.tape
-        return len(self.terms) if maps is None else len(maps.maps)
-
-    def after(self, x: Tensor) -> "Memory":
-        """The same behind a block that gave back x."""
-        if type(x) is not Tensor or is_compiling():
-            return self
-        return self._replace(last=(x, -1 if x.is_inference() else x._version))
-
-    def follows(self, x: Tensor) -> bool:
-        """Whether x is what the block before gave back, as far as can be seen."""
-        if self.last is None:
-            return True
-        last, version = self.last
-        if x is not last:
-            if not ops.is_eager(x):
-                return True
-            if x.data_ptr() != last.data_ptr() or x.shape != last.shape or x.stride() != last.stride():
-                return False
-        return version == -1 or x.is_inference() or x._version == version
-
-    def storages(self) -> list[int]:
-        """Where the storages of the maps are."""
-        if self.stream is not None:
-            return self.stream.storages
-        return [term.map.untyped_storage().data_ptr() for term in self.terms]
-
-    def leave_stream(self, k: int) -> "Memory":
-        """The same with X_0 .. X_k as terms, and with the sums that the stream made ahead."""
-        if self.stream is None:
-            return self
-        closed: tuple[list[Tensor], ...] = ([],) * self.stream.begun  # there are no links without gradients
-        terms = tuple(Term(*self.stream.map(i)) for i in range(k + 1))
-        return self._replace(terms=terms, partial=tuple(self.stream.partial), closed=closed, stream=None)
 
 
 class DenseShortcut(nn.Module):
@@ -222,11 +135,7 @@ class DenseShortcut(nn.Module):
         """
         if not self.weighted or self.weighting == "attention" or not all(self.sources):
             return None
-        if (
-            not ops.is_eager(x)
-            or not x.numel()
-            or not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
-        ):
+        if not ops.is_eager(x) or not x.numel() or not ops.is_dense(x):
             return None
         norms = [*map(self.norm, range(self.depth)), last]
         forms = [None if norm is None else known(norm) for norm in norms]

@@ -1,6 +1,6 @@
 """The stage container: runs a stage's blocks, keeps their feature maps, and forms each block's dense shortcut."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple, overload
 
 from torch import Tensor, nn
@@ -13,8 +13,9 @@ from .adapters import has_tokens, has_volumes, map_of
 from .errors import DenseShortcutError
 from .hooks import has_hooks, observed
 from .join import Join, Place
+from .memory import Memory
 from .norms import frozen_statistics
-from .shortcut import DenseShortcut, Memory
+from .shortcut import DenseShortcut
 from .watch import Repeat, Watch
 
 
@@ -167,9 +168,9 @@ class DenseStage(nn.Module):
             for step in self:
                 x = checkpoint(step, x, *args, use_reentrant=False, **kwargs)
             return x
-        repeats = x.is_cpu and ops.is_eager(x)  # on a GPU the kernels take longer than what is saved here
+        repeats = ops.is_eager(x) and x.is_cpu  # on a GPU there are kernels enough to hide behind
         prepared = (self._taken() if repeats else None) or Prepared(self.places(), {})
-        memory = Memory(rows=prepared.rows)
+        memory = Memory(once=True, rows=prepared.rows if repeats else None)
         for place in prepared.places:
             x, memory = self.step(place, x, memory, *args, **kwargs)
         if repeats:
@@ -190,8 +191,8 @@ class DenseStage(nn.Module):
                 return
             shortcuts = [module for shortcut in self.shortcuts.values() for module in shortcut.modules()]
             ends = [module for repeat in rows.values() if repeat is not None for module in repeat.modules()]
-            watch = Watch(self, [self, *shortcuts, *ends])
-            rows |= {row: repeat if repeat.goes_on(watch) else None for row, repeat in new.items()}
+            watch = Watch(self, [*shortcuts, *ends])
+            rows |= {row: repeat if repeat.put_under(watch) else None for row, repeat in new.items()}
         self.__dict__["prepared"] = prepared._replace(watch=watch)  # nn.Module's own way of setting takes far longer
 
     def extra_repr(self) -> str:

@@ -1,6 +1,6 @@
 """Whether what was worked out from a network's modules still holds."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from operator import is_
 from typing import Any
 
@@ -9,52 +9,60 @@ from torch import Tensor, nn
 from . import ops
 from .hooks import GLOBAL_HOOKS, hooks_of
 
-
 _OF_ANY_MODULE = set(nn.Module().__dict__) - {"training"}
 
 
 class Watch:
-    """A module and those in it as they were when the watch was set up: which they are, and that nobody looks at them.
+    """A stage and the modules in it as they were when the watch was set up: which they are, and that nobody looks.
 
     To look again takes no line of Python for each module, unlike walking over them: between two convolutions such lines
-    are slow.
+    are slow. Nothing here refers to the stage itself, which could not be freed at once then.
 
     Args:
-        module: the module, without hooks in it (`hooks.has_hooks`).
-        closely: modules in it of which every attribute, parameter and buffer counts too.
+        stage: the stage, without hooks in it (`hooks.has_hooks`).
+        closely: modules in it of which every attribute, parameter and buffer counts too; of the stage they all do.
     """
 
-    def __init__(self, module: nn.Module, closely: Iterable[nn.Module]) -> None:
-        self.module, self.closely = module, list(closely)
-        modules = list(module.modules())
-        self.hooks = [hooks for one in modules for hooks in hooks_of(one)]
-        self.attributes = [one.__dict__ for one in modules]
+    def __init__(self, stage: nn.Module, closely: Iterable[nn.Module]) -> None:
+        _, *inner = stage.modules()
+        self.closely = list(closely)
+        self.hooks = [hooks for one in (stage, *inner) for hooks in hooks_of(one)]
+        self.attributes = [one.__dict__ for one in inner]
         self.counts = [*map(len, self.attributes)]  # one more where `forward` is replaced on the module itself
-        self.children = [one._modules for one in modules if one._modules]
+        self.children = [one._modules for one in (stage, *inner) if one._modules]
         self.had = [*map(dict, self.children)]
         self.types = [*map(type, self.closely)]
-        read = []
-        for one in self.closely:
-            own = ((name, value) for name, value in one.__dict__.items() if name not in _OF_ANY_MODULE)
-            read += [(one.__dict__, name, value) for name, value in own]
-            read += [(part, name, t) for part in (one._parameters, one._buffers) for name, t in part.items()]
+        self.own = _attributes(stage)
+        read = [(part, name, value) for one in self.closely for part, name, value in _parts(one)]
         self.dicts, self.names, self.values = zip(*read, strict=True)
 
     def covers(self, tensors: Iterable[Tensor]) -> bool:
         """Whether other tensors in place of these would be noticed."""
         return set(map(id, tensors)) <= set(map(id, self.values))
 
-    def holds(self, module: nn.Module) -> bool:
-        """Whether all is as it was, and `module` the one that the watch was set up for, not a copy of it."""
+    def holds(self, stage: nn.Module) -> bool:
+        """Whether all is as it was, and `stage` the one that the watch was set up for, not a copy of it."""
         return (
-            module is self.module
+            stage._modules is self.children[0]
             and not any(GLOBAL_HOOKS)
             and not any(self.hooks)
             and [*map(len, self.attributes)] == self.counts
             and self.children == self.had
             and [*map(type, self.closely)] == self.types
+            and all(map(is_, map(stage.__dict__.get, self.own), self.own.values()))
             and all(map(is_, map(dict.get, self.dicts, self.names), self.values))
         )
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in module.__dict__.items() if name not in _OF_ANY_MODULE}
+
+
+def _parts(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """The attributes, parameters and buffers of a module itself: where each is kept, its name and what it is."""
+    yield from ((module.__dict__, name, value) for name, value in _attributes(module).items())
+    for part in (module._parameters, module._buffers):
+        yield from ((part, name, value) for name, value in part.items())
 
 
 class Repeat:
@@ -79,8 +87,8 @@ class Repeat:
         """The modules that were given."""
         return [part for parts in self.given for part in parts if isinstance(part, nn.Module)]
 
-    def goes_on(self, watch: Watch) -> bool:
-        """Whether other passes may go by it, under a watch over what was given."""
+    def put_under(self, watch: Watch) -> bool:
+        """Whether a watch over the modules that were given tells of all that it goes by."""
         self.watched = watch.covers(self.read)
         return self.watched
 

@@ -5,7 +5,7 @@ from .dispatch import BACKENDS, choose
 from .forms import BATCH, NONE, RAW, RUNNING, form, pool
 from .joining import Branch, Joined, ahead, close, enter, join, move, nested_form, running_form
 from .operators import is_eager
-from .reference import accumulation_dtype, moments
+from .reference import accumulation_dtype, is_dense, moments
 from .stream import KnownNorm, Stream
 from .summing import dense_sum, is_relu
 from .tape import End, Plan, Tape
@@ -30,6 +30,7 @@ __all__ = [
     "dense_sum",
     "enter",
     "form",
+    "is_dense",
     "is_eager",
     "is_relu",
     "join",

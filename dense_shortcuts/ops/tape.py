@@ -10,7 +10,6 @@ The numbers are those of `fused.block`, whose kernels run; it is also what compu
 differentiated in its turn.
 """
 
-from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -266,7 +265,7 @@ class _Sum(torch.autograd.Function):
         ctx: Any, tape: Tape, k: int, branch: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, _: Tensor
     ) -> Tensor:
         plan, y = tape.plan, torch.empty_like(branch)
-        first, *_, last = *plan.sources[k], plan.sources[k][-1]
+        first, last = plan.sources[k][0], plan.sources[k][-1]
         taken = (branch, weight, scale, bias, tape.rate, tape.shift, *tape.maps[first : last + 1])
         plan.forward[k]([0, tape.start, 0, y.data_ptr(), *map(Tensor.data_ptr, taken)])
         ctx.tape, ctx.k = tape, k
@@ -315,7 +314,7 @@ def _slowly(
     rates, shifts = map(list, zip(*forms, strict=True))
     own, branch_norm = fused.gathered(y, groups, own_eps, ()), fused.gathered(branch, BATCH, eps, (scale, bias))
     given_back = (grad, *back.forms.get(k + 1, (None, None)), [left[1] for left in later], [left[2] for left in later])
-    summed = (branch, [scale, bias], [], eps, maps, weight, rates, shifts, relu, groups, own_eps)
+    summed: tuple[Any, ...] = (branch, [scale, bias], [], eps, maps, weight, rates, shifts, relu, groups, own_eps)
     arguments = (y, list(own), *given_back, list(branch_norm), *summed, "native")
     found = run_backward(fused.run_pull_block, fused.pull_block, y, arguments)
     g, scales, to_branch, to_affine, _, to_weight, to_rates, to_shifts = found

@@ -1,0 +1,98 @@
+"""Running a row of blocks in the way of an earlier pass, by the compiled kernels.
+
+A pass that makes its sums one by one notes what each block gave (`Memory.record`). Behind the last block that becomes a
+`watch.Repeat`: a stream where no gradient is recorded, the plan of a tape in training. While nothing has changed, the
+passes to come have little left to find out.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, is_grad_enabled, nn
+
+from . import ops
+from .hooks import saves_elsewhere
+from .memory import Memory
+from .norms import frozen_statistics, goes_by_batch, is_batch_norm
+from .shortcut import DenseShortcut
+from .watch import Repeat
+
+
+def serves(repeat: Repeat, k: int, branch: Tensor, given: Any) -> bool:
+    """Whether block l = k + 1 gives the same as then, and its map is to be made under the same mode."""
+    trains = isinstance(repeat.run, ops.Plan)
+    return bool(repeat.given[k] == given) and repeat.run.takes(branch) and is_grad_enabled() is trains
+
+
+def begin(
+    repeat: Repeat, memory: Memory, shortcut: DenseShortcut, identity: Tensor, identity_norm: nn.Module | None
+) -> Memory | None:
+    """The memory with X_0, as in `DenseShortcut.enter`, for a pass in that way; None where it does not serve."""
+    run = repeat.run
+    if not run.serves(identity) or not repeat.holds():
+        return None
+    if isinstance(run, ops.Stream):
+        run.begin(identity)
+        return memory._replace(stream=run, repeat=repeat)
+    if saves_elsewhere():  # hooks count on what is saved at the first pass and at a second one
+        return None
+    term = shortcut.enter(0, identity, "native", identity_norm)
+    assert term.scale is not None and term.shift is not None
+    tape = ops.Tape(run, term.map, term.scale, term.shift, term.links)
+    return memory._replace(terms=(term,), tape=tape, repeat=repeat)
+
+
+def sum_on_tape(tape: ops.Tape, k: int, shortcut: DenseShortcut, branch: Tensor, norm: nn.Module) -> Tensor:
+    """X_l of block l = k + 1, with a step of the running statistics of the norms that it goes by."""
+    scale, bias = norm._parameters.values()
+    assert scale is not None and bias is not None
+    x = tape.sum(k, branch, shortcut.weight(k), scale, bias)
+    _move(norm, tape, tape.plan.branches[k])
+    own = shortcut.norm(k + 1) if k + 1 < shortcut.depth else None
+    if own is not None and is_batch_norm(own):
+        _move(own, tape, tape.plan.forms[k + 1])
+    return x
+
+
+def _move(norm: Any, tape: ops.Tape, places: Sequence[int]) -> None:
+    mean, var, counter = norm._buffers.values()
+    counter.add_(1)
+    tape.move((mean, var), places[2:], norm.momentum)
+
+
+def leave(memory: Memory, shortcut: DenseShortcut, row: str) -> Memory:
+    """The memory to go on with, one sum at a time, where a block in the middle of a row gives something else."""
+    if memory.rows is not None:
+        memory.rows.pop(row, None)
+    if memory.tape is None:
+        return memory._replace(repeat=None)
+    with frozen_statistics(shortcut):  # which have taken this step
+        terms = [shortcut.enter(i, x, "native") for i, x in enumerate(memory.tape.maps) if i]
+    memory.tape.end()
+    return memory._replace(repeat=None, tape=None, terms=(*memory.terms, *terms))
+
+
+def end_of(branch: Tensor, norm: nn.Module | None, relu: bool, first: Tensor) -> ops.End | None:
+    """How a block ends whose sum may be made on a tape that X_0, `first`, was put on; None where it may not."""
+    if norm is None or not is_grad_enabled() or not ops.is_eager(branch) or saves_elsewhere():
+        return None
+    same = branch.dtype == first.dtype and branch.stride() == first.stride() and ops.is_dense(branch)
+    if not same or norm.weight is None or not goes_by_batch(norm, ops.accumulation_dtype(branch.dtype)):
+        return None
+    assert isinstance(norm.eps, float)
+    return ops.End(norm.eps, relu)
+
+
+def as_repeat(memory: Memory, shortcut: DenseShortcut) -> Repeat | None:
+    """What the passes to come may go by, behind the last block of a row; None where there is no such thing."""
+    if memory.record is None or type(shortcut) is not DenseShortcut:
+        return None
+    given, ends = zip(*memory.record, strict=True)
+    if memory.stream is not None:
+        return Repeat(memory.stream, given, memory.stream.read())
+    first = memory.terms[0]
+    plan = None if first.scale is None else shortcut.plan(first.map, first.scale.shape[0], ends)
+    if plan is None:
+        return None
+    affine = [t for norm, *_ in given for t in norm._parameters.values()]
+    return Repeat(plan, given, [*shortcut.weights, *affine])

@@ -1,0 +1,462 @@
+"""Passes in the way of an earlier one: that there are such, with the same numbers, and none where anything changed."""
+
+import copy
+import gc
+import io
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import hosts
+import pytest
+import timm
+import torch
+from hosts import assert_close
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import dense_shortcuts as ds
+from dense_shortcuts import ops
+from dense_shortcuts.ops import compiled
+from dense_shortcuts.watch import Repeat
+
+pytestmark = pytest.mark.skipif(compiled.library()[0] is None, reason="no C++ compiler")
+
+BLOCKS = [0, 1, 2, 0, 1]  # of the network that most tests take
+
+
+@pytest.fixture
+def repeated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The blocks whose maps were made in the way of an earlier pass, in order."""
+    made: list[int] = []
+    real = ds.join.Join._repeat
+
+    def counted(self: Any, *given: Any) -> Tensor | None:
+        x: Tensor | None = real(self, *given)
+        if x is not None:
+            made.append(self.k)
+        return x
+
+    monkeypatch.setattr(ds.join.Join, "_repeat", counted)
+    return made
+
+
+def pair(kind: str = "timm_bottleneck", *, host: nn.Module | None = None, **settings: Any) -> tuple[nn.Module, ...]:
+    """A network with random weights that may repeat passes, and the same by the plain back end."""
+    host = hosts.small_net(kind).double() if host is None else host
+    hosts.randomise(host, seed=3)
+    plain = ds.plug_in(copy.deepcopy(host), backend="plain", **settings)
+    net = ds.plug_in(host, **settings)
+    hosts.randomise_parameters(ds.shortcut_parameters(net), seed=4, scale=0.5)
+    for stage in ds.dense_stages(net).values():
+        hosts.randomise(stage.shortcut, seed=5)
+    plain.load_state_dict(net.state_dict())
+    return net, plain
+
+
+def images(seed: int = 1, *, size: int = 64, batch: int = 4, last: bool = True, dtype: torch.dtype = torch.float64):
+    x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x.to(dtype, memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def backward(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """The output, the gradients and the buffers of a training step."""
+    net.zero_grad()
+    y = net(x)
+    y.sin().sum().backward()
+    grads = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    return grads | {"output": y.detach()} | {name: b.clone() for name, b in net.named_buffers()}
+
+
+def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-9) -> None:
+    assert found.keys() == wanted.keys()
+    for name, t in wanted.items():
+        assert_close(found[name].double(), t.double(), tolerance, str(name))
+
+
+def step(nets: tuple[nn.Module, ...], rate: float = 1e-3) -> None:
+    """The same step of gradient descent for both."""
+    with torch.no_grad():
+        for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+            p -= rate * p.grad
+            q.copy_(p)
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["channels_last", "contiguous"])
+@pytest.mark.parametrize("settings", [{}, {"window": 2}], ids=str)
+@pytest.mark.parametrize("norm", ["group", "batch", "layer", "instance"])
+def test_training_steps_that_repeat_one_match_the_plain_form(norm, settings, last, repeated):
+    nets = pair(norm=norm, **settings)
+    for seed in range(3):
+        x = images(seed, last=last)
+        assert_same(backward(nets[0], x), backward(nets[1], x))
+        step(nets)
+    assert repeated == BLOCKS * 2
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_deeper_stages_and_other_blocks_are_repeated(norm, repeated):
+    for host in (hosts.Net("timm_basic", (6,), (8,)), hosts.small_net("tv_bottleneck")):
+        nets = pair(host=host.double(), norm=norm)
+        for seed in range(2):
+            assert_same(backward(nets[0], images(seed)), backward(nets[1], images(seed)))
+    assert repeated == [0, 1, 2, 3, 4, 5, *BLOCKS]
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_a_repeated_step_is_the_same_step_in_float32(norm, repeated):
+    net, _ = pair(host=timm.create_model("resnet18"), norm=norm)
+    again = copy.deepcopy(net)
+    for _ in range(2):
+        found = backward(net, images(dtype=torch.float32))
+        for stage in ds.dense_stages(again).values():
+            stage.__dict__.pop("prepared", None)
+        assert_same(found, backward(again, images(dtype=torch.float32)), 1e-5)
+    assert repeated == [0, 1] * 4
+
+
+@pytest.mark.parametrize("settings", [{}, {"weighting": "softmax"}, {"pattern": "powers"}], ids=str)
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_inference_repeats_a_pass_and_sees_new_weights(norm, settings, repeated):
+    nets = pair(norm=norm, **settings)
+    for net in nets:
+        net.eval()
+    with torch.no_grad():
+        for seed in range(3):
+            assert_close(nets[0](images(seed)), nets[1](images(seed)), 1e-10, "output")
+            for net in nets:
+                for tensor in net.state_dict().values():
+                    tensor.mul_(1.25) if tensor.is_floating_point() else None
+    assert repeated == ([] if "weighting" in settings else BLOCKS * 2)  # of which weights are made anew each time
+
+
+def test_a_deep_stage_without_gradients_is_repeated_with_its_sums_made_ahead(repeated):
+    nets = pair(host=hosts.Net("timm_basic", (16,), (8,)).double())
+    for net in nets:
+        net.eval()
+    with torch.no_grad():
+        for seed in range(2):
+            assert_close(nets[0](images(seed)), nets[1](images(seed)), 1e-10, "output")
+    assert repeated == list(range(16))
+
+
+def test_under_autocast_steps_are_repeated_in_its_dtype(repeated):
+    net, plain = pair(host=timm.create_model("resnet18"))
+    for seed in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            found, wanted = net(images(seed, dtype=torch.float32)), plain(images(seed, dtype=torch.float32))
+        assert_close(found.float(), wanted.float(), 5e-2, "output")
+        found.float().sum().backward()
+    assert repeated == [0, 1] * 4
+    backward(net, images(dtype=torch.float32))  # maps in another dtype
+    assert repeated == [0, 1] * 4
+
+
+def test_gradients_of_gradients_go_through_a_repeated_step(repeated):
+    found = []
+    for net in pair():
+        backward(net, images())
+        y = net(images())
+        parameters = [p for _, p in sorted(net.named_parameters())]
+        grads = torch.autograd.grad(y.sin().sum(), parameters, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in grads), parameters)
+        found.append(dict(enumerate([*grads, *second])))
+    assert_same(*found, tolerance=1e-8)
+    assert repeated == BLOCKS
+
+
+def test_a_graph_may_be_gone_through_twice_in_part_and_beside_another(repeated):
+    net, _ = pair()
+    wanted = backward(net, images())
+    net.zero_grad()
+    one, other = net(images()), net(images(2))
+    assert repeated == BLOCKS * 2  # the second pass began while the first one's graph was there
+    loss = one.sin().sum()
+    name, weight = next((name, p) for name, p in net.named_parameters() if "layer1.1.conv1" in name)
+    for _ in range(2):  # a part of the graph leaves what nobody takes
+        (grad,) = torch.autograd.grad(loss, weight, retain_graph=True)
+        assert_close(grad, wanted[name], 1e-10, name)
+    loss.backward(retain_graph=True)
+    other.sum().backward()
+    net.zero_grad()
+    loss.backward()
+    assert_same({n: p.grad for n, p in net.named_parameters()}, {n: wanted[n] for n, _ in net.named_parameters()})
+
+
+def test_a_mode_that_watches_operators_sees_the_backward_pass_of_a_repeated_step(repeated):
+    net, _ = pair()
+    wanted = backward(net, images())
+    net.zero_grad()
+    loss = net(images()).sin().sum()
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    assert "dense_shortcuts.pull_block" in str(counter.get_flop_counts()["Global"])
+    assert_same({n: p.grad for n, p in net.named_parameters()}, {n: wanted[n] for n, _ in net.named_parameters()})
+    assert repeated == BLOCKS
+
+
+def test_frozen_parts_get_no_gradient_and_leave_the_others_right(repeated):
+    for frozen in ("shortcut", "layer1", "conv1"):
+        nets = pair()
+        for net in nets:
+            for name, p in net.named_parameters():
+                p.requires_grad_(frozen not in name)
+        for _ in range(2):
+            assert_same(backward(nets[0], images()), backward(nets[1], images()))
+    assert repeated == BLOCKS * 3
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_stage_under_activation_checkpointing_gives_the_same(reentrant):
+    net, plain = pair(norm="batch")
+    for one in (net, plain):
+        stage = one.layer1
+        run = stage.forward
+        one.layer1 = nn.Sequential(stage)
+        one.layer1.forward = lambda x, run=run: checkpoint(run, x, use_reentrant=reentrant)
+    for seed in range(3):
+        assert_same(backward(net, images(seed)), backward(plain, images(seed)))
+
+
+def test_what_is_saved_elsewhere_is_not_repeated(repeated):
+    nets = pair()
+    backward(nets[0], images())
+    packed: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+        nets[0](images()).sum().backward()
+    assert repeated == [] and len(packed) > 0
+
+
+def test_nothing_keeps_a_pass_or_a_stage_alive():
+    gc.collect()
+    gc.disable()
+    try:
+        net, _ = pair()
+        tapes: list[weakref.ref[ops.Tape]] = []
+        real = ops.Tape.__init__
+        for _ in range(2):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(
+                    ops.Tape, "__init__", lambda self, *g: (tapes.append(weakref.ref(self)), real(self, *g))[1]
+                )
+                backward(net, images())
+        assert len(tapes) == 2 and not any(tape() for tape in tapes)
+        stage = weakref.ref(net.layer1)
+        assert "prepared" in net.layer1.__dict__
+        del net
+        assert stage() is None
+    finally:
+        gc.enable()
+
+
+def test_copies_pickles_and_unplugged_networks_have_nothing_of_it():
+    net, plain = pair()
+    backward(net, images())
+    assert "prepared" in net.layer1.__dict__
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    for one in (copy.deepcopy(net), torch.load(file, weights_only=False)):
+        assert "prepared" not in one.layer1.__dict__
+        plain.load_state_dict(one.state_dict())
+        assert_same(backward(one, images()), backward(plain, images()))
+    assert "prepared" not in ds.unplug(net).layer1.__dict__
+
+
+class Swapped(nn.ReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+def _replace_weight(net: nn.Module) -> None:
+    weights = net.layer1.shortcut.weights
+    weights[1] = nn.Parameter(weights[1].detach() * 3)
+
+
+def _move_weight(net: nn.Module) -> None:
+    weight = net.layer1.shortcut.weights[1]
+    weight.data = weight.detach() * 3
+
+
+def _double_eps(net: nn.Module) -> None:
+    net.layer1[1].bn3.eps = net.layer2.shortcut.norms[0].eps = 0.5
+
+
+def _forward_of_conv(net: nn.Module) -> None:
+    conv = net.layer1[1].conv3
+    conv.forward = lambda x, real=conv.forward: real(x) * 2
+
+
+def _hook(net: nn.Module) -> None:
+    net.layer1[1].bn3.register_forward_hook(lambda m, i, y: y * 2)
+
+
+def _buffer(net: nn.Module) -> None:
+    norm = net.layer1[1].bn3
+    norm.running_mean = norm.running_mean + 1
+
+
+CHANGES: dict[str, Callable[[nn.Module], Any]] = {
+    "another activation": lambda net: setattr(net.layer1[1], "act3", nn.SiLU()),
+    "another class of one": lambda net: setattr(net.layer1[1].act3, "__class__", Swapped),
+    "another norm in a block": lambda net: setattr(net.layer1[1], "bn3", nn.BatchNorm2d(8).double()),
+    "another norm of maps": lambda net: setattr(net.layer1.shortcut, "norms", nn.ModuleList([nn.Identity()] * 3)),
+    "another weight": _replace_weight,
+    "a weight elsewhere": _move_weight,
+    "another buffer": _buffer,
+    "another eps": _double_eps,
+    "norms switched": lambda net: [m.train(not m.training) for m in net.modules() if isinstance(m, nn.BatchNorm2d)],
+    "another forward pass of a layer": _forward_of_conv,
+    "a hook": _hook,
+    "another back end": lambda net: setattr(net.layer1.shortcut, "backend", "plain"),
+    "other blocks": lambda net: net.layer1.__setattr__("1", copy.deepcopy(net.layer1[2])),
+}
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_has_changed_since_is_seen(change, train, repeated):
+    nets = pair()
+    for net in nets:
+        net.train(train)
+    for _ in range(2):
+        for net in nets:
+            with torch.set_grad_enabled(train):
+                net(images())
+    assert repeated == BLOCKS
+    for net in nets:
+        CHANGES[change](net)
+    repeated.clear()
+    for seed in range(2):
+        if train:
+            assert_same(backward(nets[0], images(seed)), backward(nets[1], images(seed)))
+        else:
+            with torch.no_grad():
+                assert_close(nets[0](images(seed)), nets[1](images(seed)), 1e-10, change)
+
+
+def test_a_hook_on_all_modules_is_seen(repeated):
+    net, _ = pair()
+    for _ in range(2):
+        backward(net, images())
+    seen: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, i, y: seen.append(m))
+    try:
+        repeated.clear()
+        backward(net, images())
+    finally:
+        handle.remove()
+    assert net.layer1[0].bn3 in seen and repeated == []
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_other_images_begin_anew_and_are_repeated_in_their_turn(train, repeated):
+    nets = pair()
+    for net in nets:
+        net.train(train)
+    for x in (images(), images(batch=3), images(batch=3), images(last=False), images(size=32), images(batch=3)):
+        if train:
+            assert_same(backward(nets[0], x), backward(nets[1], x))
+        else:
+            with torch.no_grad():
+                assert_close(nets[0](x), nets[1](x), 1e-10, "output")
+    assert repeated == BLOCKS
+
+
+@pytest.mark.parametrize("variable", ["plain", "cpu"])
+def test_the_environment_may_name_another_back_end(variable, repeated, monkeypatch):
+    net, _ = pair()
+    wanted = backward(net, images())
+    monkeypatch.setenv("DENSE_SHORTCUTS_BACKEND", variable)
+    found = backward(net, images())
+    assert repeated == []
+    grads = {n for n, _ in net.named_parameters()}
+    assert_same({n: found[n] for n in grads}, {n: wanted[n] for n in grads})
+
+
+class Turning(nn.Module):
+    """A convolution whose output is laid out another way when it is told so, which no watch can see."""
+
+    def __init__(self, conv: nn.Module, turned: list[bool]) -> None:
+        super().__init__()
+        self.conv, self.turned = conv, turned
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return x.contiguous() if self.turned[0] else x
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_a_block_that_gives_something_else_is_run_from_the_maps_that_are_there(norm, train, repeated):
+    turned = [False]
+    nets = pair(norm=norm)
+    for net in nets:
+        net.train(train).layer1[1].conv3 = Turning(net.layer1[1].conv3, turned)
+
+    def check(seed: int) -> None:
+        if train:
+            assert_same(backward(nets[0], images(seed)), backward(nets[1], images(seed)))
+            return
+        with torch.no_grad():
+            assert_close(nets[0](images(seed)), nets[1](images(seed)), 1e-10, "output")
+
+    check(0)
+    turned[0] = True
+    check(1)
+    assert repeated == [0]
+    turned[0] = False
+    for seed in (2, 3):
+        check(seed)
+    assert repeated[-len(BLOCKS) :] == BLOCKS
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_passes_of_several_threads_do_not_share_state(train):
+    net, _ = pair(norm="group")
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.momentum = 0.0  # statistics do not depend on the order of passes
+    net.train(train)
+
+    def run(seed: int) -> Tensor:
+        x = images(seed).requires_grad_(train)
+        with torch.set_grad_enabled(train):
+            y = net(x)
+            return torch.autograd.grad(y.sin().sum(), x)[0] if train else y
+
+    wanted = [run(seed) for seed in range(4)]
+    found: dict[int, list[Tensor]] = {}
+    threads = [threading.Thread(target=lambda s=s: found.update({s: [run(s) for _ in range(5)]})) for s in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed, results in found.items():
+        for result in results:
+            assert_close(result, wanted[seed], 1e-10, f"pass over {seed}")
+    assert len(found) == 4
+
+
+def test_an_error_in_a_pass_leaves_the_next_ones_right(repeated):
+    net, plain = pair()
+    backward(net, images())
+    with pytest.raises(RuntimeError):
+        net(images().float())
+    assert_same(
+        {n: t for n, t in backward(net, images()).items() if "running" not in n and "num_batches" not in n},
+        {n: t for n, t in backward(plain, images()).items() if "running" not in n and "num_batches" not in n},
+    )
+    assert backward(net, images()) and repeated[-5:] == BLOCKS
+
+
+def test_a_repeat_tells_when_its_tensors_have_moved():
+    t = torch.randn(3)
+    repeat = Repeat(None, [(None,)], [t])  # type: ignore[arg-type]
+    assert repeat.holds()
+    t.mul_(2)
+    assert repeat.holds()
+    t.data = t.clone()
+    assert not repeat.holds()
