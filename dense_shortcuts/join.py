@@ -219,7 +219,7 @@ class Join:
             return self._sum_in(memory.stream, branch, identity)
         self.entered = True
         assert memory.tape is not None and norm is not None
-        return sum_on_tape(memory.tape, k, self.shortcut, branch, norm)
+        return sum_on_tape(memory.repeat, memory.tape, k, self.shortcut, branch, norm)
 
     def _record(self, given: tuple[Any, ...], branch: Tensor, relu: bool, repeats: bool) -> None:
         """Note what the block gave, if its sum may be made of nothing else another time; else give up on the row."""

@@ -13,7 +13,7 @@ from torch import Tensor, is_grad_enabled, nn
 from . import ops
 from .hooks import saves_elsewhere
 from .memory import Memory
-from .norms import frozen_statistics, goes_by_batch, is_batch_norm
+from .norms import frozen_statistics, goes_by_batch
 from .shortcut import DenseShortcut
 from .watch import Repeat
 
@@ -42,15 +42,15 @@ def begin(
     return memory._replace(terms=(term,), tape=tape, repeat=repeat)
 
 
-def sum_on_tape(tape: ops.Tape, k: int, shortcut: DenseShortcut, branch: Tensor, norm: nn.Module) -> Tensor:
+def sum_on_tape(
+    repeat: Repeat, tape: ops.Tape, k: int, shortcut: DenseShortcut, branch: Tensor, norm: nn.Module
+) -> Tensor:
     """X_l of block l = k + 1, with a step of the running statistics of the norms that it goes by."""
-    scale, bias = norm._parameters.values()
-    assert scale is not None and bias is not None
-    x = tape.sum(k, branch, shortcut.weight(k), scale, bias)
-    _move(norm, tape, tape.plan.branches[k])
-    own = shortcut.norm(k + 1) if k + 1 < shortcut.depth else None
-    if own is not None and is_batch_norm(own):
-        _move(own, tape, tape.plan.forms[k + 1])
+    x = tape.sum(k, branch, *repeat.read[3 * k : 3 * k + 3])
+    plan = tape.plan
+    _move(norm, tape, plan.branches[k])
+    if k + 1 < plan.depth and plan.norms[k + 1][0] == ops.BATCH:
+        _move(shortcut.norm(k + 1), tape, plan.forms[k + 1])
     return x
 
 
@@ -77,7 +77,7 @@ def end_of(branch: Tensor, norm: nn.Module | None, relu: bool, first: Tensor) ->
     if norm is None or not is_grad_enabled() or not ops.is_eager(branch) or saves_elsewhere():
         return None
     same = branch.dtype == first.dtype and branch.stride() == first.stride() and ops.is_dense(branch)
-    if not same or norm.weight is None or not goes_by_batch(norm, ops.accumulation_dtype(branch.dtype)):
+    if not same or not goes_by_batch(norm, ops.accumulation_dtype(branch.dtype)) or norm.weight is None:
         return None
     assert isinstance(norm.eps, float)
     return ops.End(norm.eps, relu)
@@ -94,5 +94,5 @@ def as_repeat(memory: Memory, shortcut: DenseShortcut) -> Repeat | None:
     plan = None if first.scale is None else shortcut.plan(first.map, first.scale.shape[0], ends)
     if plan is None:
         return None
-    affine = [t for norm, *_ in given for t in norm._parameters.values()]
-    return Repeat(plan, given, [*shortcut.weights, *affine])
+    ends_with = [norm._parameters.values() for norm, *_ in given]
+    return Repeat(plan, given, [t for k, affine in enumerate(ends_with) for t in (shortcut.weight(k), *affine)])

@@ -819,6 +819,18 @@ void team_coefficients(int64_t c, const Pairs<A>& p) {
   }
 }
 
+// At most BLOCK products, which may be added to what is there. They are rounded before, as where they are kept and added
+// up elsewhere, so that both ways give the same bits.
+template <class A>
+void put_products(int64_t n, const A* w, const A* x, bool adds, A* to) {
+  A products[BLOCK];
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) products[j] = w[j] * x[j];
+  asm volatile("" : : "r"(products) : "memory");  // or the compiler would contract the two
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) to[j] = adds ? to[j] + products[j] : products[j];
+}
+
 template <class A>
 void team_coefficients_backward(int64_t c, const Pairs<A>& p, const PairGradients<A>& g) {
   const int64_t blocks = (c + BLOCK - 1) / BLOCK, first = p.first();
@@ -842,22 +854,14 @@ void team_coefficients_backward(int64_t c, const Pairs<A>& p, const PairGradient
       for (int64_t row = 0; row < p.rows; ++row) {
         const int64_t at = row * c + from;
         const A *shift = p.shifts[i] + at, *rate = p.rates[i] + at, *bias = g.bias + at;
-        A* to_shift = g.shifts + i * p.rows * c + at;
-        if (!g.adds) std::fill(to_shift, to_shift + n, A(0));
+        put_products(n, w, bias, g.adds, g.shifts + i * p.rows * c + at);
 #pragma omp simd
-        for (int64_t j = 0; j < n; ++j) {
-          to[j] += shift[j] * bias[j];
-          to_shift[j] += w[j] * bias[j];
-        }
+        for (int64_t j = 0; j < n; ++j) to[j] += shift[j] * bias[j];
         if (i < first) continue;
         const A* scale = g.scales + (i - first + p.branch) * p.rows * c + at;
-        A* to_rate = g.rates + (i - first) * p.rows * c + at;
-        if (!g.adds) std::fill(to_rate, to_rate + n, A(0));
+        put_products(n, w, scale, g.adds, g.rates + (i - first) * p.rows * c + at);
 #pragma omp simd
-        for (int64_t j = 0; j < n; ++j) {
-          to[j] += rate[j] * scale[j];
-          to_rate[j] += w[j] * scale[j];
-        }
+        for (int64_t j = 0; j < n; ++j) to[j] += rate[j] * scale[j];
       }
     }
   }

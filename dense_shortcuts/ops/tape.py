@@ -18,13 +18,14 @@ from torch import Tensor, is_grad_enabled
 from torch._C import _current_graph_task_id
 
 from . import fused
-from .compiled import KINDS, Call, bits, call, shape_words
+from .compiled import KINDS, Call, bits, shape_words
 from .forms import BATCH, NONE, shapes
 from .operators import is_eager, run_backward
 from .reference import accumulation_dtype
 
 # places in the table of a call; 1 and 2 are where the numbers of the pass forward and backward begin
 _Y, _BRANCH, _WEIGHT, _SCALE, _BIAS, _RATE, _SHIFT, _MAPS = range(3, 11)
+_RUNNING_MEAN, _RUNNING_VAR = 3, 4  # in the table of `Plan.move`
 _FORWARD, _BACKWARD = 0, 1
 _NO_NORM = [NONE, *[0] * 7]
 _NOTHING, _MADE = [0], 2
@@ -76,6 +77,7 @@ class Plan:
         self.scales, self.back_size = ends_at[:-1], ends_at[-1]
         self.forward = [self._forward(k) for k in range(self.depth)]
         self._backward: dict[tuple[int, bool, tuple[int, ...]], Call] = {}
+        self._moves: dict[tuple[int, float], Call] = {}
 
     def _room(self, count: int) -> int:
         start, self.size = self.size, self.size + count
@@ -125,6 +127,16 @@ class Plan:
         if key not in self._backward:
             self._backward[key] = self._pull(*key)
         return self._backward[key]
+
+    def move(self, mean: int, var: int, step: float) -> Call:
+        """The call for a step of running statistics by a mean and variance at these places."""
+        key = mean, step
+        if key not in self._moves:
+            count = self.pixels * self.shape[0]
+            factors = bits(count / (count - 1)), bits(step)
+            words = [1, self.shape[1], self._at(mean), self._at(var), *factors, _RUNNING_MEAN, _RUNNING_VAR]
+            self._moves[key] = Call("move", self.dtype, words)
+        return self._moves[key]
 
     def _pull(self, k: int, has_grad: bool, later: tuple[int, ...]) -> Call:
         maps, (eps, relu), i = self.sources[k], self.ends[k], k + 1
@@ -207,11 +219,9 @@ class Tape:
         del self.last, self.rate, self.shift
 
     def move(self, running: Sequence[Tensor], places: Sequence[int], step: float) -> None:
-        """One step of running statistics by the mean and variance that stand at places in the pass's numbers."""
-        given = [self.start + place * self.plan.item for place in places]
-        count = self.plan.pixels * self.plan.shape[0]
-        words = [1, self.plan.shape[1], *given, bits(count / (count - 1)), bits(step), *(t.data_ptr() for t in running)]
-        call("move", self.plan.dtype, words)
+        """One step of running statistics by a mean and variance that stand at these places in the pass's numbers."""
+        mean, var = places
+        self.plan.move(mean, var, step)([0, self.start, 0, *map(Tensor.data_ptr, running)])
 
     def back(self) -> _Back:
         """For the backward pass under way, anew if it is another one than before."""
@@ -279,7 +289,8 @@ class _Sum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> Any:
         tape, k, taken = ctx.tape, ctx.k, ctx.saved_tensors
         plan, back = tape.plan, tape.back()
-        later = back.later[k + 1] if k + 1 < plan.depth else []
+        # in the order of blocks, which `fused.block` has them in too: the sums are the same bit for bit
+        later = back.later[k + 1][::-1] if k + 1 < plan.depth else []
         if grad is None and not later:
             return (None,) * 7
         if k + 1 < plan.depth:
