@@ -10,12 +10,13 @@ from torch.compiler import is_compiling
 from torch.fx import Proxy
 
 from . import ops
+from .adapters import map_of
 from .errors import DenseShortcutError
 from .hooks import has_hooks, observed
 from .maps import as_map, from_map, is_map
 from .memory import Memory
 from .norms import joins, known
-from .repeat import as_repeat, begin, end_of, leave, serves, sum_on_tape
+from .repeat import as_repeat, begin, end_of, leave, sum_on_tape
 from .shortcut import DenseShortcut, as_branch
 
 
@@ -197,29 +198,33 @@ class Join:
     def _sum_in(self, stream: ops.Stream, branch: Tensor, identity: Tensor) -> Tensor:
         self.entered = True
         own = self._is_own(branch, identity)
-        return stream.sum(self.k, branch, branch if own else torch.empty_like(branch))
+        return stream.sum(self.place.k, branch, branch if own else torch.empty_like(branch))
 
     def _repeat(
         self, branch: Tensor, identity: Tensor, norm: nn.Module | None, activation: Any, identity_norm: nn.Module | None
     ) -> Tensor | None:
         """X_l in the way of an earlier pass; None where that does not serve."""
-        k, row, rows = self.k, self.place.row, self.memory.rows
-        repeat = self.memory.repeat if k or rows is None else rows.get(row)
+        k, memory = self.place.k, self.memory
+        assert memory.rows is not None
+        repeat = memory.repeat if k else memory.rows.get(self.place.row)
         if repeat is None:
             return None
-        served = serves(repeat, k, branch, (norm, activation, identity_norm))
-        if k == 0 and served and self._backend(branch) == "native":
-            self.memory = begin(repeat, self.memory, self.shortcut, identity, identity_norm) or self.memory
-        elif k and not served:
-            self.memory = leave(self.memory, self.shortcut, row)
-        memory = self.memory
-        if memory.repeat is None:
+        served = repeat.serves(k, branch, (norm, activation, identity_norm))
+        if k == 0:
+            if not served or self._backend(branch) != "native":
+                return None
+            begun = begin(repeat, self.memory, self.shortcut, identity, identity_norm)
+            if begun is None:
+                return None
+            self.memory = memory = begun
+        elif not served:
+            self.memory = leave(memory, self.shortcut, self.place.row)
             return None
         if memory.stream is not None:
             return self._sum_in(memory.stream, branch, identity)
         self.entered = True
         assert memory.tape is not None and norm is not None
-        return sum_on_tape(memory.repeat, memory.tape, k, self.shortcut, branch, norm)
+        return sum_on_tape(repeat, memory.tape, k, self.shortcut, branch, norm)
 
     def _record(self, given: tuple[Any, ...], branch: Tensor, relu: bool, repeats: bool) -> None:
         """Note what the block gave, if its sum may be made of nothing else another time; else give up on the row."""
@@ -230,16 +235,15 @@ class Join:
             repeats = repeats and end is not None and (self.entered or self.place.last)
         self.memory = memory._replace(record=(*memory.record, (given, end)) if repeats else None)
 
-    def remember(self, x: Tensor) -> Memory:
-        """What the stage keeps after the block, whose output is x."""
+    def remember(self, block: nn.Module, result: Any) -> Memory:
+        """What the stage keeps after the block, which gave back `result`."""
         if self.place.last:
             self._leave_row()
             return self.memory.begin()
-        if self.entered:
-            return self.memory
-        x = as_map(x, self.place.tokens, self.place.volumes)
-        term = self.shortcut.enter(self.k + 1, x, self._backend(x))
-        return self.memory.add(term)
+        if not self.entered:
+            x = as_map(map_of(block, result), self.place.tokens, self.place.volumes)
+            self.memory = self.memory.add(self.shortcut.enter(self.k + 1, x, self._backend(x)))
+        return self.memory.after(result[0] if isinstance(result, tuple) else result)
 
     def _leave_row(self) -> None:
         """Behind its last block, leave to other passes how the row was run."""

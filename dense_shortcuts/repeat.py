@@ -18,12 +18,6 @@ from .shortcut import DenseShortcut
 from .watch import Repeat
 
 
-def serves(repeat: Repeat, k: int, branch: Tensor, given: Any) -> bool:
-    """Whether block l = k + 1 gives the same as then, and its map is to be made under the same mode."""
-    trains = isinstance(repeat.run, ops.Plan)
-    return bool(repeat.given[k] == given) and repeat.run.takes(branch) and is_grad_enabled() is trains
-
-
 def begin(
     repeat: Repeat, memory: Memory, shortcut: DenseShortcut, identity: Tensor, identity_norm: nn.Module | None
 ) -> Memory | None:

@@ -9,7 +9,7 @@ from torch.compiler import is_compiling
 from torch.utils.checkpoint import checkpoint
 
 from . import ops
-from .adapters import has_tokens, has_volumes, map_of
+from .adapters import has_tokens, has_volumes
 from .errors import DenseShortcutError
 from .hooks import has_hooks, observed
 from .join import Join, Place
@@ -150,11 +150,12 @@ class DenseStage(nn.Module):
         """
         if place.shortcut is None:
             return place.block(x, *args, **kwargs), memory.begin()
+        recomputes = _is_recomputing()
         if place.k:
-            _check_follows(place.k, x, memory)
+            _check_follows(place.k, x, memory, recomputes)
         memory = memory if place.k else memory.begin()
         join = Join(place, place.shortcut, memory, self.aggregate, self.keep_identity)
-        if not _is_recomputing():
+        if not recomputes:
             return _run(place.block, join, x, args, kwargs)
         with frozen_statistics(place.block, place.shortcut):
             return _run(place.block, join, x, args, kwargs)
@@ -184,16 +185,17 @@ class DenseStage(nn.Module):
 
     def _leave(self, prepared: Prepared) -> None:
         """Leave to the next pass what this one has worked out."""
-        watch, rows = prepared.watch, prepared.rows
+        rows = prepared.rows
         new = {row: repeat for row, repeat in rows.items() if repeat is not None and not repeat.watched}
-        if watch is None or new:
+        if prepared.watch is None or new:
             if has_hooks(self):
                 return
             shortcuts = [module for shortcut in self.shortcuts.values() for module in shortcut.modules()]
             ends = [module for repeat in rows.values() if repeat is not None for module in repeat.modules()]
             watch = Watch(self, [*shortcuts, *ends])
             rows |= {row: repeat if repeat.put_under(watch) else None for row, repeat in new.items()}
-        self.__dict__["prepared"] = prepared._replace(watch=watch)  # nn.Module's own way of setting takes far longer
+            prepared = prepared._replace(watch=watch)
+        self.__dict__["prepared"] = prepared  # nn.Module's own way of setting takes far longer
 
     def extra_repr(self) -> str:
         return f"aggregate={self.aggregate!r}, keep_identity={self.keep_identity}"
@@ -226,11 +228,10 @@ class Step:
 def _run(block: nn.Module, join: Join, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Memory]:
     """What the block gives back, and the memory behind it."""
     result = block(x, *args, join=join, **kwargs)
-    given_on = result[0] if isinstance(result, tuple) else result
-    return result, join.remember(map_of(block, result)).after(given_on)
+    return result, join.remember(block, result)
 
 
-def _check_follows(k: int, x: Tensor, memory: Memory) -> None:
+def _check_follows(k: int, x: Tensor, memory: Memory, recomputes: bool) -> None:
     """That block l = k + 1 of a row is given what the block before it gave back.
 
     Raises:
@@ -241,7 +242,7 @@ def _check_follows(k: int, x: Tensor, memory: Memory) -> None:
             "a block of a dense stage was run without those before it (a slice, or blocks left out at random), so it "
             "has no earlier maps: run all of them, or leave the stage out with plug_in(stages=..)."
         )
-    if not _is_recomputing() and not memory.follows(x):
+    if not recomputes and not memory.follows(x):
         raise DenseShortcutError(
             "the feature map is changed between two blocks of a dense stage, which are therefore no chain: leave the "
             "stage out with plug_in(stages=..), or plug_in(blocks=..)."

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from operator import is_
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 
 from . import ops
 from .hooks import GLOBAL_HOOKS, hooks_of
@@ -75,11 +75,13 @@ class Repeat:
             one pass alone.
 
     Attributes:
+        trains: whether gradients were recorded.
         watched: whether a watch tells when it no longer holds.
     """
 
     def __init__(self, run: ops.Stream | ops.Plan, given: Sequence[Any], read: Sequence[Tensor]) -> None:
         self.run, self.given, self.read, self.watched = run, given, read, False
+        self.trains = isinstance(run, ops.Plan)
         # by another name each, so that no other tensor is put where one of them was, if its numbers move
         self.held, self.found = [t.detach() for t in read], [t.data_ptr() for t in read]
 
@@ -91,6 +93,10 @@ class Repeat:
         """Whether a watch over the modules that were given tells of all that it goes by."""
         self.watched = watch.covers(self.read)
         return self.watched
+
+    def serves(self, k: int, branch: Tensor, given: Any) -> bool:
+        """Whether block l = k + 1 gives the same as then, and its map is to be made under the same mode."""
+        return self.given[k] == given and self.run.takes(branch) and is_grad_enabled() is self.trains
 
     def holds(self) -> bool:
         """Whether the numbers of all tensors are where they were."""

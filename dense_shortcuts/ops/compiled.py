@@ -191,9 +191,12 @@ class Call:
         self.words = array("q", words)
         self.function, self.address = _function(name, dtype == torch.float64), self.words.buffer_info()[0]
 
-    def __call__(self, table: Sequence[int] = ()) -> None:
+    def __call__(self, table: Sequence[int] | None = None) -> None:
+        if table is None:
+            self.function(self.address, None)
+            return
         row = array("q", table)
-        self.function(self.address, row.buffer_info()[0] if row else None)
+        self.function(self.address, row.buffer_info()[0])
 
 
 @lru_cache(256)

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active
+from torch._C import _are_functorch_transforms_active, _get_tracing_state
 from torch.compiler import is_exporting
 from torch.fx import Proxy
-from torch.jit import is_tracing
 
 from ..errors import DenseShortcutError
 from . import compiled, forms
@@ -129,4 +128,4 @@ def is_transformed() -> bool:
 
 def is_traced(x: Tensor) -> bool:
     """Whether a graph for other runtimes is being recorded, where operators of our own would not be known."""
-    return is_tracing() or is_exporting() or isinstance(x, Proxy)
+    return _get_tracing_state() is not None or is_exporting() or isinstance(x, Proxy)

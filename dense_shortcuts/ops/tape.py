@@ -188,14 +188,18 @@ class Tape:
         x: X_0, or what its form is one of, (N, C, H, W).
         rate, shift: N(X_0) = rate * x + shift, (1 or N, C) and contiguous, in the accumulation type.
         links: those of `fused.enter` to the blocks that sum X_0.
+
+    Attributes:
+        last: what the block before gave back, and the version of its memory; kept here by the caller.
     """
 
     def __init__(self, plan: Plan, x: Tensor, rate: Tensor, shift: Tensor, links: Sequence[Tensor]) -> None:
         self.plan, self.rate, self.shift = plan, rate, shift
         self.numbers = rate.new_empty(plan.size)
         self.start = self.numbers.data_ptr()
-        self.maps, self.last = [x], _Begin.apply(self, rate, shift, *links)
-        self.wanted = [self.last.requires_grad]
+        self.maps, self.before = [x], _Begin.apply(self, rate, shift, *links)
+        self.wanted = [self.before.requires_grad]
+        self.last: tuple[Tensor, int] | None = None
         self._back: _Back | None = None
 
     def sum(self, k: int, branch: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -206,8 +210,8 @@ class Tape:
             weight: w, a row for each map that the block sums, (maps, C).
             scale, bias: of that norm, (C,) each. All three are contiguous, in the accumulation type.
         """
-        y: Tensor = _Sum.apply(self, k, branch, weight, scale, bias, self.last)
-        self.last = y
+        y: Tensor = _Sum.apply(self, k, branch, weight, scale, bias, self.before)
+        self.before = y
         if k + 1 < self.plan.depth:  # no block sums X_L
             self.maps.append(y)
             self.wanted.append(y.requires_grad)
@@ -216,7 +220,8 @@ class Tape:
     def end(self) -> None:
         """Let go of the maps after the last block: what has to be kept, autograd keeps."""
         self.maps.clear()
-        del self.last, self.rate, self.shift
+        self.last = None
+        del self.before, self.rate, self.shift
 
     def move(self, running: Sequence[Tensor], places: Sequence[int], step: float) -> None:
         """One step of running statistics by a mean and variance that stand at these places in the pass's numbers."""
