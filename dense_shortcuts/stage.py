@@ -79,12 +79,12 @@ class DenseStage(nn.Module):
             delattr(self, row.shortcut)
         host_class = self.host_class
         del self.rows, self.aggregate, self.keep_identity, self.fused, self.host_class
-        self.__dict__.pop("prepared", None)
+        self.__dict__.pop("_prepared", None)
         self.__class__ = host_class  # type: ignore[assignment]
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle has: all but what was prepared from these very modules."""
-        return {name: value for name, value in self.__dict__.items() if name != "prepared"}
+        return {name: value for name, value in self.__dict__.items() if name != "_prepared"}
 
     @property
     def shortcuts(self) -> dict[Row, DenseShortcut]:
@@ -180,7 +180,7 @@ class DenseStage(nn.Module):
 
     def _taken(self) -> Prepared | None:
         """What the pass before has left, if all is as it was; taken away, so that no other thread has it too."""
-        prepared: Prepared | None = self.__dict__.pop("prepared", None)
+        prepared: Prepared | None = self.__dict__.pop("_prepared", None)
         return prepared if prepared is not None and prepared.watch is not None and prepared.watch.holds(self) else None
 
     def _leave(self, prepared: Prepared) -> None:
@@ -195,7 +195,7 @@ class DenseStage(nn.Module):
             watch = Watch(self, [*shortcuts, *ends])
             rows |= {row: repeat if repeat.put_under(watch) else None for row, repeat in new.items()}
             prepared = prepared._replace(watch=watch)
-        self.__dict__["prepared"] = prepared  # nn.Module's own way of setting takes far longer
+        self.__dict__["_prepared"] = prepared  # nn.Module's own way of setting takes far longer
 
     def extra_repr(self) -> str:
         return f"aggregate={self.aggregate!r}, keep_identity={self.keep_identity}"

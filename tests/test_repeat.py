@@ -115,20 +115,21 @@ def test_a_repeated_step_is_the_same_bit_for_bit(norm, last, repeated):
         x = images(seed, last=last, dtype=torch.float32)
         found = backward(net, x)
         for stage in ds.dense_stages(again).values():
-            stage.__dict__.pop("prepared", None)
+            stage.__dict__.pop("_prepared", None)
         for name, wanted in backward(again, x).items():
             assert torch.equal(found[name], wanted), name
         step((net, again))
     assert repeated == [0, 1] * 4
 
 
+@pytest.mark.parametrize("window", [None, 1, 3])
 @pytest.mark.parametrize("norm", ["group", "batch"])
-def test_a_repeated_step_of_a_deeper_stage_is_the_same_bit_for_bit(norm, repeated):
-    net, _ = pair(host=hosts.Net("timm_basic", (6,), (8,)).double(), norm=norm)
+def test_a_repeated_step_of_a_deeper_stage_is_the_same_bit_for_bit(norm, window, repeated):
+    net, _ = pair(host=hosts.Net("timm_basic", (6,), (8,)).double(), norm=norm, window=window)
     again = copy.deepcopy(net)
     for seed in range(2):
         found = backward(net, images(seed))
-        again.layer1.__dict__.pop("prepared", None)
+        again.layer1.__dict__.pop("_prepared", None)
         for name, wanted in backward(again, images(seed)).items():
             assert torch.equal(found[name], wanted), name
     assert repeated == list(range(6))
@@ -261,7 +262,7 @@ def test_nothing_keeps_a_pass_or_a_stage_alive():
                 backward(net, images())
         assert len(tapes) == 2 and not any(tape() for tape in tapes)
         stage = weakref.ref(net.layer1)
-        assert "prepared" in net.layer1.__dict__
+        assert "_prepared" in net.layer1.__dict__
         del net
         assert stage() is None
     finally:
@@ -271,15 +272,15 @@ def test_nothing_keeps_a_pass_or_a_stage_alive():
 def test_copies_pickles_and_unplugged_networks_have_nothing_of_it():
     net, plain = pair()
     backward(net, images())
-    assert "prepared" in net.layer1.__dict__
+    assert "_prepared" in net.layer1.__dict__
     file = io.BytesIO()
     torch.save(net, file)
     file.seek(0)
     for one in (copy.deepcopy(net), torch.load(file, weights_only=False)):
-        assert "prepared" not in one.layer1.__dict__
+        assert "_prepared" not in one.layer1.__dict__
         plain.load_state_dict(one.state_dict())
         assert_same(backward(one, images()), backward(plain, images()))
-    assert "prepared" not in ds.unplug(net).layer1.__dict__
+    assert "_prepared" not in ds.unplug(net).layer1.__dict__
 
 
 class Swapped(nn.ReLU):

@@ -642,13 +642,13 @@ struct PairGradients {
   A *scales, *bias;                          // (maps, rows, C), (rows, C)
   A *weight = nullptr;                       // (total, C)
   A *rates = nullptr, *shifts = nullptr;     // (maps without branch, rows, C), (total, rows, C)
-  bool adds = false;                         // to what stands at rates and shifts
+  int64_t fresh = 0;                         // rates and shifts that are written; to those behind them it adds
   A *branch_rate = nullptr, *branch_shift = nullptr;  // (1, C)
   std::unique_ptr<A[]> made{};
 
   PairGradients(Words& w, const Pairs<A>& pairs, int64_t channels) : scales(w.address<A>()), bias(w.address<A>()) {
     if (pairs.total == 0) return;
-    weight = w.address<A>(), rates = w.address<A>(), shifts = w.address<A>(), adds = w.flag();
+    weight = w.address<A>(), rates = w.address<A>(), shifts = w.address<A>(), fresh = w.integer();
     branch_rate = w.address<A>(), branch_shift = w.address<A>();
     const int64_t each = pairs.rows * channels;
     made = room_for<A>((pairs.count() + 1) * each + 2 * channels);
@@ -854,12 +854,12 @@ void team_coefficients_backward(int64_t c, const Pairs<A>& p, const PairGradient
       for (int64_t row = 0; row < p.rows; ++row) {
         const int64_t at = row * c + from;
         const A *shift = p.shifts[i] + at, *rate = p.rates[i] + at, *bias = g.bias + at;
-        put_products(n, w, bias, g.adds, g.shifts + i * p.rows * c + at);
+        put_products(n, w, bias, i >= g.fresh, g.shifts + i * p.rows * c + at);
 #pragma omp simd
         for (int64_t j = 0; j < n; ++j) to[j] += shift[j] * bias[j];
         if (i < first) continue;
         const A* scale = g.scales + (i - first + p.branch) * p.rows * c + at;
-        put_products(n, w, scale, g.adds, g.rates + (i - first) * p.rows * c + at);
+        put_products(n, w, scale, i >= g.fresh, g.rates + (i - first) * p.rows * c + at);
 #pragma omp simd
         for (int64_t j = 0; j < n; ++j) to[j] += rate[j] * scale[j];
       }

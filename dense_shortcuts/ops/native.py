@@ -277,7 +277,7 @@ def pull_block(
         own_form = (BATCH, given.branch_eps, branch_norm)
         theirs = _through(words, branch, *own_form, 1, _NO_PAIR, parameters, to_parameters)
     pairs = _paired(words, given, fixed or branch_norm[:2], addresses[0])
-    to_forms = to_weight.data_ptr(), addresses[ends[1]], addresses[ends[2]], False
+    to_forms = to_weight.data_ptr(), addresses[ends[1]], addresses[ends[2]], len(weight)
     gradients = [0, 0, *to_forms, *([t.data_ptr() for t in to_fixed] or _NO_PAIR)]
     out = to_branch[0].data_ptr() if to_branch else 0
     call("pull_block", words.dtype, [*told, *pairs, *gradients, *theirs, out])

@@ -70,13 +70,12 @@ class Plan:
             self.forms.append([self._room(torch.Size(shape).numel()) for shape in (form, form, pooled, pooled)])
         self.branches = [[self._room(c) for _ in range(4)] for _ in sources]
         # and backward: the gradients of all rates and shifts, then the scales of each sum, that of its branch first
-        self.sums = 2 * self.depth * self.each
-        ends_at = [self.sums]
+        ends_at = [2 * self.depth * self.each]
         for maps in sources:
             ends_at.append(ends_at[-1] + (1 + len(maps)) * self.each)
         self.scales, self.back_size = ends_at[:-1], ends_at[-1]
         self.forward = [self._forward(k) for k in range(self.depth)]
-        self._backward: dict[tuple[int, bool, tuple[int, ...]], Call] = {}
+        self._backward: dict[tuple[int, int, bool, tuple[int, ...]], Call] = {}
         self._moves: dict[tuple[int, float], Call] = {}
 
     def _room(self, count: int) -> int:
@@ -121,9 +120,15 @@ class Plan:
         words = [*self.words, 0, *branch, *self._pairs(k, 0), relu, _Y, self.kind, *own]
         return Call("block", self.dtype, words)
 
-    def backward(self, k: int, has_grad: bool, later: tuple[int, ...]) -> Call:
-        """The call for the gradient of block k's map, which a gradient may come to and which later blocks sum."""
-        key = k, has_grad, later
+    def backward(self, k: int, fresh: int, has_grad: bool, later: tuple[int, ...]) -> Call:
+        """The call for the gradient of block k's map.
+
+        Args:
+            fresh: of how many of the maps that it sums, from the first on, the rate and shift have no gradient yet.
+            has_grad: whether the map has one from elsewhere.
+            later: the blocks that sum the map.
+        """
+        key = k, fresh, has_grad, later
         if key not in self._backward:
             self._backward[key] = self._pull(*key)
         return self._backward[key]
@@ -138,7 +143,7 @@ class Plan:
             self._moves[key] = Call("move", self.dtype, words)
         return self._moves[key]
 
-    def _pull(self, k: int, has_grad: bool, later: tuple[int, ...]) -> Call:
+    def _pull(self, k: int, fresh: int, has_grad: bool, later: tuple[int, ...]) -> Call:
         maps, (eps, relu), i = self.sources[k], self.ends[k], k + 1
         grad, g, to_branch, to_weight, to_scale, to_bias = range(_MAPS + len(maps), _MAPS + len(maps) + _GIVEN)
         own = _NOTHING
@@ -155,7 +160,7 @@ class Plan:
         ]
         given = [_Y, self.kind, *((grad, self.kind) if has_grad else (0, 0)), *own, len(later), *pulled, relu, g]
         forms = [self._at((side * self.depth + maps[0]) * self.each, _BACKWARD) for side in (0, 1)]
-        gradients = [0, 0, to_weight, *forms, True, 0, 0]
+        gradients = [0, 0, to_weight, *forms, fresh, 0, 0]
         statistics = map(self._at, self.branches[k][2:])
         count = self.pixels * self.shape[0]
         branch = [_MADE, 1, BATCH, bits(eps), count, _SCALE, *statistics, 0, 0, to_scale, to_bias]
@@ -170,6 +175,7 @@ class _Back:
         later: for each map the sums that read it: the block, its G, and a_i where it is not among `numbers`.
         forms: gradients of rate and shift of a map, where they are not among `numbers`.
         slow: whether they are not, for all has to be seen by autograd or by a dispatch mode.
+        lowest: the first map whose rate and shift have gradients among `numbers`; all behind it have them too.
     """
 
     def __init__(self, plan: Plan, like: Tensor, task: int) -> None:
@@ -177,7 +183,7 @@ class _Back:
         self.later: list[list[tuple[int, Tensor, Tensor | None]]] = [[] for _ in range(plan.depth)]
         self.forms: dict[int, tuple[Tensor, Tensor]] = {}
         self.numbers = like.new_empty(0 if self.slow else plan.back_size)
-        self.numbers[: plan.sums].zero_()
+        self.lowest = plan.depth
 
 
 class Tape:
@@ -307,7 +313,10 @@ class _Sum(torch.autograd.Function):
             grad = torch.empty_like(y).copy_(grad)
         g, *to = map(torch.empty_like, (y, branch, weight, scale, bias))
         given = (*taken, y if grad is None else grad, g, *to, *(left[1] for left in later))
-        call = plan.backward(k, grad is not None, tuple(left[0] for left in later))
+        first = plan.sources[k][0]
+        fresh = max(0, min(back.lowest, k + 1) - first)
+        back.lowest = min(back.lowest, first)
+        call = plan.backward(k, fresh, grad is not None, tuple(left[0] for left in later))
         call([0, tape.start, back.numbers.data_ptr(), *map(Tensor.data_ptr, given)])
         tape.leave(k, g, [None] * len(plan.sources[k]))
         return None, None, *to, None
