@@ -99,8 +99,8 @@ class Join:
             addends = [identity] if self.keep_identity and not whole else []
             x = self._sum(branch, norm, identity, addends, relu, ends, backend, fused)
         if self.memory.record is not None:
-            same = given == (norm, activation, identity_norm) and not reshaped and not self.keep_identity
-            self._record(given, branch, relu, same and ends)
+            whole_sum = ends and not reshaped and not self.keep_identity and self.aggregate != "block"
+            self._record(given, branch, relu, whole_sum and given == (norm, activation, identity_norm))
         if reshaped:
             x = from_map(x, form[0], host_form, form[1])
         elif activation is None and isinstance(x, Proxy):
@@ -223,7 +223,7 @@ class Join:
         if memory.stream is not None:
             return self._sum_in(memory.stream, branch, identity)
         self.entered = True
-        assert memory.tape is not None and norm is not None
+        assert memory.tape is not None
         return sum_on_tape(repeat, memory.tape, k, self.shortcut, branch, norm)
 
     def _record(self, given: tuple[Any, ...], branch: Tensor, relu: bool, repeats: bool) -> None:
@@ -240,6 +240,8 @@ class Join:
         if self.place.last:
             self._leave_row()
             return self.memory.begin()
+        if self.memory.repeat is not None:
+            return self.memory
         if not self.entered:
             x = as_map(map_of(block, result), self.place.tokens, self.place.volumes)
             self.memory = self.memory.add(self.shortcut.enter(self.k + 1, x, self._backend(x)))

@@ -60,26 +60,19 @@ class Memory(NamedTuple):
 
     def finished(self) -> int:
         """Number of maps."""
-        maps = self.stream or self.tape
-        return len(self.terms) if maps is None else len(maps.maps)
+        return len(self.terms) if self.stream is None else len(self.stream.maps)
 
     def after(self, x: Tensor) -> "Memory":
         """The same behind a block that gave back x."""
-        maps = self.stream or self.tape
-        if maps is not None:  # a new tuple for each block would cost more than the rest here
-            maps.last = x, -1 if x.is_inference() else x._version
-            return self
         if type(x) is not Tensor or is_compiling():
             return self
         return self._replace(last=(x, -1 if x.is_inference() else x._version))
 
     def follows(self, x: Tensor) -> bool:
         """Whether x is what the block before gave back, as far as can be seen."""
-        maps = self.stream or self.tape
-        found = self.last if maps is None else maps.last
-        if found is None:
+        if self.last is None:
             return True
-        last, version = found
+        last, version = self.last
         if x is not last:
             if not ops.is_eager(x):
                 return True

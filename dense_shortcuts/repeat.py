@@ -36,13 +36,12 @@ def begin(
     return memory._replace(terms=(term,), tape=tape, repeat=repeat)
 
 
-def sum_on_tape(
-    repeat: Repeat, tape: ops.Tape, k: int, shortcut: DenseShortcut, branch: Tensor, norm: nn.Module
-) -> Tensor:
+def sum_on_tape(repeat: Repeat, tape: ops.Tape, k: int, shortcut: DenseShortcut, branch: Tensor, norm: Any) -> Tensor:
     """X_l of block l = k + 1, with a step of the running statistics of the norms that it goes by."""
-    x = tape.sum(k, branch, *repeat.read[3 * k : 3 * k + 3])
-    plan = tape.plan
-    _move(norm, tape, plan.branches[k])
+    plan, affine = tape.plan, () if norm is None else norm._parameters.values()
+    x = tape.sum(k, branch, repeat.read[k], *affine)
+    if norm is not None:
+        _move(norm, tape, plan.branches[k])
     if k + 1 < plan.depth and plan.norms[k + 1][0] == ops.BATCH:
         _move(shortcut.norm(k + 1), tape, plan.forms[k + 1])
     return x
@@ -66,15 +65,16 @@ def leave(memory: Memory, shortcut: DenseShortcut, row: str) -> Memory:
     return memory._replace(repeat=None, tape=None, terms=(*memory.terms, *terms))
 
 
-def end_of(branch: Tensor, norm: nn.Module | None, relu: bool, first: Tensor) -> ops.End | None:
+def end_of(branch: Tensor, norm: Any, relu: bool, first: Tensor) -> ops.End | None:
     """How a block ends whose sum may be made on a tape that X_0, `first`, was put on; None where it may not."""
-    if norm is None or not is_grad_enabled() or not ops.is_eager(branch) or saves_elsewhere():
+    if not is_grad_enabled() or not ops.is_eager(branch) or saves_elsewhere():
         return None
-    same = branch.dtype == first.dtype and branch.stride() == first.stride() and ops.is_dense(branch)
-    if not same or not goes_by_batch(norm, ops.accumulation_dtype(branch.dtype)) or norm.weight is None:
+    if branch.dtype != first.dtype or branch.stride() != first.stride() or not ops.is_dense(branch):
         return None
-    assert isinstance(norm.eps, float)
-    return ops.End(norm.eps, relu)
+    if norm is None:
+        return ops.End(None, relu)
+    taken = goes_by_batch(norm, ops.accumulation_dtype(branch.dtype)) and norm.weight is not None
+    return ops.End(norm.eps, relu) if taken else None
 
 
 def as_repeat(memory: Memory, shortcut: DenseShortcut) -> Repeat | None:
@@ -88,5 +88,5 @@ def as_repeat(memory: Memory, shortcut: DenseShortcut) -> Repeat | None:
     plan = None if first.scale is None else shortcut.plan(first.map, first.scale.shape[0], ends)
     if plan is None:
         return None
-    ends_with = [norm._parameters.values() for norm, *_ in given]
-    return Repeat(plan, given, [t for k, affine in enumerate(ends_with) for t in (shortcut.weight(k), *affine)])
+    weights = [shortcut.weight(k) for k in range(shortcut.depth)]
+    return Repeat(plan, given, [*weights, *(t for norm, *_ in given if norm for t in norm._parameters.values())])

@@ -151,7 +151,7 @@ class DenseStage(nn.Module):
         if place.shortcut is None:
             return place.block(x, *args, **kwargs), memory.begin()
         recomputes = _is_recomputing()
-        if place.k:
+        if place.k and memory.repeat is None:  # in a pass that repeats one, nobody comes between two blocks
             _check_follows(place.k, x, memory, recomputes)
         memory = memory if place.k else memory.begin()
         join = Join(place, place.shortcut, memory, self.aggregate, self.keep_identity)

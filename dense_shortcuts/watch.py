@@ -24,12 +24,12 @@ class Watch:
     """
 
     def __init__(self, stage: nn.Module, closely: Iterable[nn.Module]) -> None:
-        _, *inner = stage.modules()
         self.closely = list(closely)
-        self.hooks = [hooks for one in (stage, *inner) for hooks in hooks_of(one)]
-        self.attributes = [one.__dict__ for one in inner]
+        inside = list(dict.fromkeys([*stage.modules(), *self.closely]))
+        self.hooks = [hooks for one in inside for hooks in hooks_of(one)]
+        self.attributes = [one.__dict__ for one in inside if one is not stage]
         self.counts = [*map(len, self.attributes)]  # one more where `forward` is replaced on the module itself
-        self.children = [one._modules for one in (stage, *inner) if one._modules]
+        self.children = [one._modules for one in inside if one._modules]
         self.had = [*map(dict, self.children)]
         self.types = [*map(type, self.closely)]
         self.own = _attributes(stage)

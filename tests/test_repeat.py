@@ -16,6 +16,7 @@ from hosts import assert_close
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.mobilenetv2 import InvertedResidual
 
 import dense_shortcuts as ds
 from dense_shortcuts import ops
@@ -392,6 +393,106 @@ def test_the_environment_may_name_another_back_end(variable, repeated, monkeypat
     assert repeated == []
     grads = {n for n, _ in net.named_parameters()}
     assert_same({n: found[n] for n in grads}, {n: wanted[n] for n in grads})
+
+
+def test_an_evaluation_with_gradients_or_training_without_do_not_repeat_the_other(repeated):
+    nets = pair()
+    for net in nets:
+        net.eval()
+    for grad in (False, False, True):
+        with torch.set_grad_enabled(grad):
+            for net in nets:
+                net(images())
+    assert repeated == BLOCKS
+    assert_same(backward(nets[0], images()), backward(nets[1], images()))
+    for net in nets:
+        net.train()
+    for grad in (True, True, False, True):
+        with torch.set_grad_enabled(grad):
+            found, wanted = (net(images()) for net in nets)
+        assert_close(found, wanted, 1e-10, "output")
+        assert found.requires_grad is grad
+    assert repeated == BLOCKS * 3
+
+
+def test_another_number_of_threads_begins_anew(repeated):
+    net, _ = pair()
+    before = torch.get_num_threads()
+    try:
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            backward(net, images())
+    finally:
+        torch.set_num_threads(before)
+    assert repeated == BLOCKS
+
+
+def test_gradients_that_nobody_waits_for_are_not_kept():
+    net, _ = pair()
+    for name, p in net.named_parameters():
+        p.requires_grad_(not name.startswith(("conv1", "bn1", "layer1.0")))
+    backward(net, images())
+    tapes: list[ops.Tape] = []
+    real = ops.Tape.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops.Tape, "__init__", lambda self, *given: (tapes.append(self), real(self, *given))[1])
+        backward(net, images())
+    assert len(tapes) == 2
+    assert not any(left for tape in tapes if tape._back is not None for left in tape._back.later)
+
+
+def test_a_block_with_another_end_than_before_is_seen(repeated):
+    given = [True]
+    for train in (True, False):
+        nets = pair()
+        for net in nets:
+            block = net.train(train).layer1[1]
+            own = type(block)
+            block.__class__ = type(own.__name__, (own,), {"activation": lambda self: self.act3 if given[0] else None})
+        for there in (True, True, False, False, True):
+            given[0] = there
+            if train:
+                assert_same(backward(nets[0], images()), backward(nets[1], images()))
+            else:
+                with torch.no_grad():
+                    assert_close(nets[0](images()), nets[1](images()), 1e-10, "output")
+    assert repeated[:7] == [*BLOCKS, 0, 0]
+
+
+class Linear(nn.Module):
+    """Blocks without an activation behind them, and one in place behind the stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.blocks = nn.Sequential(*(InvertedResidual(16, 16, 1, 2) for _ in range(3)))
+        self.act, self.fc = nn.ReLU(inplace=True), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.act(self.blocks(self.stem(x))).mean((2, 3)))
+
+
+def test_what_follows_a_stage_may_overwrite_its_output(repeated):
+    torch.manual_seed(2)
+    nets = pair(host=Linear().double())
+    for seed in range(2):
+        assert_same(backward(nets[0], images(seed)), backward(nets[1], images(seed)))
+    assert repeated == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", hosts.KINDS)
+def test_blocks_of_every_kind_are_right_when_repeated(kind):
+    nets = pair(kind)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        found = backward(nets[0], images(seed))
+        torch.manual_seed(seed)  # drop path and drop block
+        assert_same(found, backward(nets[1], images(seed)))
+    for net in nets:
+        net.eval()
+    with torch.no_grad():
+        for seed in range(2):
+            assert_close(nets[0](images(seed)), nets[1](images(seed)), 1e-10, "output")
 
 
 class Turning(nn.Module):

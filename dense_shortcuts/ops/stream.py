@@ -53,9 +53,6 @@ class Stream:
         weights: of each block, a row for each of these maps, (maps, C).
         direct: the last of these maps, which the block sums by itself (`..tiling`); the others are summed ahead.
         groups: for each block before which maps are summed ahead, the blocks that they are summed for.
-
-    Attributes:
-        last: what the block before gave back, and the version of its memory; kept here by the caller.
     """
 
     def __init__(
@@ -99,7 +96,6 @@ class Stream:
     def begin(self, x: Tensor) -> None:
         """Start a pass with X_0, or what it is made of."""
         self.maps, self.storages = [x], [x.untyped_storage().data_ptr()]
-        self.last: tuple[Tensor, int] | None = None
         # the sums made ahead for the group of blocks under way, its first block, and how many groups there were
         self.partial: list[Tensor] = []
         self.start = self.begun = 0
@@ -109,7 +105,7 @@ class Stream:
 
     def end(self) -> None:
         """Let go of the maps after the last block."""
-        self.maps, self.storages, self.partial, self.last = [], [], [], None
+        self.maps, self.storages, self.partial = [], [], []
 
     def read(self) -> list[Tensor]:
         """The tensors besides maps that the calls refer to."""

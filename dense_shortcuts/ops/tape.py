@@ -33,9 +33,14 @@ _GIVEN = 6  # places behind the maps of what a backward call takes and gives bes
 
 
 class End(NamedTuple):
-    """How a block ends: the eps of its branch's last norm, a batch norm by this batch, and whether ReLU follows."""
+    """How a block ends.
 
-    eps: float
+    Attributes:
+        eps: that of the branch's last norm, a batch norm by the batch at hand; None where the branch is whole.
+        relu: whether ReLU follows the sum.
+    """
+
+    eps: float | None
     relu: bool
 
 
@@ -92,7 +97,7 @@ class Plan:
 
     def scale_at(self, k: int, i: int) -> int:
         """Where a_i of block k stands among the numbers of the pass backward."""
-        return self.scales[k] + (1 + i - self.sources[k][0]) * self.each
+        return self.scales[k] + (i - self.sources[k][0] + (self.ends[k].eps is not None)) * self.each
 
     def _at(self, place: int, way: int = _FORWARD) -> int:
         """A number of a pass, as the table's words have it (`native.cpp`)."""
@@ -106,18 +111,22 @@ class Plan:
             [given if i == 0 else self._at(self.forms[i][side]) for i in maps]
             for side, given in ((0, _RATE), (1, _SHIFT))
         )
+        forms = [len(maps), _WEIGHT, *rates, *shifts]
+        if self.ends[k].eps is None:
+            return [len(maps), *summed, 0, self.rows, scales, 0, *forms, 0, 0]
         branch = [self._at(place) for place in self.branches[k][:2]]
-        terms = [1 + len(maps), _BRANCH, self.kind, *summed, 1, self.rows, scales, 0]
-        return [*terms, len(maps), _WEIGHT, *rates, *shifts, *branch]
+        return [1 + len(maps), _BRANCH, self.kind, *summed, 1, self.rows, scales, 0, *forms, *branch]
 
     def _forward(self, k: int) -> Call:
         eps, relu = self.ends[k]
-        branch = [1, BATCH, bits(eps), _SCALE, _BIAS, *map(self._at, self.branches[k])]
+        branch = [1, _BRANCH, self.kind, 0]
+        if eps is not None:
+            branch = [0, 1, BATCH, bits(eps), _SCALE, _BIAS, *map(self._at, self.branches[k])]
         own = _NO_NORM
         if k + 1 < self.depth:
             groups, own_eps = self.norms[k + 1]
             own = [groups, bits(own_eps), 0, 0, *map(self._at, self.forms[k + 1])]
-        words = [*self.words, 0, *branch, *self._pairs(k, 0), relu, _Y, self.kind, *own]
+        words = [*self.words, *branch, *self._pairs(k, 0), relu, _Y, self.kind, *own]
         return Call("block", self.dtype, words)
 
     def backward(self, k: int, fresh: int, has_grad: bool, later: tuple[int, ...]) -> Call:
@@ -161,11 +170,13 @@ class Plan:
         given = [_Y, self.kind, *((grad, self.kind) if has_grad else (0, 0)), *own, len(later), *pulled, relu, g]
         forms = [self._at((side * self.depth + maps[0]) * self.each, _BACKWARD) for side in (0, 1)]
         gradients = [0, 0, to_weight, *forms, fresh, 0, 0]
-        statistics = map(self._at, self.branches[k][2:])
-        count = self.pixels * self.shape[0]
-        branch = [_MADE, 1, BATCH, bits(eps), count, _SCALE, *statistics, 0, 0, to_scale, to_bias]
+        branch = [*_NOTHING, 0]
+        if eps is not None:
+            statistics = map(self._at, self.branches[k][2:])
+            count = self.pixels * self.shape[0]
+            branch = [_MADE, 1, BATCH, bits(eps), count, _SCALE, *statistics, 0, 0, to_scale, to_bias, to_branch]
         pairs = self._pairs(k, self._at(self.scales[k], _BACKWARD))
-        return Call("pull_block", self.dtype, [*self.words, *given, *pairs, *gradients, *branch, to_branch])
+        return Call("pull_block", self.dtype, [*self.words, *given, *pairs, *gradients, *branch])
 
 
 class _Back:
@@ -194,9 +205,6 @@ class Tape:
         x: X_0, or what its form is one of, (N, C, H, W).
         rate, shift: N(X_0) = rate * x + shift, (1 or N, C) and contiguous, in the accumulation type.
         links: those of `fused.enter` to the blocks that sum X_0.
-
-    Attributes:
-        last: what the block before gave back, and the version of its memory; kept here by the caller.
     """
 
     def __init__(self, plan: Plan, x: Tensor, rate: Tensor, shift: Tensor, links: Sequence[Tensor]) -> None:
@@ -205,18 +213,17 @@ class Tape:
         self.start = self.numbers.data_ptr()
         self.maps, self.before = [x], _Begin.apply(self, rate, shift, *links)
         self.wanted = [self.before.requires_grad]
-        self.last: tuple[Tensor, int] | None = None
         self._back: _Back | None = None
 
-    def sum(self, k: int, branch: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    def sum(self, k: int, branch: Tensor, weight: Tensor, *affine: Tensor) -> Tensor:
         """X_l of block l = k + 1, (N, C, H, W).
 
         Args:
-            branch: the residual branch before its last norm, one that the plan takes.
+            branch: the residual branch, before its last norm if there is one; one that the plan takes.
             weight: w, a row for each map that the block sums, (maps, C).
-            scale, bias: of that norm, (C,) each. All three are contiguous, in the accumulation type.
+            affine: weight and bias of that norm, (C,) each. These and w are contiguous, in the accumulation type.
         """
-        y: Tensor = _Sum.apply(self, k, branch, weight, scale, bias, self.before)
+        y: Tensor = _Sum.apply(self, k, self.before, branch, weight, *affine)
         self.before = y
         if k + 1 < self.plan.depth:  # no block sums X_L
             self.maps.append(y)
@@ -226,7 +233,6 @@ class Tape:
     def end(self) -> None:
         """Let go of the maps after the last block: what has to be kept, autograd keeps."""
         self.maps.clear()
-        self.last = None
         del self.before, self.rate, self.shift
 
     def move(self, running: Sequence[Tensor], places: Sequence[int], step: float) -> None:
@@ -282,44 +288,46 @@ class _Begin(torch.autograd.Function):
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, tape: Tape, k: int, branch: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, _: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, tape: Tape, k: int, _: Tensor, branch: Tensor, weight: Tensor, *affine: Tensor) -> Tensor:
         plan, y = tape.plan, torch.empty_like(branch)
-        first, last = plan.sources[k][0], plan.sources[k][-1]
-        taken = (branch, weight, scale, bias, tape.rate, tape.shift, *tape.maps[first : last + 1])
-        plan.forward[k]([0, tape.start, 0, y.data_ptr(), *map(Tensor.data_ptr, taken)])
+        (eps, relu), first, last = plan.ends[k], plan.sources[k][0], plan.sources[k][-1]
+        # what is not looked at has its place in the table all the same
+        read = (weight, *(affine or (weight, weight)), tape.rate, tape.shift, *tape.maps[first : last + 1])
+        plan.forward[k]([0, tape.start, 0, *map(Tensor.data_ptr, (y, branch, *read))])
         ctx.tape, ctx.k = tape, k
         ctx.set_materialize_grads(False)
         # without ReLU and statistics the map is not looked at again, and may be overwritten by what follows
-        kept = y if plan.ends[k].relu or k + 1 < plan.depth else branch
-        ctx.save_for_backward(kept, *taken)
+        looked_at = relu or k + 1 < plan.depth
+        ctx.save_for_backward(y if looked_at else weight, weight if eps is None else branch, *read)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Any:
         tape, k, taken = ctx.tape, ctx.k, ctx.saved_tensors
-        plan, back = tape.plan, tape.back()
+        plan, back, normed = tape.plan, tape.back(), tape.plan.ends[k].eps is not None
         # in the order of blocks, which `fused.block` has them in too: the sums are the same bit for bit
         later = back.later[k + 1][::-1] if k + 1 < plan.depth else []
         if grad is None and not later:
-            return (None,) * 7
+            return (None,) * (7 if normed else 5)
         if k + 1 < plan.depth:
             back.later[k + 1] = []  # whose G are needed no more behind this
         if back.slow:
-            return None, None, *_slowly(tape, k, grad, later, taken), None
-        y, branch, weight, scale, bias = taken[:5]
+            return None, None, None, *_slowly(tape, k, grad, later, taken)
+        like, (branch, weight, scale, bias) = taken[-1], taken[1:5]
         if grad is not None and not plan.takes(grad):
-            grad = torch.empty_like(y).copy_(grad)
-        g, *to = map(torch.empty_like, (y, branch, weight, scale, bias))
-        given = (*taken, y if grad is None else grad, g, *to, *(left[1] for left in later))
+            grad = torch.empty_like(like).copy_(grad)
+        g, to_weight = torch.empty_like(like), torch.empty_like(weight)
+        to_affine = [torch.empty_like(scale), torch.empty_like(bias)] if normed else []
+        to_branch = torch.empty_like(branch) if normed else g
+        given = (like if grad is None else grad, g, to_branch, to_weight, *(to_affine or (g, g)))
         first = plan.sources[k][0]
         fresh = max(0, min(back.lowest, k + 1) - first)
         back.lowest = min(back.lowest, first)
         call = plan.backward(k, fresh, grad is not None, tuple(left[0] for left in later))
-        call([0, tape.start, back.numbers.data_ptr(), *map(Tensor.data_ptr, given)])
+        table = [*map(Tensor.data_ptr, (*taken, *given)), *(left[1].data_ptr() for left in later)]
+        call([0, tape.start, back.numbers.data_ptr(), *table])
         tape.leave(k, g, [None] * len(plan.sources[k]))
-        return None, None, *to, None
+        return None, None, None, to_branch, to_weight, *to_affine
 
 
 def _slowly(
@@ -329,22 +337,25 @@ def _slowly(
     later: Sequence[tuple[int, Tensor, Tensor | None]],
     taken: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
-    """The backward pass of a sum by operators, whose gradients have gradients: of branch, weight, scale and bias."""
+    """The backward pass of a sum by operators, whose gradients have gradients: of branch, weight and affine."""
     plan, back = tape.plan, tape.back()
     y, branch, weight, scale, bias, rate, shift, *maps = taken
     (eps, relu), sources = plan.ends[k], plan.sources[k]
     groups, own_eps = plan.norms[k + 1] if k + 1 < plan.depth else (NONE, 0.0)
+    y = y if relu or k + 1 < plan.depth else maps[-1]  # which is not looked at
     of_maps = zip(sources, maps, strict=True)
     forms = [(rate, shift) if i == 0 else fused.gathered(x, *plan.norms[i], ())[:2] for i, x in of_maps]
     rates, shifts = map(list, zip(*forms, strict=True))
-    own, branch_norm = fused.gathered(y, groups, own_eps, ()), fused.gathered(branch, BATCH, eps, (scale, bias))
     given_back = (grad, *back.forms.get(k + 1, (None, None)), [left[1] for left in later], [left[2] for left in later])
-    summed: tuple[Any, ...] = (branch, [scale, bias], [], eps, maps, weight, rates, shifts, relu, groups, own_eps)
-    arguments = (y, list(own), *given_back, list(branch_norm), *summed, "native")
+    of_branch: tuple[Any, ...] = ([], None, [], [], 0.0)
+    if eps is not None:
+        of_branch = (list(fused.gathered(branch, BATCH, eps, (scale, bias))), branch, [scale, bias], [], eps)
+    own = list(fused.gathered(y, groups, own_eps, ()))
+    arguments = (y, own, *given_back, *of_branch, maps, weight, rates, shifts, relu, groups, own_eps, "native")
     found = run_backward(fused.run_pull_block, fused.pull_block, y, arguments)
     g, scales, to_branch, to_affine, _, to_weight, to_rates, to_shifts = found
     for i, *new in zip(sources, to_rates, to_shifts, strict=True):
         old = back.forms.get(i)
-        back.forms[i] = tuple(new) if old is None else (old[0] + new[0], old[1] + new[1])
+        back.forms[i] = (new[0], new[1]) if old is None else (old[0] + new[0], old[1] + new[1])
     tape.leave(k, g, scales)
-    return to_branch[0], to_weight[0], *to_affine
+    return to_branch[0] if to_branch else g, to_weight[0], *to_affine
