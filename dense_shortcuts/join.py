@@ -252,9 +252,8 @@ class Join:
         memory = self.memory
         if memory.rows is not None and memory.record is not None:
             memory.rows[self.place.row] = as_repeat(memory, self.shortcut)
-        for maps in (memory.stream, memory.tape):
-            if maps is not None:
-                maps.end()
+        if memory.stream is not None:
+            memory.stream.end()
 
     def _joins_norm(self, norm: nn.Module) -> bool:
         """Whether the last norm of the branch may be computed in the pass that adds the shortcuts.

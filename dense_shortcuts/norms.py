@@ -153,13 +153,17 @@ def known(norm: nn.Module) -> ops.KnownNorm | None:
 def goes_by_batch(norm: nn.Module, dtype: torch.dtype) -> bool:
     """Whether a norm is batch norm by the batch at hand alone, with running statistics that it moves by a fixed share.
 
-    Its parameters and statistics are then in this dtype, one number behind the other.
+    Its parameters and statistics are then its own, in this dtype, one number behind the other.
     """
-    if not is_batch_norm(norm) or not norm.training or _is_synchronised(norm) or not norm.track_running_stats:
+    if type(norm) is not nn.BatchNorm2d or not norm.training or not norm.track_running_stats:
         return False
-    given = (*norm._parameters.values(), norm._buffers["running_mean"], norm._buffers["running_var"])
-    held = all(t is None or (t.dtype == dtype and t.is_contiguous()) for t in given)
-    return held and isinstance(norm.momentum, float) and norm._buffers["num_batches_tracked"] is not None
+    parameters, buffers = norm._parameters, norm._buffers
+    if not {"weight", "bias"} <= parameters.keys() or not isinstance(norm.momentum, float):
+        return False
+    if any(buffers.get(name) is None for name in ("running_mean", "running_var", "num_batches_tracked")):
+        return False
+    given = (parameters["weight"], parameters["bias"], buffers["running_mean"], buffers["running_var"])
+    return all(t is None or (t.dtype == dtype and t.is_contiguous()) for t in given)
 
 
 def affine_form(norm: nn.Module, gathered: Sequence[Tensor], x: Tensor, backend: str) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, is_grad_enabled, nn
 from . import ops
 from .hooks import saves_elsewhere
 from .memory import Memory
-from .norms import frozen_statistics, goes_by_batch
+from .norms import frozen_statistics, goes_by_batch, is_batch_norm
 from .shortcut import DenseShortcut
 from .watch import Repeat
 
@@ -38,7 +38,7 @@ def begin(
 
 def sum_on_tape(repeat: Repeat, tape: ops.Tape, k: int, shortcut: DenseShortcut, branch: Tensor, norm: Any) -> Tensor:
     """X_l of block l = k + 1, with a step of the running statistics of the norms that it goes by."""
-    plan, affine = tape.plan, () if norm is None else norm._parameters.values()
+    plan, affine = tape.plan, () if norm is None else _affine(norm)
     x = tape.sum(k, branch, repeat.read[k], *affine)
     if norm is not None:
         _move(norm, tape, plan.branches[k])
@@ -47,10 +47,17 @@ def sum_on_tape(repeat: Repeat, tape: ops.Tape, k: int, shortcut: DenseShortcut,
     return x
 
 
+def _affine(norm: Any) -> tuple[Any, Any]:
+    return norm._parameters["weight"], norm._parameters["bias"]
+
+
+def _running(norm: Any) -> tuple[Any, Any]:
+    return norm._buffers["running_mean"], norm._buffers["running_var"]
+
+
 def _move(norm: Any, tape: ops.Tape, places: Sequence[int]) -> None:
-    mean, var, counter = norm._buffers.values()
-    counter.add_(1)
-    tape.move((mean, var), places[2:], norm.momentum)
+    norm._buffers["num_batches_tracked"].add_(1)
+    tape.move(_running(norm), places[2:], norm.momentum)
 
 
 def leave(memory: Memory, shortcut: DenseShortcut, row: str) -> Memory:
@@ -61,7 +68,6 @@ def leave(memory: Memory, shortcut: DenseShortcut, row: str) -> Memory:
         return memory._replace(repeat=None)
     with frozen_statistics(shortcut):  # which have taken this step
         terms = [shortcut.enter(i, x, "native") for i, x in enumerate(memory.tape.maps) if i]
-    memory.tape.end()
     return memory._replace(repeat=None, tape=None, terms=(*memory.terms, *terms))
 
 
@@ -73,7 +79,7 @@ def end_of(branch: Tensor, norm: Any, relu: bool, first: Tensor) -> ops.End | No
         return None
     if norm is None:
         return ops.End(None, relu)
-    taken = goes_by_batch(norm, ops.accumulation_dtype(branch.dtype)) and norm.weight is not None
+    taken = goes_by_batch(norm, ops.accumulation_dtype(branch.dtype)) and all(t is not None for t in _affine(norm))
     return ops.End(norm.eps, relu) if taken else None
 
 
@@ -84,9 +90,14 @@ def as_repeat(memory: Memory, shortcut: DenseShortcut) -> Repeat | None:
     given, ends = zip(*memory.record, strict=True)
     if memory.stream is not None:
         return Repeat(memory.stream, given, memory.stream.read())
-    first = memory.terms[0]
+    first, last = memory.terms[0], given[0][2]
+    if isinstance(last, nn.SyncBatchNorm):  # which other processes may join
+        return None
     plan = None if first.scale is None else shortcut.plan(first.map, first.scale.shape[0], ends)
     if plan is None:
         return None
     weights = [shortcut.weight(k) for k in range(shortcut.depth)]
-    return Repeat(plan, given, [*weights, *(t for norm, *_ in given if norm for t in norm._parameters.values())])
+    ends_with = [norm for norm, *_ in given if norm is not None]
+    moved = [norm for norm in (*ends_with, *shortcut.norms) if is_batch_norm(norm)]
+    numbers = [t for norm in ends_with for t in _affine(norm)] + [t for norm in moved for t in _running(norm)]
+    return Repeat(plan, given, [*weights, *numbers])

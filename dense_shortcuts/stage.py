@@ -169,7 +169,8 @@ class DenseStage(nn.Module):
             for step in self:
                 x = checkpoint(step, x, *args, use_reentrant=False, **kwargs)
             return x
-        repeats = ops.is_eager(x) and x.is_cpu  # on a GPU there are kernels enough to hide behind
+        # on a GPU there are kernels enough to hide behind; norms that are frozen for a second run are not as they are
+        repeats = ops.is_eager(x) and x.is_cpu and not _is_recomputing()
         prepared = (self._taken() if repeats else None) or Prepared(self.places(), {})
         memory = Memory(once=True, rows=prepared.rows if repeats else None)
         for place in prepared.places:
@@ -193,6 +194,8 @@ class DenseStage(nn.Module):
             shortcuts = [module for shortcut in self.shortcuts.values() for module in shortcut.modules()]
             ends = [module for repeat in rows.values() if repeat is not None for module in repeat.modules()]
             watch = Watch(self, [*shortcuts, *ends])
+            if not watch.is_lasting():
+                return
             rows |= {row: repeat if repeat.put_under(watch) else None for row, repeat in new.items()}
             prepared = prepared._replace(watch=watch)
         self.__dict__["_prepared"] = prepared  # nn.Module's own way of setting takes far longer

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, is_grad_enabled, nn
 
 from . import ops
-from .hooks import GLOBAL_HOOKS, hooks_of
+from .hooks import GLOBAL_HOOKS, HOOKS, hooks_of
 
 _OF_ANY_MODULE = set(nn.Module().__dict__) - {"training"}
 
@@ -25,11 +25,10 @@ class Watch:
 
     def __init__(self, stage: nn.Module, closely: Iterable[nn.Module]) -> None:
         self.closely = list(closely)
-        inside = list(dict.fromkeys([*stage.modules(), *self.closely]))
-        self.hooks = [hooks for one in inside for hooks in hooks_of(one)]
-        self.attributes = [one.__dict__ for one in inside if one is not stage]
+        _, *self.inside = dict.fromkeys([*stage.modules(), *self.closely])
+        self.attributes = [one.__dict__ for one in self.inside]
         self.counts = [*map(len, self.attributes)]  # one more where `forward` is replaced on the module itself
-        self.children = [one._modules for one in inside if one._modules]
+        self.children = [one._modules for one in (stage, *self.inside)]
         self.had = [*map(dict, self.children)]
         self.types = [*map(type, self.closely)]
         self.own = _attributes(stage)
@@ -40,12 +39,17 @@ class Watch:
         """Whether other tensors in place of these would be noticed."""
         return set(map(id, tensors)) <= set(map(id, self.values))
 
+    def is_lasting(self) -> bool:
+        """Whether what is watched is the modules' own, not made for one pass, with a graph that would be kept too."""
+        return all(value.is_leaf for value in self.values if isinstance(value, Tensor))
+
     def holds(self, stage: nn.Module) -> bool:
         """Whether all is as it was, and `stage` the one that the watch was set up for, not a copy of it."""
         return (
             stage._modules is self.children[0]
             and not any(GLOBAL_HOOKS)
-            and not any(self.hooks)
+            and not any(hooks_of(stage))
+            and not any(any(map(hooks, self.inside)) for hooks in HOOKS)
             and [*map(len, self.attributes)] == self.counts
             and self.children == self.had
             and [*map(type, self.closely)] == self.types
@@ -99,5 +103,5 @@ class Repeat:
         return self.given[k] == given and self.run.takes(branch) and is_grad_enabled() is self.trains
 
     def holds(self) -> bool:
-        """Whether the numbers of all tensors are where they were."""
-        return [*map(Tensor.data_ptr, self.read)] == self.found
+        """Whether the numbers of all tensors are where they were, one behind the other."""
+        return [*map(Tensor.data_ptr, self.read)] == self.found and all(map(Tensor.is_contiguous, self.read))

@@ -5,6 +5,7 @@ import gc
 import io
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -14,13 +15,15 @@ import timm
 import torch
 from hosts import assert_close
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.mobilenetv2 import InvertedResidual
 
 import dense_shortcuts as ds
 from dense_shortcuts import ops
-from dense_shortcuts.ops import compiled
+from dense_shortcuts.ops import compiled, tape
 from dense_shortcuts.watch import Repeat
 
 pytestmark = pytest.mark.skipif(compiled.library()[0] is None, reason="no C++ compiler")
@@ -427,18 +430,16 @@ def test_another_number_of_threads_begins_anew(repeated):
     assert repeated == BLOCKS
 
 
-def test_gradients_that_nobody_waits_for_are_not_kept():
+def test_gradients_that_nobody_waits_for_are_not_kept(monkeypatch):
     net, _ = pair()
     for name, p in net.named_parameters():
         p.requires_grad_(not name.startswith(("conv1", "bn1", "layer1.0")))
     backward(net, images())
-    tapes: list[ops.Tape] = []
-    real = ops.Tape.__init__
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops.Tape, "__init__", lambda self, *given: (tapes.append(self), real(self, *given))[1])
-        backward(net, images())
-    assert len(tapes) == 2
-    assert not any(left for tape in tapes if tape._back is not None for left in tape._back.later)
+    backs: list[Any] = []
+    real = tape._Pass.leave
+    monkeypatch.setattr(tape._Pass, "leave", lambda self, back, *left: (backs.append(back), real(self, back, *left)))
+    backward(net, images())
+    assert len(backs) == len(BLOCKS) and not any(left for back in backs for left in back.later)
 
 
 def test_a_block_with_another_end_than_before_is_seen(repeated):
@@ -530,6 +531,204 @@ def test_a_block_that_gives_something_else_is_run_from_the_maps_that_are_there(n
     for seed in (2, 3):
         check(seed)
     assert repeated[-len(BLOCKS) :] == BLOCKS
+
+
+def _again(module: nn.Module, name: str, part: str) -> None:
+    """The same parameter or buffer, but now the last of its module."""
+    value = module._parameters[name] if part == "parameter" else module._buffers[name]
+    delattr(module, name)
+    getattr(module, f"register_{part}")(name, nn.Parameter(value.detach()) if part == "parameter" else value)
+
+
+ODD_NORMS: dict[str, Callable[[nn.Module], Any]] = {
+    "weight behind bias": lambda norm: _again(norm, "weight", "parameter"),
+    "mean behind variance": lambda norm: _again(norm, "running_mean", "buffer"),
+    "another parameter": lambda norm: norm.register_parameter("more", nn.Parameter(torch.ones(2))),
+    "another buffer": lambda norm: norm.register_buffer("more", torch.ones(2)),
+    "pruned": lambda norm: (
+        prune.l1_unstructured(norm, "weight", amount=2),
+        prune.remove(norm, "weight"),
+    ),
+    "parametrised": lambda norm: parametrize.register_parametrization(norm, "weight", nn.Softplus()),
+    "no momentum": lambda norm: setattr(norm, "momentum", None),
+}
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "between"])
+@pytest.mark.parametrize("norm", ODD_NORMS)
+def test_norms_with_more_or_less_than_usual_are_taken_for_what_they_are(norm, before):
+    nets = pair(norm="batch")
+    for seed in range(4):
+        if seed == (0 if before else 2):
+            for net in nets:
+                ODD_NORMS[norm](net.layer1[1].bn3)
+        assert_same(backward(nets[0], images(seed)), backward(nets[1], images(seed)))
+
+
+MOVED: dict[str, Callable[[nn.BatchNorm2d], Any]] = {
+    "weight of one number": lambda norm: setattr(norm.weight, "data", norm.weight.data[:1].expand(8)),
+    "mean with gaps": lambda norm: setattr(
+        norm.running_mean, "data", torch.stack([norm.running_mean, norm.running_mean + 1], 1)[:, 0]
+    ),
+    "variance elsewhere": lambda norm: setattr(norm.running_var, "data", norm.running_var.clone()),
+}
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("moved", MOVED)
+def test_numbers_that_were_moved_or_laid_out_anew_are_found(moved, train):
+    net, _ = pair()
+    again = copy.deepcopy(net)
+    results = []
+    for one in (net.train(train), again.train(train)):
+        for seed in range(2):
+            with torch.set_grad_enabled(train):
+                one(images(seed))
+        MOVED[moved](one.layer1[1].bn3)
+        if one is again:
+            for stage in ds.dense_stages(one).values():
+                stage.__dict__.pop("_prepared", None)
+        if train:
+            results.append(backward(one, images(2)))
+        else:
+            with torch.no_grad():
+                results.append({"output": one(images(2))})
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_hooks_whose_dictionary_was_replaced_are_seen(train):
+    results = []
+    for net in pair():
+        net.train(train)
+        with torch.set_grad_enabled(train):
+            net(images()), net(images())
+            for module in net.modules():
+                module._forward_hooks = OrderedDict()
+            net.layer1[1].bn3.register_forward_hook(lambda m, i, y: y * 3)
+            results.append(net(images(2)).detach())
+    assert_close(*results, 1e-10, "output")
+
+
+class Extended(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return self.post(x) if "post" in self._modules else x
+
+
+def test_a_layer_that_gains_one_is_seen():
+    kept: list[Tensor] = []
+    for net in pair():
+        conv = net.eval().layer1[1].conv3
+        conv.__class__ = Extended
+        with torch.no_grad():
+            net(images()), net(images())
+            conv.add_module("post", nn.Identity())
+            conv.post.register_forward_hook(lambda m, i, y: kept.append(y))
+            net(images(2))
+    assert_close(kept[0], kept[1], 1e-10, "what the hook saw")
+
+
+def test_backward_passes_within_one_another_do_not_share_state():
+    results = []
+    for net in pair():
+        backward(net, images())
+        net.zero_grad()
+        y = net(images(2))
+        loss, other, first = y.sin().sum(), y.cos().sum(), net.layer1[0].conv1.weight
+
+        def inner(grad: Tensor, other: Tensor = other, first: Tensor = first) -> None:
+            torch.autograd.grad(other, first, retain_graph=True)
+
+        handle = net.layer1[1].conv3.weight.register_hook(inner)
+        loss.backward(retain_graph=True)
+        handle.remove()
+        results.append({name: p.grad for name, p in net.named_parameters()})
+    assert_same(*results)
+
+
+def test_backward_passes_of_several_threads_through_one_graph_do_not_share_state():
+    net, _ = pair()
+    backward(net, images())
+    y, parameters = net(images(2)), list(net.parameters())
+    losses = [y.sin().sum(), y.cos().sum(), y.square().sum(), y.exp().sum()]
+    wanted = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
+    found: dict[int, list[Any]] = {}
+
+    def run(n: int) -> None:
+        found[n] = [torch.autograd.grad(losses[n], parameters, retain_graph=True) for _ in range(5)]
+
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for n, passes in found.items():
+        for grads in passes:
+            assert_same(dict(enumerate(grads)), dict(enumerate(wanted[n])))
+    assert len(found) == 4
+
+
+class Failing(nn.Module):
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.failing = conv, [False]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.failing[0]:
+            raise RuntimeError("as asked")
+        return self.conv(x)
+
+
+def test_neither_an_error_nor_gradients_of_gradients_leave_a_pass_behind():
+    net, _ = pair()
+    net.layer1[2].conv1 = failing = Failing(net.layer1[2].conv1)
+    backward(net, images())
+    passes: list[weakref.ref[Any]] = []
+    real = tape._Pass.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tape._Pass, "__init__", lambda self, *g: (passes.append(weakref.ref(self)), real(self, *g))[1])
+        failing.failing[0] = True
+        with pytest.raises(RuntimeError, match="as asked"):
+            net(images())
+        failing.failing[0] = False
+        backward(net, images())
+        backward(net, images())
+        later = list(net.layer2[1].parameters())
+        grads = torch.autograd.grad(net(images()).sin().sum(), later, create_graph=True)
+        del grads
+    gc.collect()
+    assert len(passes) > 4 and not any(one() for one in passes)
+
+
+def test_parameters_put_in_for_one_call_are_not_kept():
+    net, _ = pair()
+    backward(net, images())
+    parameters = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}
+    loss = functional_call(net, parameters, (images(),)).sin().sum()
+    grads = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
+    stepped = {name: p - 0.1 * g for (name, p), g in zip(parameters.items(), grads, strict=True)}
+    functional_call(net, stepped, (images(2),))
+    assert "_prepared" not in net.layer1.__dict__
+
+
+def test_a_recomputed_pass_leaves_nothing_to_repeat(repeated):
+    nets = pair()
+    for net in nets:
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = None
+        checkpoint(net, images().requires_grad_(), use_reentrant=True).sum().backward()
+        assert "_prepared" not in net.layer1.__dict__ or net.layer1._prepared.rows == {}
+    assert_same(backward(nets[0], images(2)), backward(nets[1], images(2)))
+
+
+def test_synchronised_norms_are_not_repeated_in_training(repeated):
+    for norm in ("group", "batch"):
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(pair(norm=norm)[0])
+        for _ in range(2):
+            backward(net, images())
+    assert repeated == []
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])

@@ -180,7 +180,7 @@ class Plan:
 
 
 class _Back:
-    """What the sums of a tape leave to those before them in one backward pass, `task`.
+    """What the sums of a pass leave to those before them in one backward pass.
 
     Attributes:
         later: for each map the sums that read it: the block, its G, and a_i where it is not among `numbers`.
@@ -189,12 +189,47 @@ class _Back:
         lowest: the first map whose rate and shift have gradients among `numbers`; all behind it have them too.
     """
 
-    def __init__(self, plan: Plan, like: Tensor, task: int) -> None:
-        self.task, self.slow = task, is_grad_enabled() or not is_eager(like)
+    def __init__(self, plan: Plan, like: Tensor) -> None:
+        self.slow, self.lowest = is_grad_enabled() or not is_eager(like), plan.depth
         self.later: list[list[tuple[int, Tensor, Tensor | None]]] = [[] for _ in range(plan.depth)]
         self.forms: dict[int, tuple[Tensor, Tensor]] = {}
         self.numbers = like.new_empty(0 if self.slow else plan.back_size)
-        self.lowest = plan.depth
+
+
+class _Pass:
+    """What the sums of one pass share, which autograd keeps as long as they may be gone back through.
+
+    It refers to no map: a map refers to it, through the function that made it.
+
+    Attributes:
+        numbers: of the pass forward, with the statistics of all maps and branches.
+        wanted: for each map whether a gradient of it is asked for.
+    """
+
+    def __init__(self, plan: Plan, like: Tensor) -> None:
+        self.plan, self.numbers = plan, like.new_empty(plan.size)
+        self.start = self.numbers.data_ptr()
+        self.wanted: list[bool] = []
+        self._backs: dict[int, _Back] = {}
+
+    def back(self) -> _Back:
+        """For the backward pass under way, of which there may be several at a time."""
+        task = _current_graph_task_id()
+        back = self._backs.get(task)
+        if back is None:
+            back = self._backs[task] = _Back(self.plan, self.numbers)
+
+            def forget() -> None:  # at its end, for not every one comes to the first map
+                del self._backs[task]
+
+            torch.autograd.Variable._execution_engine.queue_callback(forget)
+        return back
+
+    def leave(self, back: _Back, k: int, g: Tensor, scales: Sequence[Tensor | None]) -> None:
+        """Leave G of block k to the sums that made the maps it read, with a_i of each or None."""
+        for i, scale in zip(self.plan.sources[k], scales, strict=True):
+            if self.wanted[i]:
+                back.later[i].append((k, g, scale))
 
 
 class Tape:
@@ -208,12 +243,9 @@ class Tape:
     """
 
     def __init__(self, plan: Plan, x: Tensor, rate: Tensor, shift: Tensor, links: Sequence[Tensor]) -> None:
-        self.plan, self.rate, self.shift = plan, rate, shift
-        self.numbers = rate.new_empty(plan.size)
-        self.start = self.numbers.data_ptr()
-        self.maps, self.before = [x], _Begin.apply(self, rate, shift, *links)
-        self.wanted = [self.before.requires_grad]
-        self._back: _Back | None = None
+        self.plan, self.form, self.maps, self._pass = plan, (rate, shift), [x], _Pass(plan, rate)
+        self._before: Tensor = _Begin.apply(self._pass, rate, shift, *links)
+        self._pass.wanted.append(self._before.requires_grad)
 
     def sum(self, k: int, branch: Tensor, weight: Tensor, *affine: Tensor) -> Tensor:
         """X_l of block l = k + 1, (N, C, H, W).
@@ -223,51 +255,35 @@ class Tape:
             weight: w, a row for each map that the block sums, (maps, C).
             affine: weight and bias of that norm, (C,) each. These and w are contiguous, in the accumulation type.
         """
-        y: Tensor = _Sum.apply(self, k, self.before, branch, weight, *affine)
-        self.before = y
+        sources = self.plan.sources[k]
+        read = (*self.form, *self.maps[sources[0] : sources[-1] + 1])
+        y: Tensor = _Sum.apply(self._pass, k, read, self._before, branch, weight, *affine)
+        self._before = y
         if k + 1 < self.plan.depth:  # no block sums X_L
             self.maps.append(y)
-            self.wanted.append(y.requires_grad)
+            self._pass.wanted.append(y.requires_grad)
         return y
-
-    def end(self) -> None:
-        """Let go of the maps after the last block: what has to be kept, autograd keeps."""
-        self.maps.clear()
-        del self.before, self.rate, self.shift
 
     def move(self, running: Sequence[Tensor], places: Sequence[int], step: float) -> None:
         """One step of running statistics by a mean and variance that stand at these places in the pass's numbers."""
         mean, var = places
-        self.plan.move(mean, var, step)([0, self.start, 0, *map(Tensor.data_ptr, running)])
-
-    def back(self) -> _Back:
-        """For the backward pass under way, anew if it is another one than before."""
-        task = _current_graph_task_id()
-        if self._back is None or self._back.task != task:
-            self._back = _Back(self.plan, self.numbers, task)
-        return self._back
-
-    def leave(self, k: int, g: Tensor, scales: Sequence[Tensor | None]) -> None:
-        """Leave G of block k to the sums that made the maps it read, with a_i of each or None."""
-        assert self._back is not None
-        for i, scale in zip(self.plan.sources[k], scales, strict=True):
-            if self.wanted[i]:
-                self._back.later[i].append((k, g, scale))
+        self.plan.move(mean, var, step)([0, self._pass.start, 0, *map(Tensor.data_ptr, running)])
 
 
 class _Begin(torch.autograd.Function):
     """Hands what is left for X_0 to the operator that took its statistics."""
 
     @staticmethod
-    def forward(ctx: Any, tape: Tape, rate: Tensor, shift: Tensor, *links: Tensor) -> Tensor:
-        ctx.tape, ctx.links = tape, len(links)
+    def forward(ctx: Any, shared: _Pass, rate: Tensor, shift: Tensor, *links: Tensor) -> Tensor:
+        ctx.shared, ctx.links = shared, len(links)
         ctx.set_materialize_grads(False)
         return rate.new_empty(1)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        tape, plan, back = ctx.tape, ctx.tape.plan, ctx.tape.back()
-        later, tape._back = {k: (g, a) for k, g, a in back.later[0]}, None
+        plan, back = ctx.shared.plan, ctx.shared.back()
+        later = {k: (g, a) for k, g, a in back.later[0]}
+        back.later[0] = []
         if not later:
             return None, None, None, *[None] * ctx.links
 
@@ -276,8 +292,8 @@ class _Begin(torch.autograd.Function):
             return back.numbers.as_strided((plan.rows, c), (c, 1), place)
 
         forms = back.forms[0] if back.slow else (number(0), number(plan.depth * plan.each))
-        pairs = [later.get(k, (None, None)) for k, maps in enumerate(plan.sources) if 0 in maps]
         users = [k for k, maps in enumerate(plan.sources) if 0 in maps]
+        pairs = [later.get(k, (None, None)) for k in users]
         links = [
             t
             for k, (g, a) in zip(users, pairs, strict=True)
@@ -287,14 +303,25 @@ class _Begin(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
+    """Takes the map before too, though it comes among those that are `read`: so it is gone back through first."""
+
     @staticmethod
-    def forward(ctx: Any, tape: Tape, k: int, _: Tensor, branch: Tensor, weight: Tensor, *affine: Tensor) -> Tensor:
-        plan, y = tape.plan, torch.empty_like(branch)
-        (eps, relu), first, last = plan.ends[k], plan.sources[k][0], plan.sources[k][-1]
+    def forward(
+        ctx: Any,
+        shared: _Pass,
+        k: int,
+        read: tuple[Tensor, ...],
+        before: Tensor,
+        branch: Tensor,
+        weight: Tensor,
+        *affine: Tensor,
+    ) -> Tensor:
+        plan, y = shared.plan, torch.empty_like(branch)
+        eps, relu = plan.ends[k]
         # what is not looked at has its place in the table all the same
-        read = (weight, *(affine or (weight, weight)), tape.rate, tape.shift, *tape.maps[first : last + 1])
-        plan.forward[k]([0, tape.start, 0, *map(Tensor.data_ptr, (y, branch, *read))])
-        ctx.tape, ctx.k = tape, k
+        read = (weight, *(affine or (weight, weight)), *read)
+        plan.forward[k]([0, shared.start, 0, *map(Tensor.data_ptr, (y, branch, *read))])
+        ctx.shared, ctx.k = shared, k
         ctx.set_materialize_grads(False)
         # without ReLU and statistics the map is not looked at again, and may be overwritten by what follows
         looked_at = relu or k + 1 < plan.depth
@@ -303,16 +330,16 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Any:
-        tape, k, taken = ctx.tape, ctx.k, ctx.saved_tensors
-        plan, back, normed = tape.plan, tape.back(), tape.plan.ends[k].eps is not None
+        shared, k, taken = ctx.shared, ctx.k, ctx.saved_tensors
+        plan, back, normed = shared.plan, shared.back(), shared.plan.ends[k].eps is not None
         # in the order of blocks, which `fused.block` has them in too: the sums are the same bit for bit
         later = back.later[k + 1][::-1] if k + 1 < plan.depth else []
         if grad is None and not later:
-            return (None,) * (7 if normed else 5)
+            return (None,) * (8 if normed else 6)
         if k + 1 < plan.depth:
             back.later[k + 1] = []  # whose G are needed no more behind this
         if back.slow:
-            return None, None, None, *_slowly(tape, k, grad, later, taken)
+            return None, None, None, None, *_slowly(shared, back, k, grad, later, taken)
         like, (branch, weight, scale, bias) = taken[-1], taken[1:5]
         if grad is not None and not plan.takes(grad):
             grad = torch.empty_like(like).copy_(grad)
@@ -325,20 +352,21 @@ class _Sum(torch.autograd.Function):
         back.lowest = min(back.lowest, first)
         call = plan.backward(k, fresh, grad is not None, tuple(left[0] for left in later))
         table = [*map(Tensor.data_ptr, (*taken, *given)), *(left[1].data_ptr() for left in later)]
-        call([0, tape.start, back.numbers.data_ptr(), *table])
-        tape.leave(k, g, [None] * len(plan.sources[k]))
-        return None, None, None, to_branch, to_weight, *to_affine
+        call([0, shared.start, back.numbers.data_ptr(), *table])
+        shared.leave(back, k, g, [None] * len(plan.sources[k]))
+        return None, None, None, None, to_branch, to_weight, *to_affine
 
 
 def _slowly(
-    tape: Tape,
+    shared: _Pass,
+    back: _Back,
     k: int,
     grad: Tensor | None,
     later: Sequence[tuple[int, Tensor, Tensor | None]],
     taken: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
     """The backward pass of a sum by operators, whose gradients have gradients: of branch, weight and affine."""
-    plan, back = tape.plan, tape.back()
+    plan = shared.plan
     y, branch, weight, scale, bias, rate, shift, *maps = taken
     (eps, relu), sources = plan.ends[k], plan.sources[k]
     groups, own_eps = plan.norms[k + 1] if k + 1 < plan.depth else (NONE, 0.0)
@@ -357,5 +385,5 @@ def _slowly(
     for i, *new in zip(sources, to_rates, to_shifts, strict=True):
         old = back.forms.get(i)
         back.forms[i] = (new[0], new[1]) if old is None else (old[0] + new[0], old[1] + new[1])
-    tape.leave(k, g, scales)
+    shared.leave(back, k, g, scales)
     return to_branch[0] if to_branch else g, to_weight[0], *to_affine
