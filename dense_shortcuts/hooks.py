@@ -1,6 +1,5 @@
 """Whether anybody looks at what a module gives: hooks of all modules, of one, and of those in it."""
 
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ def observed(module: nn.Module) -> bool:
     return any(GLOBAL_HOOKS) or has_own_hooks(module)
 
 
-HOOKS = tuple(map(attrgetter, ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")))
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:

@@ -211,9 +211,7 @@ class Join:
             return None
         served = repeat.serves(k, branch, (norm, activation, identity_norm))
         if k == 0:
-            if not served or self._backend(branch) != "native":
-                return None
-            begun = begin(repeat, self.memory, self.shortcut, identity, identity_norm)
+            begun = begin(repeat, memory, self.shortcut, identity, identity_norm) if served else None
             if begun is None:
                 return None
             self.memory = memory = begun

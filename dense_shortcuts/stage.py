@@ -150,10 +150,11 @@ class DenseStage(nn.Module):
         """
         if place.shortcut is None:
             return place.block(x, *args, **kwargs), memory.begin()
-        recomputes = _is_recomputing()
-        if place.k and memory.repeat is None:  # in a pass that repeats one, nobody comes between two blocks
-            _check_follows(place.k, x, memory, recomputes)
         memory = memory if place.k else memory.begin()
+        repeats = memory.repeat is not None  # then nobody comes between two blocks, nor is this run a second time
+        recomputes = not repeats and _is_recomputing()
+        if place.k and not repeats:
+            _check_follows(place.k, x, memory, recomputes)
         join = Join(place, place.shortcut, memory, self.aggregate, self.keep_identity)
         if not recomputes:
             return _run(place.block, join, x, args, kwargs)

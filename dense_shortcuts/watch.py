@@ -25,14 +25,19 @@ class Watch:
 
     def __init__(self, stage: nn.Module, closely: Iterable[nn.Module]) -> None:
         self.closely = list(closely)
-        _, *self.inside = dict.fromkeys([*stage.modules(), *self.closely])
-        self.attributes = [one.__dict__ for one in self.inside]
+        _, *inside = dict.fromkeys([*stage.modules(), *self.closely])
+        self.hooks = [hooks for one in (stage, *inside) for hooks in hooks_of(one)]
+        self.attributes = [one.__dict__ for one in inside]
         self.counts = [*map(len, self.attributes)]  # one more where `forward` is replaced on the module itself
-        self.children = [one._modules for one in (stage, *self.inside)]
+        self.children = [one._modules for one in (stage, *inside)]
         self.had = [*map(dict, self.children)]
         self.types = [*map(type, self.closely)]
         self.own = _attributes(stage)
         read = [(part, name, value) for one in self.closely for part, name, value in _parts(one)]
+        # those who take away all hooks may put another dictionary in their place
+        read += [
+            (one.__dict__, name, getattr(one, name)) for one in (*stage.children(), *self.closely) for name in HOOKS
+        ]
         self.dicts, self.names, self.values = zip(*read, strict=True)
 
     def covers(self, tensors: Iterable[Tensor]) -> bool:
@@ -48,8 +53,7 @@ class Watch:
         return (
             stage._modules is self.children[0]
             and not any(GLOBAL_HOOKS)
-            and not any(hooks_of(stage))
-            and not any(any(map(hooks, self.inside)) for hooks in HOOKS)
+            and not any(self.hooks)
             and [*map(len, self.attributes)] == self.counts
             and self.children == self.had
             and [*map(type, self.closely)] == self.types
@@ -85,7 +89,7 @@ class Repeat:
 
     def __init__(self, run: ops.Stream | ops.Plan, given: Sequence[Any], read: Sequence[Tensor]) -> None:
         self.run, self.given, self.read, self.watched = run, given, read, False
-        self.trains = isinstance(run, ops.Plan)
+        self.trains, self.circumstances = isinstance(run, ops.Plan), ops.circumstances()
         # by another name each, so that no other tensor is put where one of them was, if its numbers move
         self.held, self.found = [t.detach() for t in read], [t.data_ptr() for t in read]
 
@@ -103,5 +107,6 @@ class Repeat:
         return self.given[k] == given and self.run.takes(branch) and is_grad_enabled() is self.trains
 
     def holds(self) -> bool:
-        """Whether the numbers of all tensors are where they were, one behind the other."""
-        return [*map(Tensor.data_ptr, self.read)] == self.found and all(map(Tensor.is_contiguous, self.read))
+        """Whether the same back end is chosen, and the numbers of all tensors are where they were and laid out so."""
+        there = [*map(Tensor.data_ptr, self.read)] == self.found and all(map(Tensor.is_contiguous, self.read))
+        return there and ops.circumstances() == self.circumstances

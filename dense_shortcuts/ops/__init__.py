@@ -1,7 +1,7 @@
 """The operator: what a dense shortcut computes, apart from any module."""
 
 from . import flops
-from .dispatch import BACKENDS, choose
+from .dispatch import BACKENDS, choose, circumstances
 from .forms import BATCH, NONE, RAW, RUNNING, form, pool
 from .joining import Branch, Joined, ahead, close, enter, join, move, nested_form, running_form
 from .operators import is_eager
@@ -26,6 +26,7 @@ __all__ = [
     "accumulation_dtype",
     "ahead",
     "choose",
+    "circumstances",
     "close",
     "dense_sum",
     "enter",

@@ -128,4 +128,13 @@ def is_transformed() -> bool:
 
 def is_traced(x: Tensor) -> bool:
     """Whether a graph for other runtimes is being recorded, where operators of our own would not be known."""
-    return _get_tracing_state() is not None or is_exporting() or isinstance(x, Proxy)
+    return _is_recording() or isinstance(x, Proxy)
+
+
+def _is_recording() -> bool:
+    return _get_tracing_state() is not None or is_exporting()
+
+
+def circumstances() -> tuple[str | None, bool, bool]:
+    """What `choose` goes by besides a map and a name."""
+    return os.environ.get(VARIABLE), is_transformed(), _is_recording()
