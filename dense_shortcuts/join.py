@@ -193,12 +193,8 @@ class Join:
         if not fits or not stream.takes(branch):
             return None
         stream.prepare(self.k, found, relu)
-        return self._sum_in(stream, branch, identity)
-
-    def _sum_in(self, stream: ops.Stream, branch: Tensor, identity: Tensor) -> Tensor:
         self.entered = True
-        own = self._is_own(branch, identity)
-        return stream.sum(self.place.k, branch, branch if own else torch.empty_like(branch))
+        return stream.sum(self.k, branch, identity, seen=self.place.hooked)
 
     def _repeat(
         self, branch: Tensor, identity: Tensor, norm: nn.Module | None, activation: Any, identity_norm: nn.Module | None
@@ -219,8 +215,7 @@ class Join:
             self.memory = leave(memory, self.shortcut, self.place.row)
             return None
         if memory.stream is not None:
-            return self._sum_in(memory.stream, branch, identity)
-        self.entered = True
+            return memory.stream.sum(k, branch, identity, seen=False)
         assert memory.tape is not None
         return sum_on_tape(repeat, memory.tape, k, self.shortcut, branch, norm)
 

@@ -81,9 +81,7 @@ class Memory(NamedTuple):
         return version == -1 or x.is_inference() or x._version == version
 
     def storages(self) -> list[int]:
-        """Where the storages of the maps are."""
-        if self.stream is not None:
-            return self.stream.storages
+        """Where the storages of the terms' maps are."""
         return [term.map.untyped_storage().data_ptr() for term in self.terms]
 
     def leave_stream(self, k: int) -> "Memory":

@@ -22,9 +22,9 @@ def sums(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     made: list[int] = []
     real = ops.Stream.sum
 
-    def counted(self: ops.Stream, k: int, *given: object) -> Tensor:
+    def counted(self: ops.Stream, k: int, *given: Tensor, seen: bool) -> Tensor:
         made.append(k)
-        return real(self, k, *given)
+        return real(self, k, *given, seen=seen)
 
     monkeypatch.setattr(ops.Stream, "sum", counted)
     return made

@@ -142,24 +142,31 @@ class Stream:
         end = [relu, *maps[k + 1], *self.own[k + 1]]
         self.calls[k] = Call("block", self.dtype, [*self.words, *terms, *self.pairs[k], *end]), kept
 
-    def sum(self, k: int, branch: Tensor, out: Tensor) -> Tensor:
-        """X_l of block l = k + 1, which is prepared, written to `out`; X_0 .. X_k are there.
+    def sum(self, k: int, branch: Tensor, identity: Tensor, *, seen: bool) -> Tensor:
+        """X_l of block l = k + 1, which is prepared; X_0 .. X_k are there.
+
+        It is written over the branch where nobody else has that memory: no earlier map, nor the block's input.
 
         Args:
             k: the block.
-            branch: the residual branch, one that the stream `takes`; `out` may be the same.
+            branch: the residual branch, one that the stream `takes`.
+            identity: what the host would add.
+            seen: whether somebody may have taken the branch.
         """
         if k in self.groups:
             self._sum_ahead(k)
+        storage = branch.untyped_storage().data_ptr()
+        shared = seen or storage in self.storages or storage == identity.untyped_storage().data_ptr()
+        out = torch.empty_like(branch) if shared else branch
         prepared, addresses = self.calls[k], self.addresses
         assert prepared is not None
         addresses[k + 1], addresses[-2] = out.data_ptr(), branch.data_ptr()
         if self.partial:
             addresses[-1] = self.partial[k - self.start].data_ptr()
-        prepared[0]()
+        prepared[0].function(prepared[0].address, None)  # one frame less than to call it
         if k + 1 < len(self.norms):  # no block sums X_L
             self.maps.append(out)
-            self.storages.append(out.untyped_storage().data_ptr())
+            self.storages.append(out.untyped_storage().data_ptr() if shared else storage)
         return out
 
     def _sum_ahead(self, k: int) -> None:
