@@ -311,6 +311,11 @@ def _forward_of_conv(net: nn.Module) -> None:
     conv.forward = lambda x, real=conv.forward: real(x) * 2
 
 
+def _forward_of_norm(net: nn.Module) -> None:
+    norm = net.layer1[1].bn3
+    norm.forward = lambda x, real=norm.forward: real(x) * 2
+
+
 def _hook(net: nn.Module) -> None:
     net.layer1[1].bn3.register_forward_hook(lambda m, i, y: y * 2)
 
@@ -331,6 +336,8 @@ CHANGES: dict[str, Callable[[nn.Module], Any]] = {
     "another eps": _double_eps,
     "norms switched": lambda net: [m.train(not m.training) for m in net.modules() if isinstance(m, nn.BatchNorm2d)],
     "another forward pass of a layer": _forward_of_conv,
+    "another forward pass of a norm": _forward_of_norm,
+    "another setting of the stage": lambda net: setattr(net.layer1, "keep_identity", True),
     "a hook": _hook,
     "another back end": lambda net: setattr(net.layer1.shortcut, "backend", "plain"),
     "other blocks": lambda net: net.layer1.__setattr__("1", copy.deepcopy(net.layer1[2])),
