@@ -1,5 +1,6 @@
 """Whether anybody looks at what a module gives: hooks of all modules, of one, and of those in it."""
 
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -24,11 +25,7 @@ def observed(module: nn.Module) -> bool:
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    """Where the hooks on the module itself are kept."""
-    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+hooks_of = attrgetter(*HOOKS)  # where the hooks on a module itself are kept
 
 
 def has_own_hooks(module: nn.Module) -> bool:

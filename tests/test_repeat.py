@@ -80,6 +80,15 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: 
         assert_close(found[name].double(), t.double(), tolerance, str(name))
 
 
+def at_once(run: Callable[[int], Any]) -> None:
+    """run(0) .. run(3), each in a thread of its own."""
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def step(nets: tuple[nn.Module, ...], rate: float = 1e-3) -> None:
     """The same step of gradient descent for both."""
     with torch.no_grad():
@@ -665,11 +674,7 @@ def test_backward_passes_of_several_threads_through_one_graph_do_not_share_state
     def run(n: int) -> None:
         found[n] = [torch.autograd.grad(losses[n], parameters, retain_graph=True) for _ in range(5)]
 
-    threads = [threading.Thread(target=run, args=(n,)) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(run)
     for n, passes in found.items():
         for grads in passes:
             assert_same(dict(enumerate(grads)), dict(enumerate(wanted[n])))
@@ -754,11 +759,7 @@ def test_passes_of_several_threads_do_not_share_state(train):
 
     wanted = [run(seed) for seed in range(4)]
     found: dict[int, list[Tensor]] = {}
-    threads = [threading.Thread(target=lambda s=s: found.update({s: [run(s) for _ in range(5)]})) for s in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(lambda seed: found.update({seed: [run(seed) for _ in range(5)]}))
     for seed, results in found.items():
         for result in results:
             assert_close(result, wanted[seed], 1e-10, f"pass over {seed}")

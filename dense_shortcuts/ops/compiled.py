@@ -225,5 +225,20 @@ def shape_words(x: Tensor) -> list[int]:
     return [count, n, c, h * w, is_last(x)]
 
 
+class LaidOut:
+    """Something prepared for maps that are laid out as x, (N, C, H, W), for as many threads as there are now."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.shape, self.layout, self.words = x.shape, (x.dtype, x.stride()), shape_words(x)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether a map is laid out so."""
+        return type(x) is Tensor and x.shape == self.shape and (x.dtype, x.stride()) == self.layout
+
+    def serves(self, x: Tensor) -> bool:
+        """Whether a pass may begin with x."""
+        return self.takes(x) and shape_words(x) == self.words
+
+
 def is_last(x: Tensor) -> bool:
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)

@@ -19,7 +19,8 @@ from .reference import accumulation_dtype, new_map
 from .sums import Back, Sum
 
 _NO_FORM, _NO_MAP, _NO_PAIR = [0], [0, 0], [0, 0]
-_NOTHING, _GIVEN, _MADE = [0], 1, 2  # ways in which a gradient comes through a norm
+NO_NORM = [NONE, *[0] * 7]  # of a map that no sum takes
+NOTHING, _GIVEN, MADE = [0], 1, 2  # ways in which a gradient comes through a norm
 
 
 class _Words:
@@ -160,7 +161,7 @@ def pull(
     """See `reference.pull`."""
     x = _standard(x)
     words = _Words(x)
-    own = _NOTHING if offset is None else [_GIVEN, offset.shape[0], words.numbers(offset), words.numbers(slope)]
+    own = NOTHING if offset is None else [_GIVEN, offset.shape[0], words.numbers(offset), words.numbers(slope)]
     pulled = torch.empty_like(x)
     scales = x.new_empty((len(maps), rows, x.shape[1]), dtype=words.dtype)
     bias = x.new_empty((rows, x.shape[1]), dtype=words.dtype)
@@ -208,9 +209,14 @@ def _through(
         affine, to_affine: where weight and bias of the norm are, and where their gradients go.
     """
     (n, c), pixels = x.shape[:2], x.shape[2] * x.shape[3]
-    count = pixels if groups == RAW else pixels * n if groups == BATCH else pixels * c // groups
+    count = values_of(groups, n, c, pixels)
     pooled = found[:2] if groups == RAW else found[2:]
-    return [_MADE, rows, groups, bits(eps), count, affine[0], *words.all(pooled), *grads, *to_affine]
+    return [MADE, rows, groups, bits(eps), count, affine[0], *words.all(pooled), *grads, *to_affine]
+
+
+def values_of(groups: int, images: int, channels: int, pixels: int) -> int:
+    """How many numbers of maps are normalised together."""
+    return pixels if groups == RAW else pixels * images if groups == BATCH else pixels * channels // groups
 
 
 def _own_through(
@@ -219,7 +225,7 @@ def _own_through(
     """`_through` for gradients of which either may be missing, or both."""
     some = grads[0] if grads[0] is not None else grads[1]
     if groups == NONE or some is None:
-        return _NOTHING
+        return NOTHING
     return _through(words, x, groups, eps, found, some.shape[0], words.all(grads))
 
 
@@ -259,7 +265,7 @@ def pull_block(
     if not given.rates:
         scales, to_scales, to_bias = unnormalised_scales(weight, given.maps, y), new(count, rows, c), new(rows, c)
         pairs = _given_scales(words, given.summed, scales, None)
-        call("pull_block", words.dtype, [*told, *pairs, to_scales.data_ptr(), to_bias.data_ptr(), *_NOTHING, 0])
+        call("pull_block", words.dtype, [*told, *pairs, to_scales.data_ptr(), to_bias.data_ptr(), *NOTHING, 0])
         to_weights = [] if weight is None else [_with_earlier(to_scales.sum(1), weight)]
         return g, list(scales.unbind()), [], [], [], to_weights, [], []
 
@@ -270,7 +276,7 @@ def pull_block(
     addresses = [t.data_ptr() for t in small]
     to_fixed = [new(1, c) for _ in fixed]
     to_branch = [] if branch is None else [torch.empty_like(branch, memory_format=words.layout)]
-    to_affine, theirs = [], _NOTHING
+    to_affine, theirs = [], NOTHING
     if branch is not None and not fixed:
         to_affine = [new(c), new(c)]
         parameters, to_parameters = words.all(affine) or _NO_PAIR, [t.data_ptr() for t in to_affine]

@@ -13,12 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .compiled import KINDS, SLOT, Call, address_of, bits, shape_words
-from .forms import NONE, RUNNING
-from .native import mix
+from .compiled import KINDS, SLOT, Call, LaidOut, address_of, bits
+from .forms import RUNNING
+from .native import NO_NORM, mix
 from .reference import accumulation_dtype
 
-_NO_NORM = [NONE, *[0] * 7]
 _WORD = 8  # bytes
 
 
@@ -42,7 +41,7 @@ class KnownNorm(NamedTuple):
         return sizes <= {channels} and (self.groups == RUNNING or channels % self.groups == 0)
 
 
-class Stream:
+class Stream(LaidOut):
     """The maps of a row of L blocks, (N, C, H, W) each and dense in memory, as they are finished.
 
     Args:
@@ -65,9 +64,9 @@ class Stream:
         direct: Sequence[Sequence[int]],
         groups: Mapping[int, range],
     ) -> None:
+        super().__init__(x)
         depth, (images, channels), self.dtype = len(sources), x.shape[:2], accumulation_dtype(x.dtype)
         self.norms, self.weights, self.direct, self.groups = norms, weights, direct, groups
-        self.shape, self.layout, self.words = x.shape, (x.dtype, x.stride()), shape_words(x)
         kinds = {norm.groups for norm in norms if norm is not None}
         self.normalised = len(kinds) > 0
         self.rows = 1 if kinds <= {RUNNING} else images
@@ -82,7 +81,7 @@ class Stream:
         self.kept: list[Tensor] = []
         # what is known of each block beforehand
         self.pairs = [self._pair(*given) for given in zip(sources, weights, strict=True)]
-        self.own = [self._form(norm, i, self.kept) for i, norm in enumerate(norms)] + [_NO_NORM]
+        self.own = [self._form(norm, i, self.kept) for i, norm in enumerate(norms)] + [NO_NORM]
         self.enter = self._enter(last) if norms[0] is not None else None
         self.calls: list[tuple[Call, list[Tensor]] | None] = [None] * depth
         if not self.normalised:
@@ -111,17 +110,9 @@ class Stream:
         """The tensors besides maps that the calls refer to."""
         return [*self.kept, *(t for call in self.calls if call is not None for t in call[1])]
 
-    def serves(self, x: Tensor) -> bool:
-        """Whether another pass may begin with x."""
-        return self.takes(x) and shape_words(x) == self.words
-
     def map(self, i: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Map X_i, and rate and shift of its norm, (1 or N, C); None for none."""
         return (self.maps[i], *self.forms[i]) if self.normalised else (self.maps[i], None, None)
-
-    def takes(self, x: Tensor) -> bool:
-        """Whether a branch is laid out as the maps are."""
-        return type(x) is Tensor and x.shape == self.shape and (x.dtype, x.stride()) == self.layout
 
     def prepare(self, k: int, norm: KnownNorm | None, relu: bool) -> None:
         """Make ready for the sum of block l = k + 1, s(N(branch) + sum_i w_i * N(X_i)).
@@ -184,6 +175,6 @@ class Stream:
     def _form(self, norm: KnownNorm | None, place: int, kept: list[Tensor]) -> list[int]:
         """A norm, whose form goes to its place; what it refers to is kept."""
         if norm is None:
-            return _NO_NORM
+            return NO_NORM
         weight, bias, mean, var = (address_of(t, self.dtype, kept) for t in norm[2:])
         return [norm.groups, bits(norm.eps), weight, bias, *self.places[place], mean, var]

@@ -10,6 +10,7 @@ The numbers are those of `fused.block`, whose kernels run; it is also what compu
 differentiated in its turn.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,8 +19,9 @@ from torch import Tensor, is_grad_enabled
 from torch._C import _current_graph_task_id
 
 from . import fused
-from .compiled import KINDS, Call, bits, shape_words
+from .compiled import KINDS, Call, LaidOut, bits
 from .forms import BATCH, NONE, shapes
+from .native import MADE, NO_NORM, NOTHING, values_of
 from .operators import is_eager, run_backward
 from .reference import accumulation_dtype
 
@@ -27,8 +29,6 @@ from .reference import accumulation_dtype
 _Y, _BRANCH, _WEIGHT, _SCALE, _BIAS, _RATE, _SHIFT, _MAPS = range(3, 11)
 _RUNNING_MEAN, _RUNNING_VAR = 3, 4  # in the table of `Plan.move`
 _FORWARD, _BACKWARD = 0, 1
-_NO_NORM = [NONE, *[0] * 7]
-_NOTHING, _MADE = [0], 2
 _GIVEN = 6  # places behind the maps of what a backward call takes and gives besides the gradients of later sums
 
 
@@ -44,7 +44,7 @@ class End(NamedTuple):
     relu: bool
 
 
-class Plan:
+class Plan(LaidOut):
     """What all passes over a row of L blocks have in common.
 
     Args:
@@ -63,16 +63,16 @@ class Plan:
         norms: Sequence[tuple[int, float]],
         ends: Sequence[End],
     ) -> None:
+        super().__init__(x)
         self.depth, self.sources, self.ends = len(sources), sources, ends
-        self.shape, self.layout, self.words = x.shape, (x.dtype, x.stride()), shape_words(x)
         self.norms, self.kind, self.dtype = [(NONE, 0.0), *norms], KINDS[x.dtype], accumulation_dtype(x.dtype)
         n, c = x.shape[:2]
         self.pixels, self.item, self.rows, self.each = x.shape[2] * x.shape[3], self.dtype.itemsize, rows, rows * c
         # numbers of the pass forward: rate, shift, pooled mean and variance of each map but X_0, and of each branch
-        self.size, self.forms, self.branches = 0, [[0] * 4], list[list[int]]()
+        self.size, self.forms = 0, [[0] * 4]
         for groups, _ in norms:
             form, pooled = shapes(n, c, groups)
-            self.forms.append([self._room(torch.Size(shape).numel()) for shape in (form, form, pooled, pooled)])
+            self.forms.append([self._room(math.prod(shape)) for shape in (form, form, pooled, pooled)])
         self.branches = [[self._room(c) for _ in range(4)] for _ in sources]
         # and backward: the gradients of all rates and shifts, then the scales of each sum, that of its branch first
         ends_at = [2 * self.depth * self.each]
@@ -86,14 +86,6 @@ class Plan:
     def _room(self, count: int) -> int:
         start, self.size = self.size, self.size + count
         return start
-
-    def takes(self, x: Tensor) -> bool:
-        """Whether a map is laid out as the plan has it."""
-        return type(x) is Tensor and x.shape == self.shape and (x.dtype, x.stride()) == self.layout
-
-    def serves(self, x: Tensor) -> bool:
-        """Whether a pass may begin with x."""
-        return self.takes(x) and shape_words(x) == self.words
 
     def scale_at(self, k: int, i: int) -> int:
         """Where a_i of block k stands among the numbers of the pass backward."""
@@ -122,7 +114,7 @@ class Plan:
         branch = [1, _BRANCH, self.kind, 0]
         if eps is not None:
             branch = [0, 1, BATCH, bits(eps), _SCALE, _BIAS, *map(self._at, self.branches[k])]
-        own = _NO_NORM
+        own = NO_NORM
         if k + 1 < self.depth:
             groups, own_eps = self.norms[k + 1]
             own = [groups, bits(own_eps), 0, 0, *map(self._at, self.forms[k + 1])]
@@ -155,13 +147,13 @@ class Plan:
     def _pull(self, k: int, fresh: int, has_grad: bool, later: tuple[int, ...]) -> Call:
         maps, (eps, relu), i = self.sources[k], self.ends[k], k + 1
         grad, g, to_branch, to_weight, to_scale, to_bias = range(_MAPS + len(maps), _MAPS + len(maps) + _GIVEN)
-        own = _NOTHING
+        own = NOTHING
         if later:
             groups, own_eps = self.norms[i]
-            count = self.pixels * (self.shape[0] if groups == BATCH else self.shape[1] // groups)
+            count = values_of(groups, self.shape[0], self.shape[1], self.pixels)
             sums = [self._at((side * self.depth + i) * self.each, _BACKWARD) for side in (0, 1)]
             pooled = map(self._at, self.forms[i][2:])
-            own = [_MADE, self.rows, groups, bits(own_eps), count, 0, *pooled, *sums, 0, 0]
+            own = [MADE, self.rows, groups, bits(own_eps), count, 0, *pooled, *sums, 0, 0]
         pulled = [
             word
             for n, block in enumerate(later)
@@ -170,11 +162,11 @@ class Plan:
         given = [_Y, self.kind, *((grad, self.kind) if has_grad else (0, 0)), *own, len(later), *pulled, relu, g]
         forms = [self._at((side * self.depth + maps[0]) * self.each, _BACKWARD) for side in (0, 1)]
         gradients = [0, 0, to_weight, *forms, fresh, 0, 0]
-        branch = [*_NOTHING, 0]
+        branch = [*NOTHING, 0]
         if eps is not None:
             statistics = map(self._at, self.branches[k][2:])
             count = self.pixels * self.shape[0]
-            branch = [_MADE, 1, BATCH, bits(eps), count, _SCALE, *statistics, 0, 0, to_scale, to_bias, to_branch]
+            branch = [MADE, 1, BATCH, bits(eps), count, _SCALE, *statistics, 0, 0, to_scale, to_bias, to_branch]
         pairs = self._pairs(k, self._at(self.scales[k], _BACKWARD))
         return Call("pull_block", self.dtype, [*self.words, *given, *pairs, *gradients, *branch])
 
