@@ -1,6 +1,5 @@
 """Whether anybody looks at what a module gives: hooks of all modules, of one, and of those in it."""
 
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -25,7 +24,11 @@ def observed(module: nn.Module) -> bool:
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-hooks_of = attrgetter(*HOOKS)  # where the hooks on a module itself are kept
+
+
+def hooks_of(module: nn.Module) -> list[dict[int, Any]]:
+    """Where the hooks on the module itself are kept."""
+    return [getattr(module, name) for name in HOOKS]  # an `attrgetter` breaks the compiler's graph
 
 
 def has_own_hooks(module: nn.Module) -> bool:
