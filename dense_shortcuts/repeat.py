@@ -89,7 +89,7 @@ def as_repeat(memory: Memory, shortcut: DenseShortcut) -> Repeat | None:
         return None
     given, ends = zip(*memory.record, strict=True)
     if memory.stream is not None:
-        return Repeat(memory.stream, given, memory.stream.read())
+        return Repeat(memory.stream, given, memory.stream.kept)
     first, last = memory.terms[0], given[0][2]
     if isinstance(last, nn.SyncBatchNorm):  # which other processes may join
         return None

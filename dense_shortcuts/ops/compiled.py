@@ -27,7 +27,6 @@ CACHE_VARIABLE = "DENSE_SHORTCUTS_CACHE"
 _FLAGS = ["-O3", "-std=c++17", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 _LINK = ["-shared", "-fPIC"]
 KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-SLOT = 16  # added to a kind where the address given is that of the map's address
 _INTEGER, _DOUBLE = struct.Struct("q"), struct.Struct("d")
 _SMALL = 2**15  # elements of a map below which a second thread costs more than it gains
 
@@ -181,22 +180,23 @@ def call(name: str, dtype: torch.dtype, words: Sequence[int]) -> None:
 
 
 class Call:
-    """`call` with words that are kept, to be made again and again; maps in slots may be others each time.
+    """`call` for any number of times, with other tensors each time.
 
-    Given a table, all addresses among the words are places in it (`native.cpp`), so that one row of words serves any
-    number of threads.
+    The words, which are kept, hold a place in a table wherever an address is due, or what `behind` gives. In the table
+    come 0, the address of two blocks of memory or 0, and then any others.
     """
 
     def __init__(self, name: str, dtype: torch.dtype, words: Sequence[int]) -> None:
         self.words = array("q", words)
         self.function, self.address = _function(name, dtype == torch.float64), self.words.buffer_info()[0]
 
-    def __call__(self, table: Sequence[int] | None = None) -> None:
-        if table is None:
-            self.function(self.address, None)
-            return
-        row = array("q", table)
-        self.function(self.address, row.buffer_info()[0])
+    def __call__(self, table: "array[int]") -> None:
+        self.function(self.address, table.buffer_info()[0])
+
+
+def behind(count: int, block: int = 0) -> int:
+    """The word for the address so many bytes into the first or second block of memory of a table."""
+    return -1 - (2 * count + block)
 
 
 @lru_cache(256)

@@ -19,7 +19,7 @@ namespace {
 constexpr int64_t CHUNK = 512;  // pixels of one image summed without going to double
 constexpr int64_t GROUP = 4;    // rows taken in one pass over registers
 
-enum Kind : int32_t { F32 = 0, F64 = 1, BF16 = 2, F16 = 3, SLOT = 16 };
+enum Kind : int32_t { F32 = 0, F64 = 1, BF16 = 2, F16 = 3 };
 
 struct bfloat16 {
   uint16_t bits;
@@ -64,7 +64,7 @@ struct Map {
 
 // What a function is given: a row of 64-bit words that are taken one after the other, as native.py writes them. With a
 // table the row has no addresses in it and serves for other tensors too: where an address is due there is a place in the
-// table, or below zero -1 - (2 * bytes + n), so many bytes behind what stands in the table's place 1 + n.
+// table, or below zero -1 - (2 * bytes + n), so many bytes behind what stands in the table's place 1 + n (`behind`).
 struct Words {
   const int64_t* at;
   const int64_t* table;
@@ -84,12 +84,8 @@ struct Words {
     if (given >= 0) return reinterpret_cast<T*>(table[given]);
     return reinterpret_cast<T*>(table[1 + ((-1 - given) & 1)] + ((-1 - given) >> 1));
   }
-  // A map, or where its address stands (SLOT), so that a row of words serves for one map after another. Braces are
-  // filled from the left, here and wherever a structure is read.
-  Map map() {
-    const Map given{address<const void>(), int32_t(integer())};
-    return given.kind & SLOT ? Map{*static_cast<const void* const*>(given.data), given.kind & ~SLOT} : given;
-  }
+  // Braces are filled from the left, here and wherever a structure is read.
+  Map map() { return Map{address<const void>(), int32_t(integer())}; }
   std::vector<Map> maps() {
     std::vector<Map> taken(integer());
     for (Map& one : taken) one = map();

@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .compiled import KINDS, SLOT, Call, LaidOut, address_of, bits
+from .compiled import KINDS, Call, LaidOut, address_of, behind, bits
 from .forms import RUNNING
 from .native import NO_NORM, mix
 from .reference import accumulation_dtype
 
-_WORD = 8  # bytes
+_X = 3  # the place of X_0 in the table of a call
 
 
 class KnownNorm(NamedTuple):
@@ -72,25 +72,24 @@ class Stream(LaidOut):
         self.rows = 1 if kinds <= {RUNNING} else images
         # rate and shift of each map, and in the last place those of another norm at hand
         self.forms = x.new_empty((depth + 1, 2, self.rows, channels), dtype=self.dtype)
-        start, size = self.forms.data_ptr(), self.rows * channels * self.forms.itemsize
-        self.places = [(start + 2 * i * size, start + (2 * i + 1) * size) for i in range(depth + 1)]
-        # the addresses of X_0 .. X_L, of a branch, and of a sum made ahead, which a call finds in slots
-        self.addresses = array("q", [0] * (depth + 3))
-        first, kind = self.addresses.buffer_info()[0], KINDS[x.dtype] + SLOT
-        self.slots = [(first + _WORD * i, kind) for i in range(depth + 3)]
-        self.kept: list[Tensor] = []
+        size = self.rows * channels * self.forms.itemsize
+        self.places = [(behind(2 * i * size), behind((2 * i + 1) * size)) for i in range(depth + 1)]
+        # the table of all calls: X_0 .. X_L, a branch, a sum made ahead, and what serves for every pass, which is kept
+        self.table, self.kept = array("q", [0, self.forms.data_ptr(), 0, *[0] * (depth + 3)]), list[Tensor]()
+        self.branch, self.ahead = _X + depth + 1, _X + depth + 2
+        self.kind = KINDS[x.dtype]
         # what is known of each block beforehand
         self.pairs = [self._pair(*given) for given in zip(sources, weights, strict=True)]
-        self.own = [self._form(norm, i, self.kept) for i, norm in enumerate(norms)] + [NO_NORM]
+        self.own = [*map(self._form, norms, self.places), NO_NORM]
         self.enter = self._enter(last) if norms[0] is not None else None
-        self.calls: list[tuple[Call, list[Tensor]] | None] = [None] * depth
+        self.calls: list[Call | None] = [None] * depth
         if not self.normalised:
             self.forms[:, 0], self.forms[:, 1] = 1, 0
         self.begin(x)
 
     def _enter(self, last: KnownNorm | None) -> Call:
-        inner = [0] if last is None else [1, *self._form(last, -1, self.kept)]
-        return Call("enter", self.dtype, [*self.words, *self.slots[0], *self.own[0], *inner])
+        inner = [0] if last is None else [1, *self._form(last, self.places[-1])]
+        return Call("enter", self.dtype, [*self.words, _X, self.kind, *self.own[0], *inner])
 
     def begin(self, x: Tensor) -> None:
         """Start a pass with X_0, or what it is made of."""
@@ -98,17 +97,13 @@ class Stream(LaidOut):
         # the sums made ahead for the group of blocks under way, its first block, and how many groups there were
         self.partial: list[Tensor] = []
         self.start = self.begun = 0
-        self.addresses[0] = x.data_ptr()
+        self.table[_X] = x.data_ptr()
         if self.enter is not None:
-            self.enter()
+            self.enter(self.table)
 
     def end(self) -> None:
         """Let go of the maps after the last block."""
         self.maps, self.storages, self.partial = [], [], []
-
-    def read(self) -> list[Tensor]:
-        """The tensors besides maps that the calls refer to."""
-        return [*self.kept, *(t for call in self.calls if call is not None for t in call[1])]
 
     def map(self, i: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Map X_i, and rate and shift of its norm, (1 or N, C); None for none."""
@@ -122,16 +117,14 @@ class Stream(LaidOut):
             norm: the branch's last norm where that is still to be applied, by running statistics.
             relu: whether s is ReLU, else there is none.
         """
-        kept: list[Tensor] = []
-        *maps, branch, summed = self.slots
-        direct = [word for i in self.direct[k] for word in maps[i]]
-        count, ahead = len(self.direct[k]), summed if k >= min(self.groups, default=k + 1) else ()
+        branch, direct = (self.branch, self.kind), [word for i in self.direct[k] for word in (_X + i, self.kind)]
+        count, ahead = len(self.direct[k]), (self.ahead, self.kind) if k >= min(self.groups, default=k + 1) else ()
         if norm is None:
             terms = [1 + len(ahead) // 2, *branch, *ahead, 0, count, *direct, 0]
         else:
-            terms = [len(ahead) // 2, *ahead, 1, *self._form(norm, -1, kept), count + 1, *branch, *direct, 1]
-        end = [relu, *maps[k + 1], *self.own[k + 1]]
-        self.calls[k] = Call("block", self.dtype, [*self.words, *terms, *self.pairs[k], *end]), kept
+            terms = [len(ahead) // 2, *ahead, 1, *self._form(norm, self.places[-1]), count + 1, *branch, *direct, 1]
+        end = [relu, _X + k + 1, self.kind, *self.own[k + 1]]
+        self.calls[k] = Call("block", self.dtype, [*self.words, *terms, *self.pairs[k], *end])
 
     def sum(self, k: int, branch: Tensor, identity: Tensor, *, seen: bool) -> Tensor:
         """X_l of block l = k + 1, which is prepared; X_0 .. X_k are there.
@@ -149,12 +142,12 @@ class Stream(LaidOut):
         storage = branch.untyped_storage().data_ptr()
         shared = seen or storage in self.storages or storage == identity.untyped_storage().data_ptr()
         out = torch.empty_like(branch) if shared else branch
-        prepared, addresses = self.calls[k], self.addresses
-        assert prepared is not None
-        addresses[k + 1], addresses[-2] = out.data_ptr(), branch.data_ptr()
+        call, table = self.calls[k], self.table
+        assert call is not None
+        table[_X + k + 1], table[self.branch] = out.data_ptr(), branch.data_ptr()
         if self.partial:
-            addresses[-1] = self.partial[k - self.start].data_ptr()
-        prepared[0].function(prepared[0].address, None)  # one frame less than to call it
+            table[self.ahead] = self.partial[k - self.start].data_ptr()
+        call(table)
         if k + 1 < len(self.norms):  # no block sums X_L
             self.maps.append(out)
             self.storages.append(out.untyped_storage().data_ptr() if shared else storage)
@@ -169,12 +162,18 @@ class Stream(LaidOut):
     def _pair(self, sources: Sequence[int], weight: Tensor) -> list[int]:
         """The weights of the maps that a block sums, and where their rates and shifts are."""
         rates, shifts = ([self.places[i][side] for i in sources] for side in (0, 1))
-        address = address_of(weight, self.dtype, self.kept)
-        return [self.rows, 0, 0, len(sources), address, *rates, *shifts, *self.places[-1]]
+        return [self.rows, 0, 0, len(sources), self._lasting(weight), *rates, *shifts, *self.places[-1]]
 
-    def _form(self, norm: KnownNorm | None, place: int, kept: list[Tensor]) -> list[int]:
-        """A norm, whose form goes to its place; what it refers to is kept."""
+    def _form(self, norm: KnownNorm | None, places: tuple[int, int]) -> list[int]:
+        """A norm, whose rate and shift go to these places."""
         if norm is None:
             return NO_NORM
-        weight, bias, mean, var = (address_of(t, self.dtype, kept) for t in norm[2:])
-        return [norm.groups, bits(norm.eps), weight, bias, *self.places[place], mean, var]
+        weight, bias, mean, var = map(self._lasting, norm[2:])
+        return [norm.groups, bits(norm.eps), weight, bias, *places, mean, var]
+
+    def _lasting(self, x: Tensor | None) -> int:
+        """The place in the table of numbers that serve for every pass; that of 0 for none."""
+        if x is None:
+            return 0
+        self.table.append(address_of(x, self.dtype, self.kept))
+        return len(self.table) - 1

@@ -11,6 +11,7 @@ differentiated in its turn.
 """
 
 import math
+from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from torch import Tensor, is_grad_enabled
 from torch._C import _current_graph_task_id
 
 from . import fused
-from .compiled import KINDS, Call, LaidOut, bits
+from .compiled import KINDS, Call, LaidOut, behind, bits
 from .forms import BATCH, NONE, shapes
 from .native import MADE, NO_NORM, NOTHING, values_of
 from .operators import is_eager, run_backward
@@ -93,7 +94,7 @@ class Plan(LaidOut):
 
     def _at(self, place: int, way: int = _FORWARD) -> int:
         """A number of a pass, as the table's words have it (`native.cpp`)."""
-        return -1 - (2 * place * self.item + way)
+        return behind(place * self.item, way)
 
     def _pairs(self, k: int, scales: int) -> list[int]:
         """The terms of the sum of block k, as `native._paired` writes them."""
@@ -259,7 +260,7 @@ class Tape:
     def move(self, running: Sequence[Tensor], places: Sequence[int], step: float) -> None:
         """One step of running statistics by a mean and variance that stand at these places in the pass's numbers."""
         mean, var = places
-        self.plan.move(mean, var, step)([0, self._pass.start, 0, *map(Tensor.data_ptr, running)])
+        self.plan.move(mean, var, step)(array("q", [0, self._pass.start, 0, *map(Tensor.data_ptr, running)]))
 
 
 class _Begin(torch.autograd.Function):
@@ -312,7 +313,7 @@ class _Sum(torch.autograd.Function):
         eps, relu = plan.ends[k]
         # what is not looked at has its place in the table all the same
         read = (weight, *(affine or (weight, weight)), *read)
-        plan.forward[k]([0, shared.start, 0, *map(Tensor.data_ptr, (y, branch, *read))])
+        plan.forward[k](array("q", [0, shared.start, 0, *map(Tensor.data_ptr, (y, branch, *read))]))
         ctx.shared, ctx.k = shared, k
         ctx.set_materialize_grads(False)
         # without ReLU and statistics the map is not looked at again, and may be overwritten by what follows
@@ -344,7 +345,7 @@ class _Sum(torch.autograd.Function):
         back.lowest = min(back.lowest, first)
         call = plan.backward(k, fresh, grad is not None, tuple(left[0] for left in later))
         table = [*map(Tensor.data_ptr, (*taken, *given)), *(left[1].data_ptr() for left in later)]
-        call([0, shared.start, back.numbers.data_ptr(), *table])
+        call(array("q", [0, shared.start, back.numbers.data_ptr(), *table]))
         shared.leave(back, k, g, [None] * len(plan.sources[k]))
         return None, None, None, None, to_branch, to_weight, *to_affine
 
