@@ -9,7 +9,7 @@ compare: $(VENV)/installed
 	$(BIN)/dsnet compare
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 accuracy: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m accuracy

@@ -50,6 +50,11 @@ KINDS = tuple(BLOCKS)
 WITH_INNER = ("timm_bottleneck", "timm_bottle2neck", "tv_bottleneck")
 
 
+def id_of(options: dict[str, Any]) -> str:
+    """A test's options as part of its name, which is the same in every process: of a function its name alone."""
+    return str({key: getattr(value, "__name__", value) for key, value in options.items()})
+
+
 def family(kind: str) -> str:
     return "_".join(kind.split("_")[:2])
 

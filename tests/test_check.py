@@ -33,7 +33,7 @@ def started_at_zero(kind: str) -> hosts.Net:
     return net
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS, ids=hosts.id_of)
 @pytest.mark.parametrize("kind", ["timm_bottleneck", "timm_bottle2neck", "tv_bottleneck"])
 def test_a_fresh_network_is_sound(kind, variant):
     net = ds.plug_in(started_at_zero(kind), **variant)

@@ -64,7 +64,7 @@ def host_of(name: str) -> nn.Module:
     return timm.create_model(name, num_classes=4)
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS, ids=hosts.id_of)
 @pytest.mark.parametrize("kind", ["timm_bottleneck", "timm_bottle2neck", "tv_bottleneck", "timm_basic"])
 def test_plugging_keeps_every_parameter_buffer_and_key_of_the_host(kind, variant):
     if kind == "timm_basic":
@@ -84,7 +84,7 @@ def test_plugging_keeps_every_parameter_buffer_and_key_of_the_host(kind, variant
     assert isinstance(net.layer1, ds.DenseStage) and isinstance(net.layer2, ds.DenseStage)
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS, ids=hosts.id_of)
 @pytest.mark.parametrize("kind", ["timm_bottleneck", "timm_bottle2neck", "tv_bottleneck", "tv_basic"])
 def test_unplugging_restores_the_host_bit_for_bit(kind, variant):
     if kind == "tv_basic":
@@ -211,7 +211,7 @@ def test_a_bare_stage_can_be_plugged():
     assert [name for name, _ in ds.shortcut_parameters(stage)] == [f"shortcut.weights.{k}" for k in range(3)]
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS, ids=hosts.id_of)
 def test_shortcut_parameters_are_exactly_those_that_were_added(variant):
     net = hosts.small_net("timm_bottleneck")
     before = {id(p) for p in net.parameters()}
@@ -259,7 +259,7 @@ FAULTY: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize("kind", ["timm_basic", "timm_bottle2neck"])
-@pytest.mark.parametrize(("variant", "named"), FAULTY, ids=[str(v) for v, _ in FAULTY])
+@pytest.mark.parametrize(("variant", "named"), FAULTY, ids=[hosts.id_of(v) for v, _ in FAULTY])
 def test_a_wrong_argument_is_named_in_one_sentence_and_leaves_the_model_as_it_was(variant, named, kind):
     net = hosts.small_net(kind)
     before = snapshot(net)
@@ -438,7 +438,7 @@ def test_plan_changes_nothing_and_says_what_plugging_does():
     assert "40,448" in table or "40448" in table
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS, ids=hosts.id_of)
 @pytest.mark.parametrize("kind", ["timm_bottleneck", "timm_bottle2neck"])
 def test_plan_counts_the_parameters_that_plugging_adds(kind, variant):
     net = hosts.small_net(kind)

@@ -134,7 +134,7 @@ def test_a_make_target_installs_what_it_needs_and_calls_what_is_said(command, tm
     target = command.split()[1]
     calls = {
         "compare": "dsnet compare",
-        "test": "python -m pytest",
+        "test": "python -m pytest -n logical --maxprocesses 4 --dist loadfile",
         "accuracy": "python -m pytest -m accuracy",
         "docs": "mkdocs build --strict",
     }
