@@ -3,6 +3,8 @@
 import gc
 import os
 from collections.abc import Callable, Iterable
+from itertools import accumulate
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ def peak_bytes(step: Callable[[], Any], resident: Iterable[Tensor], device: torc
         step: one training step; it leaves no gradients behind.
         resident: all tensors that are there before and after it: weights, buffers, optimizer state, the batch.
         device: where it runs. On CUDA the allocator's own peak is taken. On a CPU it is the highest sum of what
-            PyTorch's operations took and gave back, in the order in which they ended (torch.profiler).
+            PyTorch's allocator gave and took back, in the order of time (torch.profiler).
     """
     held = sum(t.numel() * t.element_size() for t in resident)
     if device.type == "cuda":
@@ -26,26 +28,26 @@ def peak_bytes(step: Callable[[], Any], resident: Iterable[Tensor], device: torc
         before = torch.cuda.memory_allocated(device)  # other networks may be on the device as well
         step()
         return held + torch.cuda.max_memory_allocated(device) - before
-    now = peak = 0
-    for event in sorted(_events(step, device, profile_memory=True), key=lambda e: e.time_range.end):
-        now += event.self_cpu_memory_usage
-        peak = max(peak, now)
-    return held + peak
+    seen = _profiled(step, device, profile_memory=True).profiler.kineto_results.events()
+    # not what events say of themselves: what compiled code frees counts there at its end, all at once
+    moves = sorted(((e.start_ns(), e.nbytes()) for e in seen if e.name() == "[memory]"), key=itemgetter(0))
+    return held + max(accumulate((count for _, count in moves), initial=0))
 
 
 def kernels(call: Callable[[], Any], device: torch.device) -> int:
     """Kernels that a call launched on a CUDA device; copies and fills by the driver are none."""
-    on_device = [e for e in _events(call, device) if e.device_type == DeviceType.CUDA]
+    events = _profiled(call, device, acc_events=True).events() or []
+    on_device = [e for e in events if e.device_type == DeviceType.CUDA]
     return sum(not e.name.startswith(("Memcpy", "Memset")) for e in on_device)
 
 
-def _events(step: Callable[[], Any], device: torch.device, **options: Any) -> list[Any]:
+def _profiled(step: Callable[[], Any], device: torch.device, **options: Any) -> Any:
     from torch.profiler import ProfilerActivity, profile
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it reports on stderr that there is no GPU
     own = [ProfilerActivity.CUDA] if device.type == "cuda" else []
-    with profile(activities=[ProfilerActivity.CPU, *own], acc_events=True, **options) as profiler:
+    with profile(activities=[ProfilerActivity.CPU, *own], **options) as profiler:
         step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    return list(profiler.events() or [])
+    return profiler
