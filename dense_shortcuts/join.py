@@ -109,11 +109,12 @@ class Join:
 
     def _backend(self, branch: Tensor) -> str:
         """The back end for the block, chosen once a row: to choose takes longer than many a pass over a map."""
+        shortcut = self.shortcut
         if isinstance(branch, Proxy):
-            return ops.choose(branch, self.shortcut.backend)
+            return ops.choose(branch, shortcut.backend)
         chosen = self.memory.chosen
         if chosen is None or chosen[0] != branch.dtype:
-            chosen = branch.dtype, ops.choose(branch, self.shortcut.backend)
+            chosen = branch.dtype, ops.choose(branch, shortcut.backend, tiled=shortcut.tiled)
             self.memory = self.memory._replace(chosen=chosen)
         return chosen[1]
 

@@ -107,6 +107,11 @@ class DenseShortcut(nn.Module):
         """Number of pairs (l, i): L(L+1)/2 where every block sums all earlier maps."""
         return sum(map(len, self.sources))
 
+    @property
+    def tiled(self) -> bool:
+        """Whether maps are summed ahead for groups of blocks, as in a deep stage."""
+        return self.tiling.size < self.depth
+
     def weight(self, k: int, terms: Sequence[Term] = ()) -> Tensor:
         """w of block l = k + 1 for the maps that it sums: (maps, C), or (maps, N, C) where it depends on them."""
         return weigh(self.weighting, self.weights[self._weight_of[k]], self.channels, [t.map for t in terms])

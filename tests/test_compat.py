@@ -154,11 +154,12 @@ def short_net(kind: str, **variant) -> nn.Module:
     return net
 
 
+@pytest.mark.parametrize("backend", ["plain", "native"])
 @pytest.mark.parametrize(("kind", "variant"), COMPILED, ids=str)
-def test_the_whole_network_is_one_graph_for_the_compiler(kind, variant):
+def test_the_whole_network_is_one_graph_for_the_compiler(kind, variant, backend):
     """Dynamo with aot_eager: the tracing of forward and backward, without the minutes of code generation."""
     torch._dynamo.reset()
-    net, x = short_net(kind, **variant), torch.randn(SHAPE)
+    net, x = short_net(kind, **variant, backend=backend), torch.randn(SHAPE)
     twin = copy.deepcopy(net)
     expected = run(net, x)
     actual = run(torch.compile(twin, fullgraph=True, backend="aot_eager"), x)
@@ -168,10 +169,11 @@ def test_the_whole_network_is_one_graph_for_the_compiler(kind, variant):
         assert_close(buffer, other.double(), 1e-4, name)
 
 
+@pytest.mark.parametrize("backend", ["plain", "native"])
 @pytest.mark.parametrize("norm", ["group", "batch"])
-def test_one_compiled_graph_serves_another_batch_size_and_resolution(norm):
+def test_one_compiled_graph_serves_another_batch_size_and_resolution(norm, backend):
     torch._dynamo.reset()
-    net = short_net("timm_basic", norm=norm)
+    net = short_net("timm_basic", norm=norm, backend=backend)
     graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(copy.deepcopy(net), fullgraph=True, backend=graphs)
     for shape in ((2, 3, 9, 7), (5, 3, 9, 7), (3, 3, 12, 8), (7, 3, 6, 10), (4, 3, 9, 7), (6, 3, 12, 8), (9, 3, 11, 5)):
@@ -182,19 +184,37 @@ def test_one_compiled_graph_serves_another_batch_size_and_resolution(norm):
     assert graphs.frame_count <= 3, "a ragged batch is compiled anew each time"
 
 
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_for_a_cpu_the_compiler_is_left_the_sums_of_all_but_deep_stages(norm):
+    torch._dynamo.reset()
+    net = ds.plug_in(hosts.Net("timm_basic", (3, 10), (8, 8)), norm=norm).eval()
+    assert [s.tiled for s in net.modules() if isinstance(s, ds.DenseShortcut)] == [False, True]
+    seen = []
+
+    def look(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    with torch.no_grad():
+        torch.compile(net, fullgraph=True, backend=look)(torch.randn(SHAPE))
+    assert seen.count("dense_shortcuts.block.default") == 10
+
+
 @pytest.mark.parametrize(
-    ("device", "mode"),
+    ("device", "mode", "backend"),
     [
-        ("cpu", None),
+        ("cpu", None, "plain"),
+        ("cpu", None, "native"),
         pytest.param(
-            "cuda", "reduce-overhead", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+            *("cuda", "reduce-overhead", "triton"),
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"),
         ),
     ],
 )
-def test_compiled_code_trains_as_eager_does(device, mode):
+def test_compiled_code_trains_as_eager_does(device, mode, backend):
     """On a GPU in CUDA graphs."""
     torch._dynamo.reset()
-    net = short_net("timm_basic").to(device)
+    net = short_net("timm_basic", backend=backend).to(device)
     twin = copy.deepcopy(net)
     compiled = torch.compile(twin, fullgraph=True, mode=mode)
     optimizers = [torch.optim.SGD(n.parameters(), 0.02) for n in (net, twin)]

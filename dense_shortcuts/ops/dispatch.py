@@ -11,7 +11,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _get_tracing_state
-from torch.compiler import is_exporting
+from torch.compiler import is_compiling, is_exporting
 from torch.fx import Proxy
 
 from ..errors import DenseShortcutError
@@ -23,13 +23,14 @@ VARIABLE = "DENSE_SHORTCUTS_BACKEND"
 _logger = logging.getLogger(__name__)
 
 
-def choose(x: Tensor, wanted: str = "auto") -> str:
+def choose(x: Tensor, wanted: str = "auto", *, tiled: bool = False) -> str:
     """The back end for a map: "plain", "cpu", "native" or "triton".
 
     Args:
         x: a feature map, (N, C, H, W).
         wanted: "auto" or a back end by name; the environment variable DENSE_SHORTCUTS_BACKEND, unless it is empty, goes
             before "auto".
+        tiled: whether some maps are summed ahead for several blocks, which the plain form does not do.
 
     Raises:
         DenseShortcutError: unknown name, or a named back end that cannot run here, or not on such a map or in such a
@@ -52,6 +53,8 @@ def choose(x: Tensor, wanted: str = "auto") -> str:
     fault = None if wanted == "auto" else unusable(wanted, device, x.dtype)
     if fault is not None:
         raise DenseShortcutError(f"the back end {wanted!r} cannot run here ({fault}): choose 'auto' or 'plain'.")
+    if wanted == "auto" and device == "cpu" and is_compiling() and not tiled:
+        return "plain"  # whose passes Inductor makes one, without a call of Python for each block
     chosen = _automatic(device, x.dtype) if wanted == "auto" else wanted
     return chosen if x.numel() else "plain"  # an empty map is nothing for a kernel
 
