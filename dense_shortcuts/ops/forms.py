@@ -227,20 +227,18 @@ def coefficients_backward(
     has_branch: bool,
     grad_scales: Tensor,
     grad_bias: Tensor,
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
-    """The gradients of weight, of each rate from `first` on, of each shift, and of the branch's rate and shift, (1, C).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of weight, of the rates from `first` on, of all shifts, and of the branch's rate and shift, (1, C).
 
     Those of a branch that is not there are empty.
     """
     wide = weight[:, None].to(grad_bias.dtype)
     own = grad_scales[1:] if has_branch else grad_scales
     grad_weight = (torch.stack(list(shifts)) * grad_bias).sum(1)
-    grad_rates: list[Tensor] = []
+    grad_rates = wide[first:] * own
     if first < len(rates):
         through = (torch.stack(list(rates[first:])) * own).sum(1)
         grad_weight = torch.cat([grad_weight[:first], grad_weight[first:] + through])
-        grad_rates = list((wide[first:] * own).unbind())
-    grad_shifts = list((wide * grad_bias).unbind())
     none = grad_bias[:0]
     to_branch = (grad_scales[0].sum(0, keepdim=True), grad_bias.sum(0, keepdim=True)) if has_branch else (none, none)
-    return grad_weight.to(weight.dtype), grad_rates, grad_shifts, *to_branch
+    return grad_weight.to(weight.dtype), grad_rates, wide * grad_bias, *to_branch

@@ -203,10 +203,10 @@ def _block_backward(ctx: Any, grad: Any, grad_own: Any, _: Any, grad_links: Any)
         None,
         [None] * len(maps),
         to_weight[0] if to_weight else None,
-        [None] * first + list(to_rates) if rates else [],
-        list(to_shifts),
+        [None] * first + list(to_rates.unbind()) if rates else [],
+        list(to_shifts.unbind()),
         *[None] * 3,
-        [t for a in scales for t in (g, a)] if ctx.linked else [],
+        [t for a in scales.unbind() for t in (g, a)] if ctx.linked else [],
         *[None] * 2,
     )
 
@@ -238,7 +238,7 @@ def run_pull_block(
     groups: int,
     eps: float,
     backend: str,
-) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
     """The backward pass of `block`.
 
     Args:
@@ -250,8 +250,9 @@ def run_pull_block(
         backend: as in `block`.
 
     Returns:
-        G (N, C, H, W); the scales of `maps`, (1 or N, C) each; and the gradients of branch, affine, fixed, weight,
-        rates (of `maps` alone) and shifts, each a list, empty where there is none.
+        G (N, C, H, W); the scales of `maps`, (maps, 1 or N, C); the gradients of branch, affine, fixed and weight,
+        each a list, empty where there is none; and those of the rates of `maps` and of all shifts, (maps, 1 or N, C)
+        each.
     """
     given = Sum([y], branch, affine, fixed, branch_eps, maps, weight, rates, shifts, relu, groups, eps)
     back = Back(grad, grad_rate, grad_shift, later_grads, later_scales)
@@ -279,21 +280,21 @@ def run_pull_block(
             )
             to_affine = [t.to(p.dtype) for t, p in zip(to_affine, affine, strict=True)] if affine else []
         to_branch = [k.pull(branch, None, start, tilt, [g], [scales[0]], [], 0, False)[0]]
-    own_scales = list(scales.unbind())[len(scales) - len(maps) :]
-    return g, own_scales, to_branch, to_affine, list(to_form) if fixed else [], to_weight, to_rates, to_shifts
+    to_fixed = list(to_form) if fixed else []
+    return g, scales[len(scales) - len(maps) :], to_branch, to_affine, to_fixed, to_weight, to_rates, to_shifts
 
 
 def _through_scales(
     given: Sum, branch: Sequence[Tensor], to_scales: Tensor, to_bias: Tensor, backend: str
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], tuple[Tensor, ...]]:
+) -> tuple[list[Tensor], Tensor, Tensor, tuple[Tensor, ...]]:
     """Gradients of weight, rates, shifts and of the branch's rate and shift from those of `_scales`."""
-    weight, rates = given.weight, given.rates
+    weight, rates, none = given.weight, given.rates, to_scales[:0]
     if weight is None:
-        return [], [], [], ()
+        return [], none, none.clone(), ()
     first = weight.shape[0] - to_scales.shape[0] + bool(branch)
     if not rates:
         own = to_scales.sum(1)
-        return [torch.cat([own.new_zeros(first, own.shape[1]), own]).to(weight.dtype)], [], [], ()
+        return [torch.cat([own.new_zeros(first, own.shape[1]), own]).to(weight.dtype)], none, none.clone(), ()
     to_weight, to_rates, to_shifts, *to_branch = arithmetic(backend).coefficients_backward(
         weight, rates, given.shifts, first, bool(branch), to_scales, to_bias
     )
@@ -302,9 +303,9 @@ def _through_scales(
 
 @wraps(run_pull_block)  # whose annotations give the operator its schema
 def _pull_block_apart(*arguments: Any) -> Any:
-    """`run_pull_block` with results that share no memory, as slices of one tensor do and an operator's may not."""
-    g, scales, to_branch, *small = run_pull_block(*arguments)
-    return g, [t.clone() for t in scales], to_branch, *([t.clone() for t in part] for part in small)
+    """`run_pull_block` with scales that are no view of the weights, which an operator's result may not be."""
+    g, scales, *gradients = run_pull_block(*arguments)
+    return g, scales.clone(), *gradients
 
 
 pull_block = torch.library.custom_op("dense_shortcuts::pull_block", _pull_block_apart, mutates_args=())
@@ -314,17 +315,20 @@ pull_block = torch.library.custom_op("dense_shortcuts::pull_block", _pull_block_
 def _(y: Tensor, *inputs: Any) -> Any:
     given = Sum([y], *inputs[7:-1])
     branch, fixed, maps, weight, shifts = given.branch, given.fixed, given.maps, given.weight, given.shifts
-    dtype, count = accumulation_dtype(y.dtype), len(maps)
-    each = [y.new_empty((given.rows, y.shape[1]), dtype=dtype) for _ in range(2 * count + len(shifts))]
+    dtype, rows = accumulation_dtype(y.dtype), given.rows
+
+    def numbers(count: int) -> Tensor:
+        return y.new_empty((count, rows, y.shape[1]), dtype=dtype)
+
     return (
         new_map(y),
-        each[:count],
+        numbers(len(maps)),
         [] if branch is None else [new_map(branch)],
         [] if branch is None or fixed else [torch.empty_like(p) for p in given.affine],
         [y.new_empty((1, y.shape[1]), dtype=dtype) for _ in fixed],
         [] if weight is None else [torch.empty_like(weight)],
-        each[count : 2 * count] if given.rates else [],
-        each[2 * count :],
+        numbers(len(maps) if given.rates else 0),
+        numbers(len(shifts)),
     )
 
 

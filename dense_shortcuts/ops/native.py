@@ -8,7 +8,6 @@ Beside the five functions of every back end, by which the kernels are compared w
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -250,7 +249,7 @@ def pull_entered(
 
 def pull_block(
     y: Tensor, own: Sequence[Tensor], back: Back, branch_norm: Sequence[Tensor], given: Sum
-) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
     """The backward pass of `fused.block` at one go, with the arguments and results of `fused.run_pull_block`."""
     y = _standard(y)
     words, c, rows, g = _Words(y), y.shape[1], given.rows, torch.empty_like(y)
@@ -267,13 +266,11 @@ def pull_block(
         pairs = _given_scales(words, given.summed, scales, None)
         call("pull_block", words.dtype, [*told, *pairs, to_scales.data_ptr(), to_bias.data_ptr(), *NOTHING, 0])
         to_weights = [] if weight is None else [_with_earlier(to_scales.sum(1), weight)]
-        return g, list(scales.unbind()), [], [], [], to_weights, [], []
+        return g, scales, [], [], [], to_weights, new(0, rows, c), new(0, rows, c)
 
     assert weight is not None
     to_weight, first = new(*weight.shape), int(branch is not None)
-    small = new(first + 2 * count + len(weight), rows, c).unbind()  # scales, then gradients of rates and of shifts
-    ends = first, first + count, first + 2 * count
-    addresses = [t.data_ptr() for t in small]
+    scales, to_rates, to_shifts = new(first + count, rows, c), new(count, rows, c), new(len(weight), rows, c)
     to_fixed = [new(1, c) for _ in fixed]
     to_branch = [] if branch is None else [torch.empty_like(branch, memory_format=words.layout)]
     to_affine, theirs = [], NOTHING
@@ -282,15 +279,15 @@ def pull_block(
         parameters, to_parameters = words.all(affine) or _NO_PAIR, [t.data_ptr() for t in to_affine]
         own_form = (BATCH, given.branch_eps, branch_norm)
         theirs = _through(words, branch, *own_form, 1, _NO_PAIR, parameters, to_parameters)
-    pairs = _paired(words, given, fixed or branch_norm[:2], addresses[0])
-    to_forms = to_weight.data_ptr(), addresses[ends[1]], addresses[ends[2]], len(weight)
+    pairs = _paired(words, given, fixed or branch_norm[:2], scales.data_ptr())
+    to_forms = to_weight.data_ptr(), to_rates.data_ptr(), to_shifts.data_ptr(), len(weight)
     gradients = [0, 0, *to_forms, *([t.data_ptr() for t in to_fixed] or _NO_PAIR)]
     out = to_branch[0].data_ptr() if to_branch else 0
     call("pull_block", words.dtype, [*told, *pairs, *gradients, *theirs, out])
     to_branch = [] if branch is None else [_in_form_of(to_branch[0], branch)]
     to_affine = [_as(t, p.dtype) for t, p in zip(to_affine, affine, strict=False)]
-    own_scales, to_rates, to_shifts = (list(small[a:b]) for a, b in pairwise((*ends, len(small))))
-    return g, own_scales, to_branch, to_affine, to_fixed, [_as(to_weight, weight.dtype)], to_rates, to_shifts
+    to_weights = [_as(to_weight, weight.dtype)]
+    return g, scales[first:], to_branch, to_affine, to_fixed, to_weights, to_rates, to_shifts
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:

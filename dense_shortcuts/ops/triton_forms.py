@@ -566,7 +566,7 @@ def coefficients_backward(
     has_branch: bool,
     grad_scales: Tensor,
     grad_bias: Tensor,
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`forms.coefficients_backward`, in one launch for up to 64 maps."""
     if grad_bias.numel() == 0:
         return forms.coefficients_backward(weight, rates, shifts, first, has_branch, grad_scales, grad_bias)
@@ -595,7 +595,7 @@ def coefficients_backward(
                 BLOCK_R=min(_ROWS, _power(rows)),
                 BLOCK_C=_ROWS,
             )
-    return to_weight, list(to_rates.unbind()), list(to_shifts.unbind()), to_branch[0], to_branch[1]
+    return to_weight, to_rates, to_shifts, to_branch[0], to_branch[1]
 
 
 def move(running: Sequence[Tensor], found: Sequence[Tensor], unbiased: float, step: float) -> None:
