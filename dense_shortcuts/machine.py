@@ -135,6 +135,8 @@ def _backend_line(device: str) -> str:
         reason = runs.get(wanted) or f"unknown back end: choose one of {', '.join(ops.BACKENDS)}."
         return f"{device} back end: none, for {VARIABLE}={wanted} asks for one that cannot run: {reason}"
     own, reason = own_backend(device)
+    if device == "cpu":
+        reason = f"{reason}; under torch.compile plain, but for deep stages"
     used, why = (own, reason) if wanted == "auto" else (wanted, f"{VARIABLE} asks for it")
     others = [name for name, refusal in runs.items() if not refusal and name != used]
     return f"{device} back end: {used} ({why}); could be chosen: {', '.join(others) or 'no other'}"

@@ -26,7 +26,9 @@ def test_info_names_versions_devices_and_the_back_end_in_use(capsys, monkeypatch
     )
     assert any(line.startswith("cpu: ") and "threads" in line for line in lines)
     own, reason = own_backend("cpu")
-    assert backend_line(lines).startswith(f"cpu back end: {own} ({reason}); could be chosen: ")
+    assert backend_line(lines).startswith(
+        f"cpu back end: {own} ({reason}; under torch.compile plain, but for deep stages); could be chosen: "
+    )
     assert "plain" in backend_line(lines) or own == "plain"
     assert any(line.startswith("cuda back end: ") for line in lines) == torch.cuda.is_available()
 
