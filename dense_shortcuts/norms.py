@@ -22,8 +22,8 @@ NormFactory = Callable[[int], nn.Module]
 Norm = str | NormFactory | None
 
 NORMS = ("auto", "group", "batch", "layer", "instance", "none")
-_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-_KNOWN = (nn.GroupNorm, *_BATCH_NORMS, nn.InstanceNorm2d)
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)  # a tuple, for the compiler of PyTorch 2.9 does not know A | B
+_KNOWN = (nn.GroupNorm, *BATCH_NORMS, nn.InstanceNorm2d)
 
 
 def default_groups(channels: int) -> int:
@@ -87,7 +87,7 @@ def has_affine_form(norm: nn.Module) -> bool:
 
 def joins(norm: nn.Module) -> bool:
     """Whether the last norm of a residual branch may be computed by the operator: batch norm on one process."""
-    return type(norm) in _BATCH_NORMS and not _is_synchronised(norm)
+    return type(norm) in BATCH_NORMS and not _is_synchronised(norm)
 
 
 @contextlib.contextmanager
@@ -115,13 +115,13 @@ def frozen_statistics(*modules: nn.Module) -> Iterator[None]:
 
 def is_batch_norm(norm: nn.Module) -> bool:
     """Whether statistics are over the batch, so that the affine form is the same for all its images."""
-    return isinstance(norm, _BATCH_NORMS)
+    return isinstance(norm, BATCH_NORMS)
 
 
 def uses_running_statistics(norm: nn.Module) -> bool:
     """Whether the norm goes by its running statistics alone: batch norm in eval mode."""
     return (
-        isinstance(norm, _BATCH_NORMS)
+        isinstance(norm, BATCH_NORMS)
         and not norm.training
         and norm.running_mean is not None
         and norm.running_var is not None
@@ -184,7 +184,7 @@ def affine_form(norm: nn.Module, gathered: Sequence[Tensor], x: Tensor, backend:
     if uses_running_statistics(norm):
         return running_form(norm, x, backend)
     rate, shift, pooled, variance = gathered
-    if isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
+    if isinstance(norm, BATCH_NORMS):
         count = _counted(x.shape[0], x.shape[2] * x.shape[3])
         if _is_synchronised(norm):
             rate, shift, pooled, variance, total = _across_processes(norm, rate, shift, count)
@@ -211,7 +211,7 @@ def _tensor(value: Any) -> Any:
 
 def running_form(norm: nn.Module, x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """r and s of batch norm by its running statistics, both (1, C), for a map x (N, C, H, W)."""
-    assert isinstance(norm, _BATCH_NORMS)
+    assert isinstance(norm, BATCH_NORMS)
     mean, var = _tensor(norm.running_mean), _tensor(norm.running_var)
     return _running_form(x, mean, var, norm.eps, norm.weight, norm.bias, backend)
 

@@ -9,6 +9,7 @@ from . import ops
 from .errors import DenseShortcutError
 from .memory import Memory, Term
 from .norms import (
+    BATCH_NORMS,
     Norm,
     affine_form,
     goes_by_batch,
@@ -241,7 +242,7 @@ class DenseShortcut(nn.Module):
             overwrite=overwrite,
         )
         if branch is not None and branch.map is not None and joined.branch_gathered:
-            assert isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
+            assert isinstance(norm, BATCH_NORMS)
             rate, _, mean, var = joined.branch_gathered
             move_statistics(norm, rate, mean, var, branch.map.numel() // branch.map.shape[1], backend)
         return joined.map, as_term(own, joined, backend) if one_pass else None
@@ -351,7 +352,7 @@ def enter_normalised(norm: nn.Module, last: nn.Module, x: Tensor, *, later: int,
 
     The moments of last(x) follow from those of x, so one reading of x, (N, C, H, W), serves both norms.
     """
-    assert isinstance(last, nn.BatchNorm2d | nn.SyncBatchNorm)
+    assert isinstance(last, BATCH_NORMS)
     rows = 1 if is_batch_norm(norm) else x.shape[0]
     inner, outer = statistics(last), statistics(norm)
     gathers = ops.NONE if inner[0] == outer[0] == ops.NONE else ops.RAW
@@ -376,7 +377,7 @@ def _form_of(moments: Sequence[Tensor], groups: int, eps: float) -> Sequence[Ten
 
 def as_branch(norm: nn.Module, x: Tensor, backend: str) -> ops.Branch:
     """A residual branch before its last norm, one for which `norms.joins` holds; x is (N, C, H, W)."""
-    assert isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
+    assert isinstance(norm, BATCH_NORMS)
     affine = (norm.weight, norm.bias) if norm.affine else ()
     if not uses_running_statistics(norm):
         return ops.Branch(x, affine, (), norm.eps)

@@ -135,7 +135,12 @@ def is_traced(x: Tensor) -> bool:
 
 
 def _is_recording() -> bool:
-    return _get_tracing_state() is not None or is_exporting()
+    return _get_tracing_state() is not None or _is_exporting()
+
+
+@torch.compiler.assume_constant_result  # in code that PyTorch 2.9 compiles it would always be true
+def _is_exporting() -> bool:
+    return bool(is_exporting())
 
 
 def circumstances() -> tuple[str | None, bool, bool]:
