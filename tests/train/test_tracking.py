@@ -25,7 +25,10 @@ def test_tensorboard_is_shown_the_metrics_of_each_epoch(tiny, fit, tmp_path):
 def test_a_resumed_run_drops_what_tensorboard_was_shown_of_later_epochs(tiny, tmp_path, monkeypatch):
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     from accelerate import PartialState
+    from tensorboard.summary.writer import event_file_writer
 
+    # files are read in the order of their names: seconds, process, and a count, of which 10 would stand before 9
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     PartialState()
     config = tiny(tracker="tensorboard").resolved()
     for epochs_done, value in ((0, 1.0), (1, 2.0)):
