@@ -192,15 +192,15 @@ def test_the_heap_is_kept_so_that_freed_memory_is_not_fetched_again_page_by_page
             faults = []
             for _ in range(4):
                 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-                maps = [torch.ones(size // 3) for _ in range(3)]  # each by itself from the system, were it not kept
+                maps = [torch.ones(size) for _ in range(3)]  # each by itself from the system, were it not kept
                 del maps
                 faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
             return min(faults[1:])
 
-        before = fetched(3 * 2**24)
+        before = fetched(2**24)
         with kept_heap():
-            kept = fetched(3 * 2**24)
-        print(before, kept, fetched(9 * 2**24))  # each larger than what may be left of the heap
+            kept = fetched(2**24)
+        print(before, kept, fetched(3 * 2**24))  # each larger than what may be left of the heap
     """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     before, kept, behind = map(int, run.stdout.split())
