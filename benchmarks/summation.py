@@ -4,7 +4,7 @@ python benchmarks/summation.py [--batch-size 8] [--image-size 64] [--rounds 5] [
 
 Networks take turns on the same random images; a ratio is taken within a round, and the table shows the median of the
 rounds' ratios with the least and the greatest. Memory is the highest point of one training step, weights and gradients
-included (dense_shortcuts.profiling.peak_bytes).
+included (dense_shortcuts.experiments.profiling.peak_bytes).
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from dense_shortcuts.profiling import peak_bytes
+from dense_shortcuts.experiments.profiling import peak_bytes
 from dense_shortcuts.summation import split
 
 

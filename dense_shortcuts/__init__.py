@@ -6,15 +6,15 @@ net = ds.plug_in(timm.create_model("resnet50"))
 
 from . import models as models  # registers the families with timm
 from .adapters import DenseBlock, register_adapter
-from .check import check
 from .errors import DenseShortcutError
-from .fuse import fuse
-from .loading import load
+from .inference.fuse import fuse
 from .models import list_models
-from .param_groups import param_groups
-from .plug import Plan, dense_stages, plan, plug_in, shortcut_parameters, unplug
-from .shortcut import DenseShortcut
-from .stage import DenseStage
+from .nn.shortcut import DenseShortcut
+from .nn.stage import DenseStage
+from .surgery.check import check
+from .surgery.load import load
+from .surgery.param_groups import param_groups
+from .surgery.plug import Plan, dense_stages, plan, plug_in, shortcut_parameters, unplug
 
 __version__ = "0.1.0"
 

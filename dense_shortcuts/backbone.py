@@ -13,11 +13,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from .errors import DenseShortcutError
-from .loading import load, shortcut_keys
+from .experiments.train.checkpoint import read_tensors
 from .models import list_models
-from .plug import dense_stages, plug_in, unplug
-from .shortcut import DenseShortcut, InnerShortcut
-from .train.checkpoint import read_tensors
+from .nn.shortcut import DenseShortcut, InnerShortcut
+from .surgery.load import load, shortcut_keys
+from .surgery.plug import dense_stages, plug_in, unplug
 
 _logger = logging.getLogger(__name__)
 

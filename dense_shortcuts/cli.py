@@ -54,7 +54,7 @@ def leave_processes() -> None:
 
 def advice(interruption: KeyboardInterrupt, arguments: list[str]) -> str:
     """What to do after an interruption."""
-    from .train.run import RunInterrupted
+    from .experiments.train.run import RunInterrupted
 
     if arguments[:1] in (["sweep"], ["rerun"], ["support"]):
         return "the same command goes on."

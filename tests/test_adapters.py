@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import dense_shortcuts as ds
 from dense_shortcuts import adapters
-from dense_shortcuts.adapters.traced import TracedBlock
+from dense_shortcuts.adapters.tracing.traced import TracedBlock
 
 
 def video_mvit(after: bool) -> nn.Module:

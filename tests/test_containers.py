@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import dense_shortcuts as ds
-from dense_shortcuts.explain.cam import cam_maps
+from dense_shortcuts.experiments.explain.cam import cam_maps
 
 
 def images(channels: int, side: int, n: int = 2) -> Tensor:

@@ -33,7 +33,7 @@ after = set(sys.modules) - before
 heavy = [m for m in {HEAVY!r} if m in loaded or m in after]
 print(json.dumps(dict(
     unknown=unknown, known=sorted(n for n in ds.list_models() if timm.is_model(n)), heavy=heavy, quiet=quiet, kept=kept,
-    training=[m for m in loaded if m.startswith("dense_shortcuts.train")],
+    training=[m for m in loaded if m.startswith("dense_shortcuts.experiments.train")],
     classes=net.fc.out_features, names=sorted(ds.__all__),
     missing=[n for n in ds.__all__ if not hasattr(ds, n)],
 )))
@@ -53,7 +53,7 @@ import importlib.util, json, pathlib, sys, types
 package = types.ModuleType("dense_shortcuts")  # without its __init__, which registers the networks
 package.__path__ = list(importlib.util.find_spec("dense_shortcuts").submodule_search_locations)
 sys.modules["dense_shortcuts"] = package
-import dense_shortcuts.stage
+import dense_shortcuts.nn.stage
 print(json.dumps(dict(loaded=sorted(name for name in ("timm", "torchvision") if name in sys.modules))))
 """)
     assert seen["loaded"] == []

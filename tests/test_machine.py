@@ -3,8 +3,8 @@
 import timm
 import torch
 
-from dense_shortcuts import machine
 from dense_shortcuts.cli import main
+from dense_shortcuts.experiments import environment as machine
 from dense_shortcuts.ops import BACKENDS
 from dense_shortcuts.ops.dispatch import VARIABLE, own_backend
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 import dense_shortcuts as ds
 from dense_shortcuts import ops
+from dense_shortcuts.nn.tiling import Tiling
 from dense_shortcuts.ops import compiled, cpu, forms, fused, native, reference, tiles
 from dense_shortcuts.ops.sums import Sum
-from dense_shortcuts.tiling import Tiling
 
 
 def maps(count: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> list[Tensor]:

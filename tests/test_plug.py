@@ -126,7 +126,7 @@ def test_networks_of_timm_and_torchvision_are_plugged_and_unplugged(name):
         host = net(x)
         ds.plug_in(net, init="uniform")
         plugged = net(x)
-        assert list(ds.plug.dense_stages(net)) == ["layer1", "layer2", "layer3", "layer4"]
+        assert list(ds.dense_stages(net)) == ["layer1", "layer2", "layer3", "layer4"]
         assert torch.isfinite(plugged).all() and not torch.allclose(plugged, host)
         ds.unplug(net)
         assert torch.equal(net(x), host)

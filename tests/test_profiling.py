@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dense_shortcuts.profiling import peak_bytes
+from dense_shortcuts.experiments.profiling import peak_bytes
 
 CPU = torch.device("cpu")
 

@@ -23,8 +23,8 @@ from torchvision.models.mobilenetv2 import InvertedResidual
 
 import dense_shortcuts as ds
 from dense_shortcuts import ops
+from dense_shortcuts.nn.watch import Repeat
 from dense_shortcuts.ops import compiled, tape
-from dense_shortcuts.watch import Repeat
 
 pytestmark = pytest.mark.skipif(compiled.library()[0] is None, reason="no C++ compiler")
 
@@ -35,7 +35,7 @@ BLOCKS = [0, 1, 2, 0, 1]  # of the network that most tests take
 def repeated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The blocks whose maps were made in the way of an earlier pass, in order."""
     made: list[int] = []
-    real = ds.join.Join._repeat
+    real = ds.nn.residual_add.Join._repeat
 
     def counted(self: Any, *given: Any) -> Tensor | None:
         x: Tensor | None = real(self, *given)
@@ -43,7 +43,7 @@ def repeated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             made.append(self.k)
         return x
 
-    monkeypatch.setattr(ds.join.Join, "_repeat", counted)
+    monkeypatch.setattr(ds.nn.residual_add.Join, "_repeat", counted)
     return made
 
 

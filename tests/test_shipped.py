@@ -10,10 +10,10 @@ import yaml
 
 from dense_shortcuts import shipped
 from dense_shortcuts.cli import main
-from dense_shortcuts.train.checkpoint import CARD, WEIGHTS, read_json, read_model
-from dense_shortcuts.train.config import read_yaml
-from dense_shortcuts.train.loop import METRICS, read_metrics
-from dense_shortcuts.train.run import checkpoint_folder
+from dense_shortcuts.experiments.train.checkpoint import CARD, WEIGHTS, read_json, read_model
+from dense_shortcuts.experiments.train.config import read_yaml
+from dense_shortcuts.experiments.train.loop import METRICS, read_metrics
+from dense_shortcuts.experiments.train.run import checkpoint_folder
 
 ROOT = Path(__file__).parents[1]
 

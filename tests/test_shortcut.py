@@ -8,7 +8,7 @@ from hosts import assert_close
 from torch import nn
 
 import dense_shortcuts as ds
-from dense_shortcuts.shortcut import DenseShortcut
+from dense_shortcuts.nn.shortcut import DenseShortcut
 
 
 def plugged_stage(depth: int = 4, channels: int = 8, **variant) -> ds.DenseStage:
@@ -167,7 +167,7 @@ def test_batch_norm_refuses_a_single_number_per_channel_as_pytorch_does():
 
 def test_group_norm_statistics_are_formed_once_for_each_map_and_not_for_each_pair(monkeypatch):
     calls = []
-    from dense_shortcuts import shortcut as module
+    from dense_shortcuts.nn import shortcut as module
 
     real = module.affine_form
     monkeypatch.setattr(module, "affine_form", lambda norm, *moments: calls.append(norm) or real(norm, *moments))

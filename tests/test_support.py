@@ -15,9 +15,9 @@ from torch import nn
 
 import dense_shortcuts as ds
 from dense_shortcuts.cli import main
-from dense_shortcuts.support import checks, examining, names, planning, report, subject, sweep
-from dense_shortcuts.support.names import Place
-from dense_shortcuts.support.planning import Planned
+from dense_shortcuts.experiments.support import checks, examining, names, planning, report, subject, sweep
+from dense_shortcuts.experiments.support.names import Place
+from dense_shortcuts.experiments.support.planning import Planned
 
 RESNET = Place("timm", "resnet", "test_resnet")
 SQUEEZENET = Place("torchvision", "squeezenet", "squeezenet1_1")

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .block import DenseBlock
-from .trace import NoResidual
-from .traced import Reading, TracedBlock, understand, view
+from ..nn.block import DenseBlock
+from .tracing.trace import NoResidual
+from .tracing.traced import Reading, TracedBlock, understand, view
 
 _WRITTEN: dict[type[nn.Module], type[DenseBlock]] = {}
 

@@ -8,8 +8,8 @@ from typing import Any
 from timm.models.dla import DlaBasic, DlaBottle2neck, DlaBottleneck
 from torch import Tensor, nn
 
-from ..shortcut import InnerShortcut
-from .block import Branch, DenseBlock, Join, joined
+from ..nn.block import Branch, DenseBlock, Join, joined
+from ..nn.shortcut import InnerShortcut
 from .timm_res2net import DenseBottle2neck
 from .torchvision_resnet import DenseBasicBlock, DenseBottleneck
 

@@ -3,7 +3,7 @@
 from timm.models.gemma4_vit import Gemma4Block
 from torch import Tensor
 
-from .block import Join
+from ..nn.block import Join
 from .timm_positions import DenseSum
 
 

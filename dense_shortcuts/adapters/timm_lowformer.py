@@ -5,7 +5,7 @@ from typing import Any
 from timm.models.lowformer import LowFormerBlock, ResidualBlock
 from torch import Tensor
 
-from .block import Join
+from ..nn.block import Join
 from .timm_positions import DenseSum
 
 

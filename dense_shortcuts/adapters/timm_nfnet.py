@@ -3,7 +3,7 @@
 from timm.models.nfnet import NormFreeBlock
 from torch import Tensor
 
-from .block import DenseBlock, Join, joined
+from ..nn.block import DenseBlock, Join, joined
 
 
 class DenseNormFreeBlock(DenseBlock, NormFreeBlock):

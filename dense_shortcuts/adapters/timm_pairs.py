@@ -8,7 +8,7 @@ from timm.models.mvitv2 import MultiScaleBlock
 from timm.models.tnt import Block as TntBlock
 from torch import Tensor, nn
 
-from .block import DenseBlock, Join, join_two, joined
+from ..nn.block import DenseBlock, Join, join_two, joined
 from .timm_positions import DenseSum
 
 

@@ -7,7 +7,7 @@ from timm.models.coat import SerialBlock
 from timm.models.davit import ChannelBlock, SpatialBlock, window_partition, window_reverse
 from torch import Tensor, nn
 
-from .block import DenseBlock, Join, joined
+from ..nn.block import DenseBlock, Join, joined
 
 
 class DenseSum(DenseBlock):

@@ -3,7 +3,7 @@
 from timm.models.vision_transformer_relpos import RelPosBlock, ResPostRelPosBlock
 from torch import Tensor
 
-from .block import Join
+from ..nn.block import Join
 from .timm_positions import DenseSum
 
 

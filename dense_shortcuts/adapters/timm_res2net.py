@@ -4,8 +4,8 @@ import torch
 from timm.models.res2net import Bottle2neck
 from torch import Tensor, nn
 
-from ..shortcut import InnerShortcut
-from .block import Branch, DenseBlock
+from ..nn.block import Branch, DenseBlock
+from ..nn.shortcut import InnerShortcut
 from .timm_resnet import with_last_norm
 
 

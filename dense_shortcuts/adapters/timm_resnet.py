@@ -5,8 +5,8 @@ from typing import Any
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
-from ..shortcut import InnerShortcut
-from .block import Branch, DenseBlock, widths_of_3x3
+from ..nn.block import Branch, DenseBlock, widths_of_3x3
+from ..nn.shortcut import InnerShortcut
 
 
 class DenseBasicBlock(DenseBlock, BasicBlock):

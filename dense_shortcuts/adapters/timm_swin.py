@@ -7,7 +7,7 @@ from timm.models.vision_transformer_sam import Block as SamBlock
 from timm.models.vision_transformer_sam import window_partition, window_unpartition
 from torch import Tensor, nn
 
-from .block import DenseBlock, Join, joined
+from ..nn.block import DenseBlock, Join, joined
 
 
 class _DenseWindows(DenseBlock):

@@ -3,7 +3,7 @@
 from timm.models.vovnet import OsaBlock
 from torch import Tensor
 
-from .block import Branch, DenseBlock
+from ..nn.block import Branch, DenseBlock
 
 
 class DenseOsaBlock(DenseBlock, OsaBlock):

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision.models.video.mvit import MultiscaleBlock
 
-from .block import DenseBlock, Join, join_two, joined
+from ..nn.block import DenseBlock, Join, join_two, joined
 
 
 class DenseMultiscaleBlock(DenseBlock, MultiscaleBlock):

@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from ..shortcut import InnerShortcut
-from .block import Branch, DenseBlock, widths_of_3x3
+from ..nn.block import Branch, DenseBlock, widths_of_3x3
+from ..nn.shortcut import InnerShortcut
 
 
 class DenseBasicBlock(DenseBlock, BasicBlock):

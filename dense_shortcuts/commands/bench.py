@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import tyro
 
-from ..bench.config import BenchConfig
+from ..experiments.bench.config import BenchConfig
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Bench:
     config: tyro.conf.OmitArgPrefixes[BenchConfig] = field(default_factory=BenchConfig)
 
     def run(self, line: str) -> None:
-        from ..bench.run import bench
+        from ..experiments.bench.run import bench
 
         bench(self.config, line)
 
@@ -24,6 +24,6 @@ class Info:
     """Say which versions, devices and compilers are here, and which back end each device uses and why."""
 
     def run(self, line: str) -> None:
-        from ..machine import info
+        from ..experiments.environment import info
 
         print("\n".join(info()))

@@ -16,6 +16,6 @@ class Demo:
     """Open the page in the default browser."""
 
     def run(self, line: str) -> None:
-        from ..demo.app import serve
+        from ..experiments.demo.app import serve
 
         serve(self.runs, self.port, browser=self.open)

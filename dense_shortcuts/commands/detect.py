@@ -6,7 +6,7 @@ from typing import Literal
 
 import tyro
 
-from ..detect.config import DetectConfig, read_recipe
+from ..experiments.detect.config import DetectConfig, read_recipe
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class DetectTrain(DetectRun):
     """Train a detector on images in COCO format."""
 
     def run(self, line: str) -> None:
-        from ..detect import run as runs
+        from ..experiments.detect import run as runs
 
         if self.resume is not None:
             runs.resume(self.resume, runs.TRAIN)
@@ -43,7 +43,7 @@ class DetectCompare(DetectRun):
     """Seeds to train both with."""
 
     def run(self, line: str) -> None:
-        from ..detect import run as runs
+        from ..experiments.detect import run as runs
 
         if self.resume is not None:
             runs.resume(self.resume, runs.COMPARE)
@@ -71,7 +71,7 @@ class DetectEval:
     """JSON file to write; None is eval-SPLIT.json in the run's folder."""
 
     def run(self, line: str) -> None:
-        from ..detect import run as runs
+        from ..experiments.detect import run as runs
 
         runs.evaluate(**vars(self))
 
@@ -90,6 +90,6 @@ class DetectPredict:
     """Folder for the drawings and detections.json."""
 
     def run(self, line: str) -> None:
-        from ..detect import draw
+        from ..experiments.detect import draw
 
         draw.predict(**vars(self))

@@ -31,7 +31,7 @@ class Cam:
     """So many images are drawn; all are scored."""
 
     def run(self, line: str) -> None:
-        from ..explain.run import cam
+        from ..experiments.explain.run import cam
 
         cam(**vars(self), line=line)
 
@@ -46,6 +46,6 @@ class Shortcuts:
     """The picture; the numbers go beside it as .json."""
 
     def run(self, line: str) -> None:
-        from ..explain.shortcuts import shortcuts
+        from ..experiments.explain.shortcuts import shortcuts
 
         shortcuts(self.checkpoint, self.output, line)

@@ -6,7 +6,7 @@ from typing import Literal
 
 import tyro
 
-from ..train.config import TuneConfig
+from ..experiments.train.config import TuneConfig
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Prune:
     training: tyro.conf.OmitArgPrefixes[TuneConfig] = field(default_factory=TuneConfig)
 
     def run(self, line: str) -> None:
-        from ..prune import prune
+        from ..experiments.prune import prune
 
         done = prune(self.checkpoint, self.keep, self.training)
         after = f", {done.tuned.end:.2f} % after {self.training.epochs} epochs" if self.training.epochs else ""
@@ -42,7 +42,7 @@ class Renorm:
     training: tyro.conf.OmitArgPrefixes[TuneConfig] = field(default_factory=lambda: TuneConfig(epochs=5))
 
     def run(self, line: str) -> None:
-        from ..renorm import renorm
+        from ..experiments.renorm import renorm
 
         done = renorm(self.checkpoint, self.norm, self.training)
         print(

@@ -16,6 +16,6 @@ class Rerun:
     """Name of the new folder beside it; None is the run's with -rerun."""
 
     def run(self, line: str) -> None:
-        from ..train.rerun import rerun, sentences
+        from ..experiments.train.rerun import rerun, sentences
 
         print("\n".join(sentences(*rerun(self.folder, self.name, line))))

@@ -37,7 +37,7 @@ class Scaling:
     def run(self, line: str) -> None:
         import timm
 
-        from ..train import scaling
+        from ..experiments.train import scaling
 
         if not timm.is_model(self.model):
             raise DenseShortcutError(f"unknown model {self.model!r}: `dsnet models` lists the DSNets.")

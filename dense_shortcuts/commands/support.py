@@ -16,8 +16,8 @@ class Support:
     """Folder for the page, support.md, and what was seen as JSON lines; what is there already is not made anew."""
 
     def run(self, line: str) -> None:
-        from ..support.report import markdown
-        from ..support.sweep import sweep
+        from ..experiments.support.report import markdown
+        from ..experiments.support.sweep import sweep
 
         self.output.mkdir(parents=True, exist_ok=True)
         plans, rows = sweep(self.pattern, self.output, print)

@@ -28,8 +28,8 @@ class Sweep:
     """Only say what is done."""
 
     def run(self, line: str) -> None:
-        from ..sweep import run as sweeps
-        from ..sweep.spec import read_sweep
+        from ..experiments.sweep import run as sweeps
+        from ..experiments.sweep.spec import read_sweep
 
         asked = read_sweep(self.file, self.changes, self.data_dir)
         folder = self.output / (self.name or self.file.stem)

@@ -6,7 +6,7 @@ from typing import Any
 
 import tyro
 
-from ..train.config import DataName, TrainConfig, read_yaml
+from ..experiments.train.config import DataName, TrainConfig, read_yaml
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Compare(Run):
     """Train a residual network and its DSNet twin on the same images with the same seed, and say which one won."""
 
     def run(self, line: str) -> None:
-        from ..train import run as runs
+        from ..experiments.train import run as runs
 
         if self.resume is not None:
             runs.resume(self.resume, "compare")
@@ -40,7 +40,7 @@ class Train(Run):
     """Train one network."""
 
     def run(self, line: str) -> None:
-        from ..train import run as runs
+        from ..experiments.train import run as runs
 
         if self.resume is not None:
             runs.resume(self.resume, "train")
@@ -66,7 +66,7 @@ class Eval:
     """Worker processes that prepare images; None is the run's own."""
 
     def run(self, line: str) -> None:
-        from ..train import run as runs
+        from ..experiments.train import run as runs
 
         print_figures(runs.evaluate(**vars(self)))
 

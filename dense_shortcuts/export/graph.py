@@ -10,9 +10,9 @@ from torch.export import Dim, ExportedProgram
 from torch.overrides import TorchFunctionMode
 
 from ..errors import DenseShortcutError
-from ..fuse import fuse, is_fused
+from ..inference.fuse import fuse, is_fused
 from ..ops import form, moments
-from ..plug import dense_stages
+from ..surgery.plug import dense_stages
 
 BATCH = 2  # a batch of one is special to tracers: dimensions of 1 broadcast, so they are taken for constants
 

@@ -9,11 +9,11 @@ from torch import nn
 
 from .. import shipped
 from ..errors import DenseShortcutError
+from ..experiments.train.checkpoint import CARD, WEIGHTS, crop_of, read_json, read_model, write_text
+from ..experiments.train.config import TrainConfig
+from ..experiments.train.loop import METRICS, read_metrics
+from ..experiments.train.run import ENVIRONMENT, checkpoint_folder, run_config
 from ..models import list_models
-from ..train.checkpoint import CARD, WEIGHTS, crop_of, read_json, read_model, write_text
-from ..train.config import TrainConfig
-from ..train.loop import METRICS, read_metrics
-from ..train.run import ENVIRONMENT, checkpoint_folder, run_config
 
 FILES = (WEIGHTS, CARD, "config.json", "README.md")
 

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..train.data import TransformedImages
-from ..train.run import data_of
+from ..experiments.train.data import TransformedImages
+from ..experiments.train.run import data_of
 
 PROOF = 5
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .. import shipped
 from ..errors import DenseShortcutError
-from ..train.checkpoint import read_model, write_text
-from ..train.run import checkpoint_folder
+from ..experiments.train.checkpoint import read_model, write_text
+from ..experiments.train.run import checkpoint_folder
 from . import int8 as eight_bits
 from .formats import FORMATS, Runner, needs
 from .graph import inference_form, warnings
@@ -149,7 +149,7 @@ def _accuracy(run: Runner, own: RunImages, batch_size: int = 64) -> float:
 
 def _record(done: Exported, to: str) -> dict[str, Any]:
     """What was compared, for the file beside the export."""
-    from ..machine import machine
+    from ..experiments.environment import machine
 
     return {
         "format": to,

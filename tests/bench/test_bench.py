@@ -13,11 +13,11 @@ import timm
 import torch
 from PIL import Image
 
-from dense_shortcuts.bench import measure, models
-from dense_shortcuts.bench.config import BenchConfig
-from dense_shortcuts.bench.models import comparisons
 from dense_shortcuts.cli import main
-from dense_shortcuts.machine import backends
+from dense_shortcuts.experiments.bench import measure, models
+from dense_shortcuts.experiments.bench.config import BenchConfig
+from dense_shortcuts.experiments.bench.models import comparisons
+from dense_shortcuts.experiments.environment import backends
 
 DSNET = Path(sys.executable).with_name("dsnet")
 TINY = ["--device", "cpu", "--batch-size", "2", "--image-size", "32", "--rounds", "1"]
@@ -186,7 +186,7 @@ def test_the_heap_is_kept_so_that_freed_memory_is_not_fetched_again_page_by_page
     """In a process of its own, with a heap of its own."""
     code = """if True:
         import resource, torch
-        from dense_shortcuts.bench.measure import kept_heap
+        from dense_shortcuts.experiments.bench.measure import kept_heap
 
         def fetched(size):
             faults = []

@@ -2,12 +2,12 @@
 
 import pytest
 
-from dense_shortcuts.bench import report
-from dense_shortcuts.bench.config import BenchConfig
-from dense_shortcuts.bench.figures import exponent, extra_seconds, growths, memory_ratio, speed_ratio
-from dense_shortcuts.bench.goals import GOALS, outcomes
-from dense_shortcuts.bench.measure import Result, Row
-from dense_shortcuts.bench.traffic import ShortcutBytes
+from dense_shortcuts.experiments.bench import report
+from dense_shortcuts.experiments.bench.config import BenchConfig
+from dense_shortcuts.experiments.bench.figures import exponent, extra_seconds, growths, memory_ratio, speed_ratio
+from dense_shortcuts.experiments.bench.goals import GOALS, outcomes
+from dense_shortcuts.experiments.bench.measure import Result, Row
+from dense_shortcuts.experiments.bench.traffic import ShortcutBytes
 from dense_shortcuts.ops.dispatch import own_backend
 
 

@@ -10,7 +10,7 @@ from reference import stage_maps
 from torch import nn
 
 import dense_shortcuts as ds
-from dense_shortcuts.bench.public_form import PublicStage, public_dsnet
+from dense_shortcuts.experiments.bench.public_form import PublicStage, public_dsnet
 
 
 def copy_weights(dense: nn.Module, public: PublicStage) -> None:

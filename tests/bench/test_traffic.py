@@ -5,15 +5,9 @@ import torch
 from torch import Tensor, nn
 
 import dense_shortcuts as ds
-from dense_shortcuts.bench.models import SWEEP_WIDTH, bare_stage
-from dense_shortcuts.bench.public_form import PublicStage
-from dense_shortcuts.bench.traffic import (
-    best_tile,
-    host_traffic,
-    least_traffic,
-    operators,
-    shortcut_bytes,
-)
+from dense_shortcuts.experiments.bench.models import SWEEP_WIDTH, bare_stage
+from dense_shortcuts.experiments.bench.public_form import PublicStage
+from dense_shortcuts.experiments.bench.traffic import best_tile, host_traffic, least_traffic, operators, shortcut_bytes
 from dense_shortcuts.ops import compiled
 
 N, SIDE = 2, 8

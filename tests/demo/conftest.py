@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from small_run import small_run
 
-from dense_shortcuts.bench import report
-from dense_shortcuts.bench.measure import Result, Row
-from dense_shortcuts.bench.run import RESULTS
+from dense_shortcuts.experiments.bench import report
+from dense_shortcuts.experiments.bench.measure import Result, Row
+from dense_shortcuts.experiments.bench.run import RESULTS
 
 CHROMIUM = Path("/usr/bin/chromium")
 # Ratios to ResNet-50 of a training step and of inference, the least, the median and the greatest, and MiB of a step.
@@ -45,7 +45,7 @@ def runs(tmp_path_factory) -> Path:
 def address(runs) -> Iterator[str]:
     """The page, served."""
     pytest.importorskip("gradio", reason="gradio is not installed")
-    from dense_shortcuts.demo.app import serve
+    from dense_shortcuts.experiments.demo.app import serve
 
     page, where = serve(runs, None, wait=False)
     yield where

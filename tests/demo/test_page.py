@@ -13,10 +13,10 @@ from PIL import Image
 import dense_shortcuts as ds
 from dense_shortcuts import DenseShortcutError
 from dense_shortcuts.cli import main
-from dense_shortcuts.demo import charts, sources
-from dense_shortcuts.explain.networks import read_network
+from dense_shortcuts.experiments.demo import charts, sources
+from dense_shortcuts.experiments.explain.networks import read_network
 
-app = pytest.importorskip("dense_shortcuts.demo.app")
+app = pytest.importorskip("dense_shortcuts.experiments.demo.app")
 
 
 def test_networks_are_the_shipped_one_those_of_runs_and_the_registered_ones(runs, tmp_path):

@@ -10,8 +10,8 @@ from detect_helpers import CATEGORIES, HEIGHT, WIDTH, annotation, read_json, wri
 from PIL import Image
 
 from dense_shortcuts import DenseShortcutError
-from dense_shortcuts.detect import data as d
-from dense_shortcuts.detect.data import read_split, trainable, truth
+from dense_shortcuts.experiments.detect import data as d
+from dense_shortcuts.experiments.detect.data import read_split, trainable, truth
 
 
 def told(faults: dict) -> dict[str, int]:

@@ -89,7 +89,7 @@ def test_a_snippet_runs_as_it_stands(snippet, capsys):
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("detect-*.yaml")), ids=lambda path: path.stem)
 def test_a_recipe_is_a_whole_configuration(recipe):
-    from dense_shortcuts.detect.config import DetectConfig, read_recipe
+    from dense_shortcuts.experiments.detect.config import DetectConfig, read_recipe
 
     assert isinstance(read_recipe(recipe), DetectConfig)
     assert f"recipes/{recipe.name}" in recipe.read_text()

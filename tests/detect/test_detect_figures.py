@@ -8,8 +8,8 @@ import pytest
 import torch
 from detect_helpers import CATEGORIES, HEIGHT, WIDTH
 
-from dense_shortcuts.detect.data import Coco, mask_of, read_split, truth
-from dense_shortcuts.detect.figures import TWELVE, Meter, twelve_lines
+from dense_shortcuts.experiments.detect.data import Coco, mask_of, read_split, truth
+from dense_shortcuts.experiments.detect.figures import TWELVE, Meter, twelve_lines
 
 LABELS = {c["id"]: k for k, c in enumerate(CATEGORIES, 1)}
 

@@ -14,15 +14,15 @@ from safetensors.torch import save_file
 
 import dense_shortcuts as ds
 from dense_shortcuts.cli import main, parse
-from dense_shortcuts.detect import loop
-from dense_shortcuts.detect.config import DetectConfig
-from dense_shortcuts.detect.data import read_split
-from dense_shortcuts.detect.figures import TWELVE
-from dense_shortcuts.detect.loop import make_schedule
-from dense_shortcuts.detect.network import build_detector
-from dense_shortcuts.train.checkpoint import read_tensors
-from dense_shortcuts.train.config import read_fields
-from dense_shortcuts.train.loop import read_metrics
+from dense_shortcuts.experiments.detect import loop
+from dense_shortcuts.experiments.detect.config import DetectConfig
+from dense_shortcuts.experiments.detect.data import read_split
+from dense_shortcuts.experiments.detect.figures import TWELVE
+from dense_shortcuts.experiments.detect.loop import make_schedule
+from dense_shortcuts.experiments.detect.network import build_detector
+from dense_shortcuts.experiments.train.checkpoint import read_tensors
+from dense_shortcuts.experiments.train.config import read_fields
+from dense_shortcuts.experiments.train.loop import read_metrics
 
 DETECTORS = ("fasterrcnn", "retinanet", "fcos", "maskrcnn")
 TINY = [

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import dense_shortcuts as ds
 from dense_shortcuts import DenseShortcutError
-from dense_shortcuts.explain.cam import METHODS, cam_maps, find_layer, methods
+from dense_shortcuts.experiments.explain.cam import METHODS, cam_maps, find_layer, methods
 from dense_shortcuts.ops.dispatch import unusable
 
 CPU_BACKENDS = ("plain", "cpu", "native")

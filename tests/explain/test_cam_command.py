@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from dense_shortcuts.cli import main
-from dense_shortcuts.explain.cam import cam_maps
-from dense_shortcuts.explain.localise import mask_of
-from dense_shortcuts.explain.networks import read_network, view
+from dense_shortcuts.experiments.explain.cam import cam_maps
+from dense_shortcuts.experiments.explain.localise import mask_of
+from dense_shortcuts.experiments.explain.networks import read_network, view
 
 
 def boxes_file(path, files, categories=("left", "right")):

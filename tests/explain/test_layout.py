@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import dense_shortcuts as ds
 from dense_shortcuts import DenseShortcutError
-from dense_shortcuts.explain.cam import METHODS, cam_maps, find_layer
-from dense_shortcuts.explain.layout import Layout, find_layout
+from dense_shortcuts.experiments.explain.cam import METHODS, cam_maps, find_layer
+from dense_shortcuts.experiments.explain.layout import Layout, find_layout
 
 SIDE, TARGETS = 32, [1, 4]
 

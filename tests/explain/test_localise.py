@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from dense_shortcuts import DenseShortcutError
-from dense_shortcuts.explain.localise import Score, mask_of, paired, read_boxes, score, summary
-from dense_shortcuts.explain.networks import read_network, view
+from dense_shortcuts.experiments.explain.localise import Score, mask_of, paired, read_boxes, score, summary
+from dense_shortcuts.experiments.explain.networks import read_network, view
 
 
 def coco(path, **changes):

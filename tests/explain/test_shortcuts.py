@@ -11,9 +11,9 @@ from PIL import Image
 import dense_shortcuts as ds
 from dense_shortcuts import DenseShortcutError
 from dense_shortcuts.cli import main
-from dense_shortcuts.explain.shortcuts import course, grid, read_shortcuts
-from dense_shortcuts.train.checkpoint import read_model
-from dense_shortcuts.weights import SHORTCUTS, read_record, record, start_summary, weight_summary
+from dense_shortcuts.experiments.explain.shortcuts import course, grid, read_shortcuts
+from dense_shortcuts.experiments.train.checkpoint import read_model
+from dense_shortcuts.experiments.weight_log import SHORTCUTS, read_record, record, start_summary, weight_summary
 
 
 def test_the_summary_has_mean_and_spread_of_every_pair(tiny_dsnet):

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import dense_shortcuts as ds
 from dense_shortcuts.cli import main
+from dense_shortcuts.experiments.train.checkpoint import read_model
+from dense_shortcuts.experiments.train.run import data_of
 from dense_shortcuts.export import export, formats, graph, proof, run, save_for_hub
 from dense_shortcuts.export.images import photographs
-from dense_shortcuts.train.checkpoint import read_model
-from dense_shortcuts.train.run import data_of
 
 
 def names(folder) -> set[str]:

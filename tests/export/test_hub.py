@@ -14,8 +14,8 @@ from huggingface_hub import HfApi
 
 import dense_shortcuts as ds
 from dense_shortcuts.cli import main
+from dense_shortcuts.experiments.train.checkpoint import read_model
 from dense_shortcuts.export import from_pretrained, push_to_hub, save_for_hub
-from dense_shortcuts.train.checkpoint import read_model
 
 
 def scores(net: torch.nn.Module) -> torch.Tensor:

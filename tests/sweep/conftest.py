@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 
-from dense_shortcuts.sweep import costs
+from dense_shortcuts.experiments.sweep import costs
 
 BASE = """base: {model: dsnet20, img_size: 8, crop_padding: 1, limit_train: 96, limit_test: 50, batch_size: 32,
   epochs: 2, warmup_epochs: 0, lr: 0.05, tracker: none}

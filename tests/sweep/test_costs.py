@@ -8,10 +8,10 @@ import timm
 from sweep.conftest import BASE
 
 from dense_shortcuts import DenseShortcutError
-from dense_shortcuts.sweep import costs
-from dense_shortcuts.sweep.spec import read_sweep
-from dense_shortcuts.train.measure import parameters
-from dense_shortcuts.train.network import build_network
+from dense_shortcuts.experiments.sweep import costs
+from dense_shortcuts.experiments.sweep.spec import read_sweep
+from dense_shortcuts.experiments.train.measure import parameters
+from dense_shortcuts.experiments.train.network import build_network
 
 BIGGER = f"""{BASE}
 grid:

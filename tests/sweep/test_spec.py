@@ -7,7 +7,7 @@ from sweep.conftest import BASE
 
 from dense_shortcuts import DenseShortcutError
 from dense_shortcuts.cli import main
-from dense_shortcuts.sweep.spec import read_sweep, slug
+from dense_shortcuts.experiments.sweep.spec import read_sweep, slug
 
 ROOT = Path(__file__).parents[2]
 

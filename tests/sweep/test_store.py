@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from dense_shortcuts import DenseShortcutError
-from dense_shortcuts.sweep import store as stores
-from dense_shortcuts.sweep.spec import read_sweep
-from dense_shortcuts.sweep.store import DATABASE, Store
+from dense_shortcuts.experiments.sweep import store as stores
+from dense_shortcuts.experiments.sweep.spec import read_sweep
+from dense_shortcuts.experiments.sweep.store import DATABASE, Store
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ import torch
 from sweep.conftest import SWEEP
 
 from dense_shortcuts.cli import main
-from dense_shortcuts.sweep.spec import read_sweep
-from dense_shortcuts.sweep.store import Store
-from dense_shortcuts.train.loop import read_metrics
-from dense_shortcuts.train.rerun import unclocked
+from dense_shortcuts.experiments.sweep.spec import read_sweep
+from dense_shortcuts.experiments.sweep.store import Store
+from dense_shortcuts.experiments.train.loop import read_metrics
+from dense_shortcuts.experiments.train.rerun import unclocked
 
 DSNET = Path(sys.executable).with_name("dsnet")
 LABELS = {"host": "identity", "dsnet": "stage-batch"}
@@ -30,7 +30,7 @@ def finished(tmp_path_factory) -> Path:
     (folder / "s.yaml").write_text(SWEEP)
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dense_shortcuts.sweep.costs.ROUNDS", 1)
+        patch.setattr("dense_shortcuts.experiments.sweep.costs.ROUNDS", 1)
         assert main(["sweep", str(folder / "s.yaml"), "--output", str(folder)]) == 0
     return folder / "s"
 

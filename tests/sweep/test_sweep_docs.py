@@ -14,8 +14,8 @@ import dense_shortcuts as ds
 from dense_shortcuts import shipped
 from dense_shortcuts.cli import main
 from dense_shortcuts.commands import COMMANDS
-from dense_shortcuts.sweep.spec import read_sweep
-from dense_shortcuts.train.loop import METRICS, read_metrics
+from dense_shortcuts.experiments.sweep.spec import read_sweep
+from dense_shortcuts.experiments.train.loop import METRICS, read_metrics
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from dense_shortcuts.sweep import report
-from dense_shortcuts.sweep.report import Run
-from dense_shortcuts.sweep.spec import read_sweep
+from dense_shortcuts.experiments.sweep import report
+from dense_shortcuts.experiments.sweep.report import Run
+from dense_shortcuts.experiments.sweep.spec import read_sweep
 
 COST = {"peak_bytes": 2**20, "parameters": 1000, "multiply_adds": 5_000_000, "train_images_per_second": 100.0}
 

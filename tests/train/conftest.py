@@ -8,11 +8,11 @@ from accelerate.state import AcceleratorState
 from rich.console import Console
 from train_helpers import png, write_parquet
 
-from dense_shortcuts.train.config import TrainConfig
-from dense_shortcuts.train.data import load_data
-from dense_shortcuts.train.display import Display
-from dense_shortcuts.train.loop import METRICS, read_metrics, train_network
-from dense_shortcuts.train.network import network_label
+from dense_shortcuts.experiments.train.config import TrainConfig
+from dense_shortcuts.experiments.train.data import load_data
+from dense_shortcuts.experiments.train.display import Display
+from dense_shortcuts.experiments.train.loop import METRICS, read_metrics, train_network
+from dense_shortcuts.experiments.train.network import network_label
 
 
 @pytest.fixture(autouse=True)

@@ -17,12 +17,12 @@ from rich.console import Console
 from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 
+from dense_shortcuts.experiments.train.config import TrainConfig
+from dense_shortcuts.experiments.train.data import load_data
+from dense_shortcuts.experiments.train.display import Display
+from dense_shortcuts.experiments.train.loop import METRICS, read_metrics, train_network
+from dense_shortcuts.experiments.train.network import network_label
 from dense_shortcuts.models.cifar import cifar_resnet
-from dense_shortcuts.train.config import TrainConfig
-from dense_shortcuts.train.data import load_data
-from dense_shortcuts.train.display import Display
-from dense_shortcuts.train.loop import METRICS, read_metrics, train_network
-from dense_shortcuts.train.network import network_label
 
 SECONDS = 1200  # after which a process that hangs is ended, and the test fails
 

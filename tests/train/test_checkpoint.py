@@ -14,8 +14,8 @@ from torch import nn
 
 import dense_shortcuts as ds
 from dense_shortcuts import DenseShortcutError
-from dense_shortcuts.train import checkpoint
-from dense_shortcuts.train.checkpoint import (
+from dense_shortcuts.experiments.train import checkpoint
+from dense_shortcuts.experiments.train.checkpoint import (
     CARD,
     WEIGHTS,
     crop_of,
@@ -27,7 +27,7 @@ from dense_shortcuts.train.checkpoint import (
     write_tensors,
     write_text,
 )
-from dense_shortcuts.train.states import state_path
+from dense_shortcuts.experiments.train.states import state_path
 
 STATE = "state-0001.safetensors"
 

@@ -7,11 +7,11 @@ from train_helpers import number_image, png
 
 from dense_shortcuts import DenseShortcutError
 from dense_shortcuts.cli import main
-from dense_shortcuts.train.checkpoint import read_model
-from dense_shortcuts.train.config import TrainConfig, class_numbers
-from dense_shortcuts.train.data import load_data
-from dense_shortcuts.train.fingerprint import fingerprints
-from dense_shortcuts.train.run import evaluate
+from dense_shortcuts.experiments.train.checkpoint import read_model
+from dense_shortcuts.experiments.train.config import TrainConfig, class_numbers
+from dense_shortcuts.experiments.train.data import load_data
+from dense_shortcuts.experiments.train.fingerprint import fingerprints
+from dense_shortcuts.experiments.train.run import evaluate
 
 LABELS = [0, 1, 2, 3, 4, 1, 2, 0, 4, 3]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dense_shortcuts import DenseShortcutError
-from dense_shortcuts.train.config import TrainConfig, read_yaml, write_yaml
+from dense_shortcuts.experiments.train.config import TrainConfig, read_yaml, write_yaml
 
 RECIPES = [
     path

@@ -10,9 +10,9 @@ import torch
 from train_helpers import load, one_sentence, png, write_parquet
 
 from dense_shortcuts import DenseShortcutError
-from dense_shortcuts.train.config import TrainConfig
-from dense_shortcuts.train.data import EpochSampler, load_data
-from dense_shortcuts.train.loop import batches, make_loader
+from dense_shortcuts.experiments.train.config import TrainConfig
+from dense_shortcuts.experiments.train.data import EpochSampler, load_data
+from dense_shortcuts.experiments.train.loop import batches, make_loader
 
 
 def test_digits_are_all_used_once_and_a_fifth_of_each_class_is_held_out():

@@ -11,11 +11,11 @@ from train_helpers import number_image, numbers_in, png, unclocked, write_shard
 
 from dense_shortcuts import DenseShortcutError
 from dense_shortcuts.cli import main
-from dense_shortcuts.train.config import TrainConfig
-from dense_shortcuts.train.data import BrokenImage, load_data, make_loader
-from dense_shortcuts.train.data.broken import BrokenImages
-from dense_shortcuts.train.data.stream import StreamShare
-from dense_shortcuts.train.loop import batches, read_metrics
+from dense_shortcuts.experiments.train.config import TrainConfig
+from dense_shortcuts.experiments.train.data import BrokenImage, load_data, make_loader
+from dense_shortcuts.experiments.train.data.broken import BrokenImages
+from dense_shortcuts.experiments.train.data.stream import StreamShare
+from dense_shortcuts.experiments.train.loop import batches, read_metrics
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_more_broken_images_than_allowed_are_refused_with_one_of_them_named():
 
 
 def test_too_many_broken_images_for_the_shared_memory_keep_what_there_is(monkeypatch):
-    monkeypatch.setattr("dense_shortcuts.train.data.broken.REPORT_BYTES", 30)
+    monkeypatch.setattr("dense_shortcuts.experiments.train.data.broken.REPORT_BYTES", 30)
     broken = BrokenImages(0.9, 300, "training images")
     for i in range(9):
         broken.add(BrokenImage(f"{i}.png is no image."))

@@ -7,12 +7,12 @@ from torchvision import transforms
 from train_helpers import png, unclocked, write_parquet
 
 from dense_shortcuts import DenseShortcutError
-from dense_shortcuts.train.config import TrainConfig
-from dense_shortcuts.train.data import load_data, make_loader, mixed_seed
-from dense_shortcuts.train.data import loading as loading_module
-from dense_shortcuts.train.data.device import DeviceImages, crops, first_numbers
-from dense_shortcuts.train.data.transformed import TransformedImages, seeded
-from dense_shortcuts.train.loop import batches
+from dense_shortcuts.experiments.train.config import TrainConfig
+from dense_shortcuts.experiments.train.data import load_data, make_loader, mixed_seed
+from dense_shortcuts.experiments.train.data import loading as loading_module
+from dense_shortcuts.experiments.train.data.device import DeviceImages, crops, first_numbers
+from dense_shortcuts.experiments.train.data.transformed import TransformedImages, seeded
+from dense_shortcuts.experiments.train.loop import batches
 
 
 def epoch_of(config: TrainConfig, epoch: int, *, training: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,8 +10,8 @@ from test_data_sources import write_images
 from train_helpers import number_image, png, write_shard
 
 from dense_shortcuts.cli import main
-from dense_shortcuts.train.config import DATA_DEFAULTS, TrainConfig
-from dense_shortcuts.train.loop import read_metrics
+from dense_shortcuts.experiments.train.config import DATA_DEFAULTS, TrainConfig
+from dense_shortcuts.experiments.train.loop import read_metrics
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", GUIDE, re.DOTALL | re.MULTILINE)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from train_helpers import load, number_image, one_sentence, png, write_shard
 
-from dense_shortcuts.train.data.parquet import parts_of
+from dense_shortcuts.experiments.train.data.parquet import parts_of
 
 
 def jpeg(seed: int, size: int = 64) -> bytes:
@@ -177,7 +177,7 @@ def test_parquet_refuses_what_it_cannot_hold_or_read(tmp_path, monkeypatch):
     write_images(tmp_path, "test", [png(0)], [None], classes="ab")
     assert "images without a label" in one_sentence(data="parquet", data_dir=str(tmp_path))
     write_images(tmp_path, "test", [png(0)], [0], classes="ab")
-    monkeypatch.setattr("dense_shortcuts.train.data.parquet.free_bytes", lambda: 100)
+    monkeypatch.setattr("dense_shortcuts.experiments.train.data.parquet.free_bytes", lambda: 100)
     assert "over half of the free memory: take --data streaming" in one_sentence(data="parquet", data_dir=str(tmp_path))
     monkeypatch.undo()
     path.write_bytes(path.read_bytes()[:-9])

@@ -11,13 +11,13 @@ from torch.utils.data import DataLoader
 from train_helpers import number_image, numbers_in, unclocked, write_shard
 
 from dense_shortcuts import DenseShortcutError
-from dense_shortcuts.train import loop
-from dense_shortcuts.train.config import TrainConfig
-from dense_shortcuts.train.data import epochs_of, load_data, make_loader
-from dense_shortcuts.train.data import hub as hub_module
-from dense_shortcuts.train.data.stream import Place, StreamShare
-from dense_shortcuts.train.loop import batches
-from dense_shortcuts.train.processes import make_accelerator
+from dense_shortcuts.experiments.train import loop
+from dense_shortcuts.experiments.train.config import TrainConfig
+from dense_shortcuts.experiments.train.data import epochs_of, load_data, make_loader
+from dense_shortcuts.experiments.train.data import hub as hub_module
+from dense_shortcuts.experiments.train.data.stream import Place, StreamShare
+from dense_shortcuts.experiments.train.loop import batches
+from dense_shortcuts.experiments.train.processes import make_accelerator
 
 IMAGES = 48
 

@@ -17,11 +17,11 @@ from train_helpers import unclocked
 
 from dense_shortcuts import DenseShortcutError
 from dense_shortcuts.cli import main
-from dense_shortcuts.train import checkpoint, loop, run, states
-from dense_shortcuts.train.config import TrainConfig, write_yaml
-from dense_shortcuts.train.log import RUN_LOG
-from dense_shortcuts.train.loop import METRICS, read_metrics
-from dense_shortcuts.train.states import saved_states, state_path
+from dense_shortcuts.experiments.train import checkpoint, loop, run, states
+from dense_shortcuts.experiments.train.config import TrainConfig, write_yaml
+from dense_shortcuts.experiments.train.log import RUN_LOG
+from dense_shortcuts.experiments.train.loop import METRICS, read_metrics
+from dense_shortcuts.experiments.train.states import saved_states, state_path
 
 LABEL = "stage-group"
 RECIPE = tiny(epochs=10, lr=0.2, deterministic=True, drop_path=0.2, mixup=0.2, ema_decay=0.9, limit_test=20)

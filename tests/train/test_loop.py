@@ -13,14 +13,13 @@ from train_helpers import unclocked
 
 import dense_shortcuts as ds
 from dense_shortcuts import DenseShortcutError
-from dense_shortcuts.norms import TokenNorm
-from dense_shortcuts.train import loop
-from dense_shortcuts.train.checkpoint import CARD, WEIGHTS, read_tensors
-from dense_shortcuts.train.config import TrainConfig
-from dense_shortcuts.train.data import load_data
-from dense_shortcuts.train.display import Display
-from dense_shortcuts.train.loop import METRICS, drop_later_lines, make_loader, read_metrics
-from dense_shortcuts.train.network import (
+from dense_shortcuts.experiments.train import loop
+from dense_shortcuts.experiments.train.checkpoint import CARD, WEIGHTS, read_tensors
+from dense_shortcuts.experiments.train.config import TrainConfig
+from dense_shortcuts.experiments.train.data import load_data
+from dense_shortcuts.experiments.train.display import Display
+from dense_shortcuts.experiments.train.loop import METRICS, drop_later_lines, make_loader, read_metrics
+from dense_shortcuts.experiments.train.network import (
     build_network,
     make_loss,
     make_optimizer,
@@ -29,9 +28,10 @@ from dense_shortcuts.train.network import (
     parameter_groups,
     twin,
 )
-from dense_shortcuts.train.processes import make_accelerator
-from dense_shortcuts.train.states import state_path
-from dense_shortcuts.weights import SHORTCUTS, read_record
+from dense_shortcuts.experiments.train.processes import make_accelerator
+from dense_shortcuts.experiments.train.states import state_path
+from dense_shortcuts.experiments.weight_log import SHORTCUTS, read_record
+from dense_shortcuts.nn.norms import TokenNorm
 
 
 class Stop(BaseException):

@@ -7,8 +7,8 @@ import torch
 
 import dense_shortcuts as ds
 from dense_shortcuts.cli import main
-from dense_shortcuts.train.checkpoint import read_model, write_text
-from dense_shortcuts.train.config import write_yaml
+from dense_shortcuts.experiments.train.checkpoint import read_model, write_text
+from dense_shortcuts.experiments.train.config import write_yaml
 
 
 def test_the_command_leaves_a_checkpoint_that_builds_itself_and_trains_on(tiny, fit, tmp_path, monkeypatch, capsys):
@@ -47,7 +47,7 @@ def test_an_interrupted_one_names_the_folder_that_it_leaves(tiny, fit, tmp_path,
     def stop(*given):
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("dense_shortcuts.train.tune.train_network", stop)
+    monkeypatch.setattr("dense_shortcuts.experiments.train.tune.train_network", stop)
     assert main(["prune", str(folder), "--keep", "0.5", "--epochs", "1", "--name", "cut"]) == 130
     said = capsys.readouterr().err.strip()
     assert said == "dsnet: interrupted: runs/cut was not trained to its end: remove it, or take another --name."

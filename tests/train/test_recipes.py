@@ -10,11 +10,11 @@ from timm.loss import BinaryCrossEntropy
 from train_helpers import png
 
 from dense_shortcuts.cli import main
+from dense_shortcuts.experiments.train.config import read_yaml
+from dense_shortcuts.experiments.train.data import load_data
+from dense_shortcuts.experiments.train.loop import read_metrics
+from dense_shortcuts.experiments.train.network import build_network, make_loss, make_optimizer, network_label
 from dense_shortcuts.models import list_models
-from dense_shortcuts.train.config import read_yaml
-from dense_shortcuts.train.data import load_data
-from dense_shortcuts.train.loop import read_metrics
-from dense_shortcuts.train.network import build_network, make_loss, make_optimizer, network_label
 
 ROOT = Path(__file__).parents[2]
 RECIPES = [

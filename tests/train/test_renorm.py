@@ -7,10 +7,10 @@ import torch
 
 import dense_shortcuts as ds
 from dense_shortcuts.cli import main
-from dense_shortcuts.renorm import renorm, take_weights
-from dense_shortcuts.train.checkpoint import read_model, write_text
-from dense_shortcuts.train.config import TrainConfig, TuneConfig, write_yaml
-from dense_shortcuts.train.network import build_network
+from dense_shortcuts.experiments.renorm import renorm, take_weights
+from dense_shortcuts.experiments.train.checkpoint import read_model, write_text
+from dense_shortcuts.experiments.train.config import TrainConfig, TuneConfig, write_yaml
+from dense_shortcuts.experiments.train.network import build_network
 
 
 @pytest.fixture

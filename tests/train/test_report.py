@@ -10,8 +10,8 @@ from PIL import Image
 from torch import nn
 
 import dense_shortcuts as ds
-from dense_shortcuts.train import measure, report
-from dense_shortcuts.train.config import TrainConfig
+from dense_shortcuts.experiments.train import measure, report
+from dense_shortcuts.experiments.train.config import TrainConfig
 
 
 def test_multiply_adds_of_a_small_network_are_the_closed_form():

@@ -6,7 +6,14 @@ from torch import nn
 
 from dense_shortcuts import DenseShortcutError
 from dense_shortcuts.cli import main
-from dense_shortcuts.train.scaling import BUCKET_BYTES, Cluster, Messages, estimates, exchange_seconds, messages
+from dense_shortcuts.experiments.train.scaling import (
+    BUCKET_BYTES,
+    Cluster,
+    Messages,
+    estimates,
+    exchange_seconds,
+    messages,
+)
 
 CLUSTER = Cluster(gpus_per_machine=8, inside=400.0, between=10.0, latency=1e-5, price_per_hour=2.5)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dense_shortcuts import DenseShortcutError
-from dense_shortcuts.train import tracking
+from dense_shortcuts.experiments.train import tracking
 
 
 def test_tensorboard_is_shown_the_metrics_of_each_epoch(tiny, fit, tmp_path):
@@ -62,8 +62,8 @@ def test_trackio_keeps_the_metrics_on_this_machine(tmp_path):
     code = f"""
 import sqlite3, pathlib
 from accelerate import PartialState
-from dense_shortcuts.train.config import TrainConfig
-from dense_shortcuts.train.tracking import make_tracker
+from dense_shortcuts.experiments.train.config import TrainConfig
+from dense_shortcuts.experiments.train.tracking import make_tracker
 PartialState()
 tracker = make_tracker(TrainConfig(tracker="trackio").resolved(), pathlib.Path({str(tmp_path)!r}, "run", "network"), 0)
 tracker.log({{"test_top1": 12.5}}, step=1)

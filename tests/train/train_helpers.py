@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from dense_shortcuts import DenseShortcutError
-from dense_shortcuts.train.config import TrainConfig
-from dense_shortcuts.train.data import Data, load_data
+from dense_shortcuts.experiments.train.config import TrainConfig
+from dense_shortcuts.experiments.train.data import Data, load_data
 
 CLOCKED = ("seconds", "images_per_second", "data_wait_share")
 

@@ -1,0 +1,123 @@
+"""Modules of timm and torchvision whose blocks feed one another in a way that their source shows as no plain loop.
+
+Some call their blocks by name, among other things. Their own forward pass is run, on a stand-in that has each block in
+the form of its step in this one pass. Others loop over a list and change the map before one of its blocks, where a
+new row begins.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from timm.models import FeatureHookNet
+from timm.models.convit import ConVit
+from timm.models.dla import DlaTree
+from timm.models.maxxvit import MaxxVitBlock
+from timm.models.twins import Twins
+from timm.models.xception import Xception
+from torch import Tensor, nn
+from torchvision.models._utils import IntermediateLayerGetter
+
+from ..nn.stage import DenseStage
+
+
+class OnePass:
+    """A stage as its host's forward pass is to see it once: each block of a row is its step, all else is the stage's.
+
+    The steps go by the order of the blocks in the stage, so the host has to call those of a row in this order.
+    """
+
+    def __init__(self, stage: DenseStage) -> None:
+        self._stage = stage
+        self._children = dict(zip(stage.block_names, stage.blocks, strict=True))
+        self._steps = {n: s for n, s in zip(stage.block_names, stage, strict=True) if s.place.shortcut is not None}
+
+    def __getattr__(self, name: str) -> Any:
+        return self._steps[name] if name in self._steps else getattr(self._stage, name)
+
+    def __len__(self) -> int:
+        return len(self._children)
+
+    def items(self) -> list[tuple[str, Any]]:
+        """What an nn.ModuleDict has under this name."""
+        return [(name, self._steps.get(name, child)) for name, child in self._children.items()]
+
+
+class DenseDlaTree(DenseStage, DlaTree):
+    """A tree of two blocks, the second of which takes the output of the first."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return DlaTree.forward(OnePass(self), x, *args, **kwargs)
+
+
+class DenseMaxxVitBlock(DenseStage, MaxxVitBlock):
+    """A convolution block, and behind it two of attention that feed one another."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return MaxxVitBlock.forward(OnePass(self), x, *args, **kwargs)
+
+
+class DenseXception(DenseStage, Xception):
+    """Blocks that are the network's own children, called one after the other."""
+
+    forward = Xception.forward
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return Xception.forward_features(OnePass(self), x)
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return Xception.forward_intermediates(OnePass(self), x, *args, **kwargs)
+
+
+class DenseFeatureHookNet(DenseStage, FeatureHookNet):
+    """Blocks that timm took out of their nn.Sequential for `features_only`; it calls them one after the other."""
+
+    def forward(self, x: Tensor) -> Any:
+        return FeatureHookNet.forward(OnePass(self), x)
+
+
+class DenseLayerGetter(DenseStage, IntermediateLayerGetter):
+    """Blocks that torchvision took out of their nn.Sequential for segmentation and detection."""
+
+    def forward(self, x: Tensor) -> Any:
+        return IntermediateLayerGetter.forward(OnePass(self), x)
+
+
+_CONTAINERS: dict[Any, type[DenseStage]] = {
+    DlaTree: DenseDlaTree,
+    MaxxVitBlock: DenseMaxxVitBlock,
+    Xception: DenseXception,
+    FeatureHookNet: DenseFeatureHookNet,
+    IntermediateLayerGetter: DenseLayerGetter,
+}
+
+# By the owner of a list: the list's name there, and the blocks before which the owner changes the map.
+_LISTS: dict[Any, tuple[str, Callable[[Any], tuple[int, ...]]]] = {
+    Twins: (r"blocks\.\d+", lambda host: (1,)),  # a convolution for the positions
+    ConVit: (r"blocks", lambda host: (host.local_up_to_layer,)),  # the class token joins the patches
+}
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether a module is a container whose forward pass is known to feed its residual blocks to one another."""
+    return type(module) in _CONTAINERS
+
+
+def dense_class(module: nn.Module) -> type[DenseStage]:
+    """The class that a container takes when it is plugged."""
+    return _CONTAINERS.get(type(module), DenseStage)
+
+
+def cuts(model: nn.Module, name: str) -> tuple[int, ...] | None:
+    """The blocks of the list `name` of a network before which its owner changes the map; None where no owner is known.
+
+    All blocks between them feed one another.
+    """
+    parts = name.split(".")
+    for n in range(len(parts)):
+        owner = model.get_submodule(".".join(parts[:n]))
+        if type(owner) in _LISTS:
+            pattern, before = _LISTS[type(owner)]
+            if re.fullmatch(pattern, ".".join(parts[n:])):
+                return before(owner)
+    return None

@@ -1,0 +1,122 @@
+"""A worker of a sweep: take a run, train it or go on with it, tell the study, until none is left; then the table."""
+
+import collections
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from ...errors import DenseShortcutError
+from ..train.config import TrainConfig
+from ..train.data import load_data
+from ..train.loop import METRICS, read_metrics
+from ..train.network import network_label
+from ..train.pretrained import weights_file
+from ..train.run import CONFIG, execute, resume
+from . import report
+from .costs import saved_costs, with_budgets
+from .spec import Cell, Sweep
+from .store import DATABASE, Claim, Store
+
+
+def sweep(asked: Sweep, folder: Path) -> None:
+    """Run what is left of a sweep and write its table, as one of any number of workers.
+
+    Args:
+        asked: the rows and seeds of the file.
+        folder: the sweep's folder; made if it is not there.
+
+    Raises:
+        DenseShortcutError: bad input of any kind, or runs that failed; all others were run before.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise DenseShortcutError("a sweep's workers are separate processes: start `dsnet sweep` once for each GPU.")
+    for row in asked.rows:  # weights that are not there are told before hours of other rows
+        if row.config.weights is not None:
+            weights_file(row.config.weights)
+    classes = number_of_classes(asked)
+    make_folder(folder)
+    store = Store(folder, asked.cells())
+    with store.lock:
+        settled = with_budgets(asked, folder, classes)
+    store = Store(folder, settled.cells())
+    store.enqueue()
+    console = Console(highlight=False, soft_wrap=True)
+    while (claim := store.claim()) is not None:
+        done = sum(state == "done" for state, _ in store.states().values())
+        console.print(f"\n{claim.cell.row}, seed {claim.cell.seed} ({done} of {len(store.cells)} done)")
+        work(claim, folder)
+    with store.lock:
+        if any(state == "done" for state, _ in store.states().values()):
+            report.write(settled, folder, saved_costs(settled, folder, classes), store.states())
+            console.print(f"\ntable, figures and plot: {folder}")
+    show(settled, folder, store)
+    failed = {key: note for key, (state, note) in store.states().items() if state == "failed"}
+    if failed:
+        key, note = next(iter(failed.items()))
+        raise DenseShortcutError(
+            f"{len(failed)} of {len(store.cells)} runs failed, the first of them {key}: {note.rstrip('.')}; "
+            "the same command tries them again."
+        )
+
+
+def work(claim: Claim, folder: Path) -> None:
+    """Do a run and tell how it ended. A run that was interrupted stays as it is, for the next worker."""
+    try:
+        run = run_cell(claim.cell, folder)
+        claim.done(last_metrics(run, claim.cell.config)["test_top1"])
+    except (DenseShortcutError, torch.OutOfMemoryError) as error:
+        claim.failed(" ".join(str(error).split()))
+    finally:
+        claim.lock.release()
+
+
+def run_cell(cell: Cell, folder: Path) -> Path:
+    """Train a cell's network in its folder, or go on with it."""
+    run = folder / cell.key
+    if (run / CONFIG).is_file():
+        return resume(run, "train")
+    return execute(dataclasses.replace(cell.config, output=str(run.parent), name=run.name), "train", resumed=None)
+
+
+def last_metrics(run: Path, config: TrainConfig) -> dict[str, float]:
+    return read_metrics(run / network_label(config) / METRICS)[-1]
+
+
+def status(asked: Sweep, folder: Path) -> None:
+    """Print where each run stands; starts and changes nothing.
+
+    Raises:
+        DenseShortcutError: the sweep was not begun.
+    """
+    if not (folder / DATABASE).is_file():
+        raise DenseShortcutError(f"{folder} holds no sweep: begin it by `dsnet sweep {asked.path}`.")
+    show(asked, folder, Store(folder, asked.cells()))
+
+
+def show(asked: Sweep, folder: Path, store: Store) -> None:
+    """Print a line for each run that is not done yet, then the counts."""
+    states = store.states()
+    for cell in asked.cells():
+        state, note = states[cell.key]
+        epochs = len(read_metrics(folder / cell.key / network_label(cell.config) / METRICS))
+        progress = f", {epochs} of {cell.config.epochs} epochs" if state in ("running", "interrupted") else ""
+        done = f", {last_metrics(folder / cell.key, cell.config)['test_top1']:.2f} %" if state == "done" else ""
+        print(f"{cell.row}, seed {cell.seed}: {state}{progress}{done}{': ' + note if note else ''}")
+    counts = collections.Counter(state for state, _ in states.values())
+    print(f"{len(states)} runs: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
+
+
+def number_of_classes(asked: Sweep) -> int:
+    """Classes of the data, which all rows share."""
+    config = asked.rows[0].config
+    return len(load_data(dataclasses.replace(config, limit_train=1, limit_test=1).resolved()).classes)
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DenseShortcutError(f"cannot make {folder} ({error.strerror}): choose another --output.") from error

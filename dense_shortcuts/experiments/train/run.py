@@ -1,0 +1,335 @@
+"""A run and its folder: `compare` trains a host and its DSNet twin, `train` one network, `evaluate` scores one."""
+
+import dataclasses
+import datetime
+import json
+import logging
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+
+from ... import ops, shipped
+from ...errors import DenseShortcutError
+from ..environment import machine
+from . import report
+from .checkpoint import CARD, WEIGHTS, read_json, read_model, write_text
+from .config import TrainConfig, read_yaml, write_yaml
+from .data import Data, load_data
+from .display import Display
+from .fingerprint import file_fingerprint, fingerprints
+from .log import run_log
+from .loop import METRICS, make_loader, placed, read_metrics, test_network, train_network
+from .measure import images_at_once, inference_speed, multiply_adds, parameters, training_step_memory
+from .network import build_network, make_optimizer, network_label, twin
+from .pretrained import start_from, weights_file
+from .processes import make_accelerator, repeatable, told_when_lost
+from .states import read_predicted, remove
+from .tracking import chosen_tracker
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """A run was interrupted; `folder` is where it can be resumed."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"interrupted: {folder}")
+        self.folder = folder
+
+
+CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
+
+_logger = logging.getLogger(__name__)
+
+
+def compare(config: TrainConfig, line: str = "") -> Path:
+    """Train the host network and its DSNet twin with the same seed and recipe; gives the run's folder.
+
+    Args:
+        line: the command as it was typed, for the run's folder.
+
+    Raises:
+        DenseShortcutError: bad input of any kind; a folder that exists already is left as it was.
+    """
+    return execute(config, "compare", resumed=None, line=line)
+
+
+def train(config: TrainConfig, line: str = "") -> Path:
+    """Train one network; gives the run's folder.
+
+    Raises:
+        DenseShortcutError: as `compare`.
+    """
+    return execute(config, "train", resumed=None, line=line)
+
+
+def resume(folder: Path, command: str) -> Path:
+    """Go on with a run that was interrupted; a finished network is not trained again.
+
+    Args:
+        folder: the run's folder.
+        command: "compare" or "train", as the run was started.
+
+    Raises:
+        DenseShortcutError: not a run's folder, or that of the other command.
+    """
+    if not (folder / CONFIG).is_file():
+        raise DenseShortcutError(f"{folder} is no run to resume, for it has no {CONFIG}: give the folder of a run.")
+    began = read_json(folder / ENVIRONMENT).get("command")
+    if began != command:
+        raise DenseShortcutError(f"{folder} was started by `dsnet {began}`: resume it with that command.")
+    return execute(read_yaml(folder / CONFIG), command, resumed=folder)
+
+
+def execute(config: TrainConfig, command: str, resumed: Path | None, line: str = "") -> Path:
+    """Check everything, make the folder, train what is not trained yet, and report."""
+    config = config.resolved()
+    networks = networks_of(config, command)
+    chosen_tracker(config)
+    accelerator = make_accelerator(config)
+    data = load_data(config)
+    for each in networks:  # what cannot work is refused before the folder is made
+        model = build_network(each, len(data.classes))
+        make_optimizer(each, model)
+        if each.weights is not None and resumed is None:
+            start_from(model, each.weights)
+    make_loader(data.train, config, training=True)
+
+    folder = resumed or Path(config.output) / (config.name or default_name(config.data, config.model))
+    if accelerator.is_main_process and resumed is None:
+        make_folder(folder, config, environment(config, command, line, data))
+    accelerator.wait_for_everyone()
+    with run_log(folder, accelerator.process_index):
+        _logger.info(
+            "%s by `dsnet %s`: %s", "begun" if resumed is None else "resumed", command, setting(config, accelerator)
+        )
+        try:
+            with repeatable(config), told_when_lost(accelerator):
+                train_and_report(config, networks, data, folder, accelerator)
+        except KeyboardInterrupt:
+            _logger.warning("interrupted by a signal")
+            raise RunInterrupted(folder) from None
+        except DenseShortcutError as error:
+            _logger.warning("stopped: %s", error)
+            raise
+        _logger.info("the run is finished")
+    return folder
+
+
+def setting(config: TrainConfig, accelerator: "Accelerator") -> str:
+    """What bits may depend on: device, threads, back end, processes; a resumed run may have others."""
+    backend = ops.choose(torch.empty(1, 1, 1, 1, device=accelerator.device))
+    parts = [
+        f"{accelerator.num_processes} processes ({config.strategy})" if accelerator.num_processes > 1 else "1 process"
+    ]
+    parts += [f"on {accelerator.device.type}, {torch.get_num_threads()} threads, {backend} back end"]
+    return ", ".join([*parts, *(["deterministic"] if config.deterministic else [])])
+
+
+def train_and_report(
+    config: TrainConfig, networks: Sequence[TrainConfig], data: Data, folder: Path, accelerator: "Accelerator"
+) -> None:
+    """Train each network that is not finished, then measure, compare and print."""
+    labels = [network_label(each) for each in networks]
+    console = Console(quiet=not accelerator.is_main_process)
+    console.print(heading(config, data, labels, folder, accelerator.device), highlight=False, soft_wrap=True)
+    with Display(labels, config.epochs, console) as display:
+        for each, label in zip(networks, labels, strict=True):
+            (folder / label).mkdir(exist_ok=True)
+            if not (folder / label / CARD).is_file():
+                _logger.info("%s: trains", label)
+                train_network(each, data, folder / label, display)
+            display.finished(label, f"{read_metrics(folder / label / METRICS)[-1]['test_top1']:.2f} % accuracy")
+    if accelerator.is_main_process:
+        finish(config, networks, data, folder, accelerator.device, console)
+    accelerator.wait_for_everyone()
+
+
+def networks_of(config: TrainConfig, command: str) -> list[TrainConfig]:
+    """The configurations to train, the host first."""
+    if command == "train":
+        return [config]
+    if config.aggregate == "identity":
+        raise DenseShortcutError("--aggregate identity is the host itself: take stage, block or dense_identity.")
+    return [twin(config), config]
+
+
+def default_name(*parts: str) -> str:
+    """These parts and the time; every process of a run gets the first one's."""
+    from accelerate.utils import broadcast_object_list
+
+    name = f"{'-'.join(parts)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    return broadcast_object_list([name])[0]
+
+
+def make_folder(folder: Path, config: Any, about: dict[str, Any]) -> None:
+    """Make a run's folder with its configuration, whole or not at all; one that exists is refused and left alone."""
+    if folder.exists():
+        raise DenseShortcutError(
+            f"{folder} exists already: choose another --name, or go on with it by --resume {folder}."
+        )
+    begun = folder.with_name(f".{folder.name}.tmp")
+    try:
+        if begun.exists():  # of a process that was killed here
+            remove(begun)
+        begun.mkdir(parents=True)
+        write_text(begun / ENVIRONMENT, json.dumps(about, indent=2) + "\n")
+        write_text(begun / CONFIG, write_yaml(dataclasses.replace(config, name=folder.name)))
+        os.replace(begun, folder)
+    except OSError as error:
+        raise DenseShortcutError(f"cannot make {folder} ({error.strerror}): choose another --output.") from error
+
+
+def environment(config: TrainConfig, command: str, line: str, data: Data) -> dict[str, Any]:
+    """What a run depends on besides its configuration."""
+    about = {"command": command, "line": line, "seed": config.seed, **machine(), "data": fingerprints(data)}
+    if config.weights is not None:
+        file = weights_file(config.weights)
+        about["weights"] = {"file": str(file), "content": file_fingerprint(file)}
+    return about
+
+
+def heading(config: TrainConfig, data: Data, labels: Sequence[str], folder: Path, device: torch.device) -> str:
+    """A run's first lines."""
+    where = f"CPU ({torch.get_num_threads()} threads)" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return (
+        f"{config.model} ({' against '.join(reversed(labels))}), {config.epochs} epochs of {config.data} on {where}\n"
+        f"{len(data.train):,} training and {len(data.test):,} test images of {config.img_size}x{config.img_size} "
+        f"pixels, {len(data.classes)} classes\nrun folder: {folder}"
+    )
+
+
+def finish(
+    config: TrainConfig,
+    networks: Sequence[TrainConfig],
+    data: Data,
+    folder: Path,
+    device: torch.device,
+    console: Console,
+) -> None:
+    """Measure what the trained networks cost, write table and curves, and say who won."""
+    labels = [network_label(each) for each in networks]
+    histories = {label: read_metrics(folder / label / METRICS) for label in labels}
+    with console.status("measuring speed and memory"):
+        rows = measured_rows(networks, folder, histories)
+    note = f"{report.footnote(device, images_at_once(config), len(data.test))} {report.data_note(histories)}"
+    pairs, sentence = None, None
+    if len(networks) == 2:
+        true = torch.from_numpy(data.test.images.labels)
+        host, dense = (read_predicted(folder / label) for label in labels)
+        pairs = report.paired(host, dense, true)
+        sentence = report.verdict(rows, pairs)
+    write_text(folder / "table.md", report.markdown(rows, note, sentence))
+    table = {"networks": rows, "paired": pairs, "verdict": sentence, "note": note}
+    write_text(folder / "table.json", json.dumps(table, indent=2) + "\n")
+    report.curves(folder / "curves.png", histories)
+
+    console.print(report.rich_table(rows))
+    console.print(note, style="dim", highlight=False)
+    console.print(f"\ntable, curves, metrics and checkpoints: {folder}", highlight=False, soft_wrap=True)
+    console.print(sentence or f"{rows[0]['test_top1']:.2f} % accuracy.", style="bold", highlight=False)
+    console.print(f"next: {next_command(config, folder, labels[-1])}", highlight=False, soft_wrap=True)
+
+
+def measured_rows(
+    networks: Sequence[TrainConfig], folder: Path, histories: dict[str, list[dict[str, Any]]]
+) -> list[report.Row]:
+    """A row for each network, all measured side by side."""
+    models = [read_model(folder / network_label(each))[0] for each in networks]
+    speeds = inference_speed(models, networks[0])
+    rows = []
+    for each, model, speed in zip(networks, models, speeds, strict=True):
+        label = network_label(each)
+        num_classes = read_json(folder / label / CARD)["num_classes"]
+        costs = {
+            "parameters": parameters(model),
+            "multiply_adds": multiply_adds(model, each.img_size or 32),
+            "infer_images_per_second": speed,
+            "peak_bytes": training_step_memory(each, num_classes),
+        }
+        rows.append(report.row(label, histories[label], costs))
+    return rows
+
+
+def next_command(config: TrainConfig, folder: Path, label: str) -> str:
+    """What to try after this run."""
+    if config.data != "digits":
+        return f"dsnet compare --recipe {shlex.quote(str(folder / CONFIG))} --seed {config.seed + 1} --name NAME"
+    recipe = Path("recipes/cifar100-cpu.yaml")
+    if recipe.is_file():
+        return f"dsnet compare --recipe {recipe} --data-dir DIR"
+    return "dsnet compare --data cifar100 --data-dir DIR --limit-train 5000 --limit-test 2000"
+
+
+def evaluate(checkpoint: Path, **given: Any) -> dict[str, Any]:
+    """Score a checkpoint on test images.
+
+    Args:
+        checkpoint: a network's folder, or a file in it.
+        **given: data, data_dir, limit_test, batch_size, workers; what is None or left out is the run's own, from the
+            config.yaml of its folder.
+
+    Returns:
+        loss, top1 (%), top5 (%) with more than five classes, images, model, checkpoint.
+
+    Raises:
+        DenseShortcutError: no or a broken checkpoint, weights of another network, data with other classes.
+    """
+    folder = checkpoint_folder(checkpoint)
+    model, card = read_model(folder)
+    config, data = data_of(folder, card, **given)
+    accelerator = make_accelerator(config)
+    network, loader = accelerator.prepare(placed(model, config, accelerator.device), make_loader(data.test, config))
+    figures, _ = test_network(network, loader, len(data.classes), accelerator)
+    return {**figures, "images": len(data.test), "model": card["model"], "checkpoint": str(folder)}
+
+
+def checkpoint_folder(checkpoint: Path) -> Path:
+    """The folder of a network, from that, the weights in it, or `shipped` for the network in the package.
+
+    Raises:
+        DenseShortcutError: none of them.
+    """
+    checkpoint = shipped.checkpoint(checkpoint)
+    if not checkpoint.is_dir() and (checkpoint.name != WEIGHTS or not checkpoint.is_file()):
+        raise DenseShortcutError(f"{checkpoint} is no checkpoint: give a network's folder or the {WEIGHTS} in it.")
+    return checkpoint if checkpoint.is_dir() else checkpoint.parent
+
+
+def data_of(folder: Path, card: dict[str, Any], training: bool = False, **given: Any) -> tuple[TrainConfig, Data]:
+    """The configuration and images of the run that a network's folder is part of.
+
+    Args:
+        folder: the network's folder.
+        card: the network's.
+        training: whether the training images are wanted too; else there is one of them.
+        **given: as in `evaluate`.
+
+    Raises:
+        DenseShortcutError: the images are not there, or of other classes.
+    """
+    changes = {key: value for key, value in given.items() if value is not None}
+    if changes.get("data", card["data"]) != card["data"]:
+        changes = {"data_dir": None, "workers": None, "loader": "auto", "classes": None} | changes
+    config = dataclasses.replace(run_config(folder, card), **changes, test_size=card["img_size"]).resolved()
+    data = load_data(config if training else dataclasses.replace(config, limit_train=1))
+    if list(data.classes) != card["classes"]:
+        raise DenseShortcutError(
+            f"{folder} was trained on {card['num_classes']} classes of {card['data']} and these images have "
+            f"{len(data.classes)} other ones: give --data and --data-dir of the same classes."
+        )
+    return config, data
+
+
+def run_config(folder: Path, card: dict[str, Any]) -> TrainConfig:
+    """The configuration of the run that a network's folder is part of, else one of the card's data."""
+    path = folder.parent / CONFIG
+    if path.is_file():
+        return read_yaml(path)
+    return TrainConfig(model=card["model"], data=card["data"], classes=card.get("class_numbers"))

@@ -1,0 +1,157 @@
+"""What every adapter is made of."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from ..errors import DenseShortcutError
+from .hooks import observed
+
+Branch = tuple[Tensor, nn.Module | None]
+Activation = Callable[[Tensor], Tensor] | None
+
+
+class Join(Protocol):
+    """What a stage makes of a block's parts (`stage.py`)."""
+
+    keep_identity: bool
+
+    def __call__(
+        self,
+        branch: Tensor,
+        norm: nn.Module | None,
+        identity: Tensor,
+        activation: Activation,
+        *,
+        whole: bool = False,
+        identity_norm: nn.Module | None = None,
+    ) -> Tensor:
+        """X_l from the branch, the norm still to be applied to it, the host's shortcut and what follows the add.
+
+        With `whole` the branch is the host's own sum, branch and shortcut together. `identity_norm` is still to be
+        applied to the host's shortcut.
+        """
+        ...
+
+
+class DenseBlock:
+    """Mixin for a host's block that leaves its add to the stage. An adapter is the host's class with these methods.
+
+    The block stays a module that is called, so that hooks on it fire and see the stage's feature maps X_l.
+
+    Attributes:
+        tokens: whether the channels are the last axis, as in (N, L, C) and (N, H, W, C); else they are the second.
+        inner: the DS2 shortcut, or None.
+    """
+
+    tokens: bool = False
+    inner: nn.Module | None
+
+    def branch(self, x: Tensor) -> Branch:
+        """F_l(x), everything before the add: a tensor and the norm still to be applied to it, if that comes last.
+
+        Squeeze-excite and drop path are part of the branch; where there are any, no norm is left.
+        """
+        raise NotImplementedError
+
+    def projects(self) -> bool:
+        """Whether the host adds a projection of the block's input, so that a row of maps of one shape begins here."""
+        return getattr(self, "downsample", None) is not None
+
+    def is_residual(self) -> bool:
+        """Whether the block adds a shortcut as it is set; some hosts have blocks of one class with and without."""
+        return True
+
+    def is_certain(self) -> bool:
+        """Whether the block is residual beyond doubt; an add of two branches is not so by that alone."""
+        return True
+
+    def project(self, x: Tensor) -> Tensor:
+        """What the host would add: the projection shortcut where there is one, else x."""
+        downsample = getattr(self, "downsample", None)
+        return x if downsample is None else downsample(x)
+
+    def project_but_norm(self, x: Tensor) -> Branch:
+        """`project` with its last layer, usually a norm, still to be applied: the stage may do so in a pass of its own.
+
+        None is left where an adapter has a `project` of its own, or a hook asks that the projection be called.
+        """
+        downsample = getattr(self, "downsample", None)
+        own = type(self).project is not DenseBlock.project
+        if own or type(downsample) is not nn.Sequential or not len(downsample) or observed(downsample):
+            return self.project(x), None
+        *layers, last = downsample
+        for layer in layers:
+            x = layer(x)
+        return x, last
+
+    def activation(self) -> nn.Module | None:
+        """What follows the add: s; None for nothing."""
+        return None
+
+    def out_channels(self) -> int:
+        """Channels C of F_l and X_l."""
+        raise NotImplementedError
+
+    def inner_widths(self) -> tuple[int, int] | None:
+        """For DS2: the width of H_1 and how many of its channels get a weight; None where DS2 does not apply."""
+        return None
+
+    def conv_norms(self) -> list[tuple[str, str]]:
+        """Names in the block of each convolution in the branch and of the norm that follows it directly."""
+        return []
+
+    def last_conv(self) -> nn.Conv2d | None:
+        """The convolution whose output, but for its norm, is the branch's in evaluation mode; None if there is more."""
+        return None
+
+    def map_of(self, result: Any) -> Tensor:
+        """X_l among what the block gives back: the first tensor, where a host's block gives several."""
+        first: Tensor = result[0] if isinstance(result, tuple) else result
+        return first
+
+    def forward(self, x: Tensor, join: Join | None = None) -> Tensor:
+        """X_l from X_{l-1}, where join(branch, norm, identity, activation) is what the stage makes of them."""
+        branch, norm = self.branch(x)
+        identity, last = self.project_but_norm(x)
+        return joined(join)(branch, norm, identity, self.activation(), identity_norm=last)
+
+
+def joined(join: Join | None) -> Join:
+    """The stage's part in a block's forward pass.
+
+    Raises:
+        DenseShortcutError: there is none, for the block was called by itself.
+    """
+    if join is None:
+        raise DenseShortcutError(
+            "a block of a dense stage was called by itself, without the stage's earlier maps: call the stage, or the "
+            "callables that iterating over it gives."
+        )
+    return join
+
+
+def join_two(
+    join: Join, first: Tensor, second: Tensor, total: Tensor, identity: Tensor, projected: Tensor | None
+) -> Tensor:
+    """X_l of two branches in a row, attention and MLP.
+
+    Args:
+        total: identity + first, as the host adds them.
+        identity: what the first branch is added to.
+        projected: what the second one is added to where that is a projection of `total`, which holds the first too.
+    """
+    if projected is None:
+        total, branch = total + second, first + second
+    else:
+        total, branch, identity = projected + second, second, projected
+    if join.keep_identity:
+        return join(total, None, identity, None, whole=True)
+    return join(branch, None, identity, None)
+
+
+def widths_of_3x3(conv: nn.Conv2d) -> tuple[int, int] | None:
+    """`inner_widths` of a plain bottleneck: DS2 applies where its 3x3 keeps the shape."""
+    keeps = conv.stride == (1, 1) and conv.in_channels == conv.out_channels
+    return (conv.in_channels, conv.in_channels) if keeps else None

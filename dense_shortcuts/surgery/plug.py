@@ -1,0 +1,448 @@
+"""plan -> plug_in -> unplug: the surgery. A plan raises on any doubt before anything is changed."""
+
+import difflib
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import adapters
+from ..adapters import DenseBlock, containers
+from ..adapters import families as families  # whose blocks are known from here on
+from ..errors import DenseShortcutError
+from ..nn.connectivity import PATTERNS, sources
+from ..nn.norms import NORMS, Norm
+from ..nn.shortcut import DenseShortcut, InnerShortcut
+from ..nn.stage import DenseStage, Row
+from ..nn.weighting import INITS
+from ..ops import BACKENDS
+from . import layer_groups
+from .find import Found, Refused, find_stages
+
+AGGREGATES = ("stage", "block", "dense_identity")
+
+Blocks = Collection[str] | str | re.Pattern[str] | Callable[[str, nn.Module], bool] | None
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `plug_in` takes besides the network; it says what each one means."""
+
+    aggregate: str = "stage"
+    norm: Norm = "auto"
+    groups: int | None = None
+    init: str | None = None
+    weighting: str = "channel"
+    pattern: str = "all"
+    window: int | None = None
+    every: int = 1
+    stages: Sequence[int | str] | None = None
+    blocks: Blocks = None
+    inner: bool = False
+    inner_start: float = 0.0
+    keep_identity: bool = False
+    backend: str = "auto"
+
+    def start(self) -> str:
+        """The start of the weights, with what None stands for."""
+        if self.init is not None:
+            return self.init
+        if self.keep_identity:
+            return "zeros"
+        return "uniform" if self.weighting == "attention" else "nearest"
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What plugging does to one row of blocks, in most networks a stage.
+
+    Attributes:
+        name: the module name of the container in the host, such as "layer1".
+        row: the blocks' places in it.
+        blocks: the class of its blocks.
+        shortcut: the module that will be added to it.
+        inner: the DS2 modules that will be added to its blocks, by the block's name in the stage.
+    """
+
+    name: str
+    row: Row
+    blocks: type[nn.Module]
+    shortcut: DenseShortcut
+    inner: dict[str, InnerShortcut]
+
+    @property
+    def depth(self) -> int:
+        return self.shortcut.depth
+
+    @property
+    def channels(self) -> int:
+        return self.shortcut.channels
+
+    @property
+    def pairs(self) -> int:
+        return self.shortcut.pairs
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters added."""
+        added = [self.shortcut, *self.inner.values()]
+        return sum(p.numel() for module in added for p in module.parameters())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plug_in` would do; printing it gives a table.
+
+    Attributes:
+        stages: a plan for each row of blocks.
+        found: the containers they are in.
+        refused: blocks in these containers that stay as they are, each with the reason.
+        options: what was asked for.
+    """
+
+    stages: tuple[StagePlan, ...]
+    found: tuple[Found, ...]
+    refused: tuple[Refused, ...]
+    options: Options
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters added."""
+        return sum(stage.parameters for stage in self.stages)
+
+    def __str__(self) -> str:
+        rows = [("stage", "blocks", "class", "channels", "pairs", "parameters")]
+        rows += [
+            (s.name or "(itself)", str(s.depth), s.blocks.__name__, str(s.channels), str(s.pairs), f"{s.parameters:,}")
+            for s in self.stages
+        ]
+        rows.append(("total", "", "", "", str(sum(s.pairs for s in self.stages)), f"{self.parameters:,}"))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines += [f"{r.where} ({r.cls.__name__}) stays as it is: {r.reason}" for r in self.refused]
+        return "\n".join(lines)
+
+
+def plan(model: nn.Module, **options: Any) -> Plan:
+    """What `plug_in` with the same keywords would do, stage by stage; printing it gives a table. Changes nothing.
+
+    Raises:
+        TypeError: a keyword that `plug_in` does not have.
+        DenseShortcutError: an unknown name or number, a network with nothing to plug into or already plugged, a block
+            class that is not understood, a group count that does not divide a width.
+    """
+    return plan_options(model, _options(options))
+
+
+def _options(given: dict[str, Any]) -> Options:
+    known = [field.name for field in fields(Options)]
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise TypeError(f"plan got an unexpected keyword {name!r}{f': did you mean {near[0]!r}?' if near else ''}")
+    return Options(**given)
+
+
+def plan_options(model: nn.Module, options: Options) -> Plan:
+    """`plan` with the options in one piece."""
+    _check_options(options)
+    _check_model(model)
+    found, refused = find_stages(model)
+    chosen = _chosen_stages(found, options)
+    _check_blocks(found, options.blocks)
+    rows = [(stage, row) for stage in chosen for row in stage.rows]
+    stages = [_plan_row(model, *place, options) for place in rows if any(_sources(model, *place, options))]
+    if not stages:
+        raise DenseShortcutError(
+            f"no block is chosen by stages={options.stages!r}, blocks={options.blocks!r} and every={options.every}: "
+            f"the network's stages are {', '.join(stage.name or 'itself' for stage in found)}."
+        )
+    if options.inner and not any(s.inner for s in stages):
+        raise DenseShortcutError("inner=True (DS2) needs bottleneck blocks and this network has none: leave inner out.")
+    names = {stage.name for stage in stages}
+    kept = tuple(refusal for refusal in refused if refusal.container in names)
+    return Plan(tuple(stages), tuple(stage for stage in chosen if stage.name in names), kept, options)
+
+
+def _plan_row(model: nn.Module, stage: Found, row: Row, options: Options) -> StagePlan:
+    container = model.get_submodule(stage.name)
+    blocks = {stage.names[n]: stage.blocks[n] for n in range(row.first, row.stop)}
+    devices = {str(p.device) for name in blocks for p in container.get_submodule(name).parameters()}
+    if len(devices) > 1:
+        raise DenseShortcutError(
+            f"the blocks of {stage.name or 'the network'} are on {' and '.join(sorted(devices))}: a stage sums the "
+            "feature maps of its blocks, so move it to one device."
+        )
+    first = next(iter(blocks.values()))
+    shortcut = DenseShortcut(
+        len(blocks),
+        first.out_channels(),
+        norm=options.norm,
+        groups=options.groups,
+        init=options.start(),
+        weighted=options.aggregate != "dense_identity",
+        weighting=options.weighting,
+        backend=options.backend,
+        sources=_sources(model, stage, row, options),
+        tokens=first.tokens,
+    )
+    if hasattr(container, row.shortcut):
+        raise DenseShortcutError(f"{stage.name} already has a child named {row.shortcut}: rename it.")
+    inner = _inner_shortcuts(blocks, options) if options.inner else {}
+    if any(isinstance(block, DenseBlock) and hasattr(block, "inner") for block in blocks.values()):
+        raise DenseShortcutError(f"a block of {stage.name} already has an attribute named inner: rename it.")
+    return StagePlan(stage.name, row, adapters.host_of(first), shortcut, inner)
+
+
+def _inner_shortcuts(blocks: dict[str, Any], options: Options) -> dict[str, InnerShortcut]:
+    inner = {}
+    for name, block in blocks.items():
+        widths = block.inner_widths()
+        if widths is not None:
+            inner[name] = InnerShortcut(
+                *widths, norm=options.norm, groups=options.groups, start=options.inner_start, backend=options.backend
+            )
+    return inner
+
+
+def _chosen_stages(found: list[Found], options: Options) -> list[Found]:
+    """The stages by number from 1, or by name."""
+    if options.stages is None:
+        return found
+    names = [stage.name for stage in found]
+    for wanted in options.stages:
+        if wanted not in names and (isinstance(wanted, bool) or wanted not in range(1, len(found) + 1)):
+            raise DenseShortcutError(
+                f"there is no stage {wanted!r}: the network has stages 1 to {len(found)}, named {', '.join(names)}."
+            )
+    return [stage for n, stage in enumerate(found, 1) if n in options.stages or stage.name in options.stages]
+
+
+def _check_blocks(found: list[Found], blocks: Blocks) -> None:
+    """That every name in a list of blocks is one."""
+    if blocks is None or isinstance(blocks, str | re.Pattern) or callable(blocks):
+        return
+    known = [f"{stage.name}.{stage.names[n]}".lstrip(".") for stage in found for n in stage.blocks]
+    for name in blocks:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            told = f"did you mean {near[0]!r}" if near else f"they are {', '.join(known)}"
+            raise DenseShortcutError(f"there is no block {name!r} in the network's stages: {told}.")
+
+
+def _sources(model: nn.Module, stage: Found, row: Row, options: Options) -> tuple[tuple[int, ...], ...]:
+    """The maps that each block of a row sums; none where it is not chosen."""
+    chosen = []
+    for k, n in enumerate(range(row.first, row.stop)):
+        name = f"{stage.name}.{stage.names[n]}".lstrip(".")
+        chosen.append((k + 1) % options.every == 0 and _is_chosen(name, model.get_submodule(name), options.blocks))
+    return sources(chosen, pattern=options.pattern, window=options.window)
+
+
+def _is_chosen(name: str, block: nn.Module, blocks: Blocks) -> bool:
+    if blocks is None:
+        return True
+    if isinstance(blocks, str | re.Pattern):
+        return re.search(blocks, name) is not None
+    return bool(blocks(name, block)) if callable(blocks) else name in blocks
+
+
+def _check_options(options: Options) -> None:
+    for what, value, known in (
+        ("aggregate", options.aggregate, AGGREGATES),
+        ("back end", options.backend, BACKENDS),
+        ("pattern", options.pattern, tuple(PATTERNS)),
+    ):
+        if value not in known:
+            raise DenseShortcutError(f"unknown {what} {value!r}: choose one of {', '.join(known)}.")
+    for name in ("window", "every", "groups"):
+        value = getattr(options, name)
+        if value is not None and (type(value) is not int or value < 1):
+            raise DenseShortcutError(f"{name}={value!r} cannot be: give a whole number, 1 or above.")
+    if options.stages is not None and (isinstance(options.stages, str) or not isinstance(options.stages, Iterable)):
+        raise DenseShortcutError(f"stages={options.stages!r} is one stage: give a list, [{options.stages!r}].")
+    for what, word, names in (("norm", options.norm, NORMS), ("init", options.start(), INITS)):
+        if isinstance(word, str) and word not in names:
+            raise DenseShortcutError(f"unknown {what} {word!r}: choose one of {', '.join(names)}.")
+    if isinstance(options.norm, nn.Module):
+        raise DenseShortcutError(
+            f"norm is one {type(options.norm).__name__} and every map needs its own: give a callable that takes a "
+            "channel count and returns a module."
+        )
+    if options.keep_identity and options.weighting != "channel":
+        raise DenseShortcutError(
+            f"weights by {options.weighting} cannot start at zero, so keep_identity would not start as the host: "
+            "leave one of the two out."
+        )
+    if isinstance(options.blocks, str):
+        try:
+            re.compile(options.blocks)
+        except re.error as error:
+            raise DenseShortcutError(f"blocks={options.blocks!r} is no regular expression ({error}).") from error
+
+
+def _check_model(model: nn.Module) -> None:
+    """Refuse what wraps a network rather than being one, or is none."""
+    if not isinstance(model, nn.Module):
+        raise DenseShortcutError(f"{model!r} is no network: give an nn.Module, such as timm.create_model('resnet50').")
+    wrappers = {
+        "OptimizedModule": "compiled: plug the network in first and compile it then",
+        "DistributedDataParallel": "wrapped in DistributedDataParallel: plug the network in first and wrap it then",
+        "DataParallel": "wrapped in DataParallel: plug the network in first and wrap it then",
+        "FullyShardedDataParallel": "wrapped in FullyShardedDataParallel: plug the network in first and wrap it then",
+    }
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if kind in wrappers and type(module).__module__.startswith("torch."):
+            raise DenseShortcutError(f"{name or 'the network'} is {wrappers[kind]}.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise DenseShortcutError("the network is scripted, so its code cannot be changed: plug the original in.")
+    if isinstance(model, torch.fx.GraphModule):
+        raise DenseShortcutError("the network is a traced graph, which has no blocks: plug the original in.")
+    if dense_stages(model):
+        raise DenseShortcutError("the network is plugged in already: call dense_shortcuts.unplug(model) first.")
+
+
+def plug_in(
+    model: nn.Module,
+    *,
+    aggregate: str = "stage",
+    norm: Norm = "auto",
+    groups: int | None = None,
+    init: str | None = None,
+    weighting: str = "channel",
+    pattern: str = "all",
+    window: int | None = None,
+    every: int = 1,
+    stages: Sequence[int | str] | None = None,
+    blocks: Blocks = None,
+    inner: bool = False,
+    inner_start: float = 0.0,
+    keep_identity: bool = False,
+    backend: str = "auto",
+) -> nn.Module:
+    """The same network with dense shortcuts (DSNet), changed in place: weights, module names and hooks are kept.
+
+    Args:
+        model: a network with residual blocks in a sequence, of timm, torchvision, transformers or your own.
+        aggregate: "stage" sums the earlier feature maps X_i, "block" the earlier branch outputs F_i, "dense_identity"
+            the X_i as they are, without norm and weight (the control).
+        norm: "group", "batch", "layer" (over C, H and W of an image; of tokens over C), "instance", "none" (or None,
+            which `timm.create_model` does not hand on), or a callable that takes a channel count and returns a module.
+            "auto" is "group", and "layer" for tokens.
+        groups: groups of the group norm; None takes 32, fewer where a group would have under four channels.
+        init: start of the weights: "nearest" (1 for the nearest map, 0 for the rest), "uniform" (1/l each), "ones",
+            "zeros", "random" (-1 to 1). None takes "nearest", "zeros" with keep_identity, "uniform" with attention.
+        weighting: "channel", the paper's; "softmax", "gate" or "attention" for its relatives (`weighting.py`).
+        pattern: "all" earlier maps, or those a power of two back ("powers", log2 L maps a block).
+        window: sum only so many of the nearest maps; None is all.
+        every: give only every so-manieth block of a stage a dense shortcut; the others keep their host's.
+        stages: which stages, by number from 1 in the network's order or by module name; None is all.
+        blocks: which blocks: a list of module names, a regular expression (text or compiled) to search in them, or a
+            callable that takes name and module; the others keep their host's shortcut. None is all.
+        inner: DS2, a weighted shortcut around the 3x3 of each bottleneck as well.
+        inner_start: the start of its weight v.
+        keep_identity: keep the host's own shortcut beside the dense one. The network then starts as its host, unless
+            `init`, `inner_start` or "dense_identity" says otherwise.
+        backend: form of the operator: "auto", "plain" (PyTorch alone, any device), "cpu", "native" or "triton".
+
+    Returns:
+        `model`.
+
+    Raises:
+        DenseShortcutError: see `plan`; the network is then as it was.
+
+    Source: Sec. 3 of "ResNet or DenseNet? Introducing Dense Shortcuts to ResNet", WACV 2021.
+    """
+    options = Options(
+        aggregate=aggregate,
+        norm=norm,
+        groups=groups,
+        init=init,
+        weighting=weighting,
+        pattern=pattern,
+        window=window,
+        every=every,
+        stages=stages,
+        blocks=blocks,
+        inner=inner,
+        inner_start=inner_start,
+        keep_identity=keep_identity,
+        backend=backend,
+    )
+    planned = plan_options(model, options)
+    _match_hosts(model, planned)
+    for stage in planned.found:
+        _plug_stage(model.get_submodule(stage.name), stage, planned)
+    layer_groups.group_with_blocks(model)
+    return model
+
+
+def _match_hosts(model: nn.Module, planned: Plan) -> None:
+    """Give all that will be added the host's device, dtype and mode; what may fail does so before anything changes."""
+    for stage in planned.found:
+        container = model.get_submodule(stage.name)
+        for row_plan in (each for each in planned.stages if each.name == stage.name):
+            first = container.get_submodule(stage.names[row_plan.row.first])
+            _match(row_plan.shortcut, first, container.training)
+            for name, inner in row_plan.inner.items():
+                block = container.get_submodule(name)
+                _match(inner, block, block.training)
+
+
+def _plug_stage(container: nn.Module, stage: Found, planned: Plan) -> None:
+    rows = {each.row: each for each in planned.stages if each.name == stage.name}
+    for row, row_plan in rows.items():
+        for n in range(row.first, row.stop):
+            name = stage.names[n]
+            adapters.plug(container.get_submodule(name), stage.blocks[n], row_plan.inner.get(name))
+    shortcuts = {row: row_plan.shortcut for row, row_plan in rows.items()}
+    aggregate, keep_identity = planned.options.aggregate, planned.options.keep_identity
+    dense = containers.dense_class(container)
+    dense.adopt(container, shortcuts, aggregate=aggregate, keep_identity=keep_identity)
+
+
+def unplug(model: nn.Module) -> nn.Module:
+    """The host again, in place: its own classes, weights and state-dict keys; what `plug_in` added is dropped.
+
+    Raises:
+        DenseShortcutError: the network is not plugged in, or came out of `fuse`.
+    """
+    stages = dense_stages(model)
+    if not stages:
+        raise DenseShortcutError("the network is not plugged in: there is nothing to unplug.")
+    if any(stage.fused for stage in stages.values()):
+        raise DenseShortcutError("the network is fused for inference: unplug the one it was made from.")
+    for stage in stages.values():
+        blocks = stage.blocks
+        for row in stage.rows:
+            for block in blocks[row.first : row.stop]:
+                adapters.unplug(block)
+        stage.release()
+    layer_groups.ungroup(model)
+    return model
+
+
+def dense_stages(model: nn.Module) -> dict[str, DenseStage]:
+    """The plugged stages of a network by module name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, DenseStage)}
+
+
+def shortcut_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Every parameter that `plug_in` added, with its name in the network."""
+    return [
+        (f"{prefix}.{name}", parameter)
+        for prefix, module in model.named_modules()
+        if isinstance(module, DenseShortcut | InnerShortcut)
+        for name, parameter in module.named_parameters()
+    ]
+
+
+def _match(added: nn.Module, host: nn.Module, training: bool) -> None:
+    """Give what is added the host's device and floating dtype, and a mode."""
+    like = next((p for p in host.parameters() if p.is_floating_point()), torch.empty(0))
+    added.to(device=like.device, dtype=like.dtype)
+    added.train(training)
