@@ -1,4 +1,4 @@
-"""The Triton kernels against `ops.reference`: on a GPU, or without one in Triton's interpreter (see conftest.py).
+"""The Triton passes against the reference: on a GPU, or without one in Triton's interpreter (see conftest.py).
 
 What the interpreter cannot show, that they compile for a GPU, is seen by compiling them for one that is not there.
 """
@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dense_shortcuts.ops import reference
+from dense_shortcuts.ops.backends import reference
 
-kernels = pytest.importorskip("dense_shortcuts.ops.triton", reason="triton is not installed")
+kernels = pytest.importorskip("dense_shortcuts.ops.backends.triton", reason="triton is not installed")
 GPU = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not GPU, reason="there is no CUDA device")
 

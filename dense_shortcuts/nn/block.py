@@ -1,38 +1,17 @@
-"""What every adapter is made of."""
+"""What a block is to its stage: residual branch, last norm, projection shortcut, activation and layout."""
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ..errors import DenseShortcutError
 from .hooks import observed
+from .layout import MapLayout
+
+if TYPE_CHECKING:
+    from .residual_add import ResidualAdd
 
 Branch = tuple[Tensor, nn.Module | None]
-Activation = Callable[[Tensor], Tensor] | None
-
-
-class Join(Protocol):
-    """What a stage makes of a block's parts (`stage.py`)."""
-
-    keep_identity: bool
-
-    def __call__(
-        self,
-        branch: Tensor,
-        norm: nn.Module | None,
-        identity: Tensor,
-        activation: Activation,
-        *,
-        whole: bool = False,
-        identity_norm: nn.Module | None = None,
-    ) -> Tensor:
-        """X_l from the branch, the norm still to be applied to it, the host's shortcut and what follows the add.
-
-        With `whole` the branch is the host's own sum, branch and shortcut together. `identity_norm` is still to be
-        applied to the host's shortcut.
-        """
-        ...
 
 
 class DenseBlock:
@@ -111,29 +90,49 @@ class DenseBlock:
         first: Tensor = result[0] if isinstance(result, tuple) else result
         return first
 
-    def forward(self, x: Tensor, join: Join | None = None) -> Tensor:
-        """X_l from X_{l-1}, where join(branch, norm, identity, activation) is what the stage makes of them."""
+    def _dense_layout(self) -> MapLayout:
+        return MapLayout(self.tokens)
+
+    def forward(self, x: Tensor, residual_add: "ResidualAdd | None" = None) -> Tensor:
+        """X_l from X_{l-1}, where residual_add(branch, norm, identity, activation) is what the stage makes of them."""
         branch, norm = self.branch(x)
         identity, last = self.project_but_norm(x)
-        return joined(join)(branch, norm, identity, self.activation(), identity_norm=last)
+        return in_stage(residual_add)(branch, norm, identity, self.activation(), identity_norm=last)
 
 
-def joined(join: Join | None) -> Join:
+def layout_of(block: Any) -> MapLayout:
+    """How the maps of a plugged block are laid out."""
+    layout: MapLayout = block._dense_layout()
+    return layout
+
+
+def map_of(block: Any, result: Any) -> Tensor:
+    """X_l among what a plugged block gives back; of a traced block that is all."""
+    found: Tensor = block.map_of(result) if isinstance(block, DenseBlock) else result
+    return found
+
+
+def in_stage(residual_add: "ResidualAdd | None") -> "ResidualAdd":
     """The stage's part in a block's forward pass.
 
     Raises:
         DenseShortcutError: there is none, for the block was called by itself.
     """
-    if join is None:
+    if residual_add is None:
         raise DenseShortcutError(
             "a block of a dense stage was called by itself, without the stage's earlier maps: call the stage, or the "
             "callables that iterating over it gives."
         )
-    return join
+    return residual_add
 
 
-def join_two(
-    join: Join, first: Tensor, second: Tensor, total: Tensor, identity: Tensor, projected: Tensor | None
+def add_two_branches(
+    residual_add: "ResidualAdd",
+    first: Tensor,
+    second: Tensor,
+    total: Tensor,
+    identity: Tensor,
+    projected: Tensor | None,
 ) -> Tensor:
     """X_l of two branches in a row, attention and MLP.
 
@@ -146,9 +145,9 @@ def join_two(
         total, branch = total + second, first + second
     else:
         total, branch, identity = projected + second, second, projected
-    if join.keep_identity:
-        return join(total, None, identity, None, whole=True)
-    return join(branch, None, identity, None)
+    if residual_add.keep_identity:
+        return residual_add(total, None, identity, None, whole=True)
+    return residual_add(branch, None, identity, None)
 
 
 def widths_of_3x3(conv: nn.Conv2d) -> tuple[int, int] | None:

@@ -1,12 +1,12 @@
 """N of the equations, as an affine form whose statistics are taken once a map.
 
 The modules are PyTorch's own (GroupNorm, BatchNorm2d, InstanceNorm2d with affine=False), so that they print, save, move
-and convert to SyncBatchNorm as everywhere else; only what they would compute is written down here as N(x) = r * x + s.
-The last norm of a residual branch, with its affine parameters, has such a form too.
+and convert to SyncBatchNorm as everywhere else; only what they would compute is written down here as
+N(x) = scale * x + shift. The last norm of a residual branch, with its affine parameters, has such a form too.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,9 +14,8 @@ import torch.distributed as dist
 import torch.fx
 from torch import Tensor, nn
 
-from .. import ops
 from ..errors import DenseShortcutError
-from ..ops import BATCH, NONE, RAW, form, pool
+from ..ops.affine import affine_from_moments, affine_from_running, pool
 
 NormFactory = Callable[[int], nn.Module]
 Norm = str | NormFactory | None
@@ -81,12 +80,12 @@ def make_norm(norm: Norm, channels: int, groups: int | None = None, *, tokens: b
 
 
 def has_affine_form(norm: nn.Module) -> bool:
-    """Whether `affine_form` knows this module; any other norm is called as it stands."""
+    """Whether `affine_form` supports this module; any other norm is called as it stands."""
     return type(norm) in _KNOWN and not (isinstance(norm, nn.InstanceNorm2d) and norm.track_running_stats)
 
 
-def joins(norm: nn.Module) -> bool:
-    """Whether the last norm of a residual branch may be computed by the operator: batch norm on one process."""
+def is_fusable(norm: nn.Module) -> bool:
+    """Whether the last norm of a residual branch may be part of the sum: batch norm on one process."""
     return type(norm) in BATCH_NORMS and not _is_synchronised(norm)
 
 
@@ -113,95 +112,80 @@ def frozen_statistics(*modules: nn.Module) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = momentum, counter
 
 
-def is_batch_norm(norm: nn.Module) -> bool:
+def is_batch_norm(norm: nn.Module | None) -> bool:
     """Whether statistics are over the batch, so that the affine form is the same for all its images."""
     return isinstance(norm, BATCH_NORMS)
 
 
-def uses_running_statistics(norm: nn.Module) -> bool:
-    """Whether the norm goes by its running statistics alone: batch norm in eval mode."""
-    return (
-        isinstance(norm, BATCH_NORMS)
-        and not norm.training
-        and norm.running_mean is not None
-        and norm.running_var is not None
-    )
+def is_per_image(norm: nn.Module | None) -> bool:
+    """Whether the norm has an affine form of its own for each image."""
+    return norm is not None and has_affine_form(norm) and not is_batch_norm(norm)
 
 
-def statistics(norm: nn.Module | None) -> tuple[int, float]:
-    """What the operator is to gather of a map for this norm, and eps: a number of groups, BATCH, RAW or NONE."""
-    if norm is None or uses_running_statistics(norm):
-        return NONE, 0.0
-    assert isinstance(norm, _KNOWN)
-    if isinstance(norm, nn.GroupNorm):
-        return norm.num_groups, norm.eps
-    if isinstance(norm, nn.InstanceNorm2d):
-        return norm.num_features, norm.eps
-    return RAW if _is_synchronised(norm) else BATCH, norm.eps
+def needs_moments(norm: nn.Module | None) -> bool:
+    """Whether the affine form takes the moments of the map: not that of batch norm in eval mode."""
+    return norm is not None and not uses_running_stats(norm)
 
 
-def known(norm: nn.Module) -> ops.KnownNorm | None:
-    """What a kernel needs to compute a norm by itself; None for one that moves statistics or is no known one."""
-    if not has_affine_form(norm) or (is_batch_norm(norm) and not uses_running_statistics(norm)):
-        return None
-    affine, eps = (_tensor(norm.weight), _tensor(norm.bias)), _tensor(norm.eps)
-    if is_batch_norm(norm):
-        return ops.KnownNorm(ops.RUNNING, eps, *affine, _tensor(norm.running_mean), _tensor(norm.running_var))
-    return ops.KnownNorm(statistics(norm)[0], eps, *affine)
+def uses_running_stats(norm: Any) -> bool:
+    """Whether the norm normalises by its running statistics alone: batch norm in eval mode."""
+    tracked = is_batch_norm(norm) and not norm.training
+    return tracked and norm.running_mean is not None and norm.running_var is not None
 
 
-def goes_by_batch(norm: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether a norm is batch norm by the batch at hand alone, with running statistics that it moves by a fixed share.
-
-    Its parameters and statistics are then its own, in this dtype, one number behind the other.
-    """
-    if type(norm) is not nn.BatchNorm2d or not norm.training or not norm.track_running_stats:
-        return False
-    parameters, buffers = norm._parameters, norm._buffers
-    if not {"weight", "bias"} <= parameters.keys() or not isinstance(norm.momentum, float):
-        return False
-    if any(buffers.get(name) is None for name in ("running_mean", "running_var", "num_batches_tracked")):
-        return False
-    given = (parameters["weight"], parameters["bias"], buffers["running_mean"], buffers["running_var"])
-    return all(t is None or (t.dtype == dtype and t.is_contiguous()) for t in given)
-
-
-def affine_form(norm: nn.Module, gathered: Sequence[Tensor], x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """r and s with norm(x) = r * x + s; in training, batch norm updates its running statistics as PyTorch's does.
+def affine_form(norm: nn.Module, mean: Tensor, var: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """scale and shift with norm(x) = scale * x + shift; in training, batch norm updates its running statistics.
 
     Args:
         norm: a module for which `has_affine_form` holds.
-        gathered: what the operator gave for `statistics` of the norm: r and s without affine parameters, pooled mean
-            and variance; for RAW the mean and variance of each channel and image in place of r and s.
+        mean, var: moments of x, (N, C) each; not read where `needs_moments` does not hold.
         x: the map, (N, C, H, W).
-        backend: from `ops.choose`.
 
     Returns:
-        r and s, (1, C) for batch norm and (N, C) for the others, in float32 (float64 for a float64 map).
+        scale and shift, (1, C) for batch norm and (N, C) for the others, in float32 (float64 for a float64 map).
+
+    Raises:
+        ValueError: the norm has another number of channels than the map.
     """
     assert isinstance(norm.eps, float)
+    width = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features
+    if not isinstance(x, torch.fx.Proxy) and x.shape[1] != width:
+        raise ValueError(f"a norm of {width} channels was given a map of {x.shape[1]} channels.")
     weight, bias = _tensor(norm.weight), _tensor(norm.bias)
-    if uses_running_statistics(norm):
-        return running_form(norm, x, backend)
-    rate, shift, pooled, variance = gathered
+    if uses_running_stats(norm):
+        return _running_form(x, _tensor(norm.running_mean), _tensor(norm.running_var), norm.eps, weight, bias)
     if isinstance(norm, BATCH_NORMS):
-        count = _counted(x.shape[0], x.shape[2] * x.shape[3])
-        if _is_synchronised(norm):
-            rate, shift, pooled, variance, total = _across_processes(norm, rate, shift, count)
-            rate = move_statistics(norm, rate, pooled, variance, total, backend)
-        else:
-            rate = move_statistics(norm, rate, pooled, variance, count, backend)
+        scale, shift = _batch_form(norm, mean, var, _count(x))
+    else:
+        groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else norm.num_features
+        scale, shift = affine_from_moments(mean, var, _tensor(groups), norm.eps)[:2]
     if weight is not None:
-        rate, shift = rate * weight.to(rate.dtype), shift * weight.to(shift.dtype)
-    return rate, shift if bias is None else shift + bias.to(shift.dtype)
+        scale, shift = scale * weight.to(scale.dtype), shift * weight.to(shift.dtype)
+    return scale, shift if bias is None else shift + bias.to(shift.dtype)
+
+
+def _batch_form(norm: nn.Module, mean: Tensor, var: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
+    """scale and shift without affine parameters, (1, C), of batch norm by this batch."""
+    assert isinstance(norm, BATCH_NORMS)
+    if _is_synchronised(norm):
+        mean, var, count = _across_processes(norm, mean, var, count)
+    if isinstance(count, int) and count == 0:  # zeros, since the mean of nothing is NaN and would reach gradients
+        scale = shift = mean = var = mean.sum(0, keepdim=True)
+    else:
+        scale, shift, mean, var = affine_from_moments(mean, var, None, norm.eps)
+    if not (norm.training and norm.track_running_stats):
+        return scale, shift
+    buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+    return _update_running(scale, mean, var, count, norm.momentum, *buffers), shift
 
 
 @torch.fx.wrap
-def _counted(images: int, pixels: int) -> int:
-    """Values a channel of batch norm is normalised over."""
-    if images * pixels == 1:  # as F.batch_norm does
+def _count(x: Tensor) -> int:
+    """Values of each channel that batch norm normalises over."""
+    count = x.shape[0] * x.shape[2] * x.shape[3]
+    if count == 1:  # as F.batch_norm does
         raise ValueError("Expected more than 1 value per channel when training, got one image of one pixel")
-    return images * pixels
+    return count
 
 
 def _tensor(value: Any) -> Any:
@@ -209,44 +193,17 @@ def _tensor(value: Any) -> Any:
     return value
 
 
-def running_form(norm: nn.Module, x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """r and s of batch norm by its running statistics, both (1, C), for a map x (N, C, H, W)."""
-    assert isinstance(norm, BATCH_NORMS)
-    mean, var = _tensor(norm.running_mean), _tensor(norm.running_var)
-    return _running_form(x, mean, var, norm.eps, norm.weight, norm.bias, backend)
-
-
 @torch.fx.wrap  # one node of a traced graph, whose buffers stay buffers
 def _running_form(
-    x: Tensor, mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None, backend: str
+    x: Tensor, mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    # x is also taken so that a trace has something to hang the node on: it would fold the buffers into constants else
-    if mean.shape[0] != x.shape[1]:
-        raise ValueError(f"a batch norm of {mean.shape[0]} channels was given a map of {x.shape[1]} channels")
-    return ops.running_form(mean, var, eps, weight, bias, backend)
-
-
-def move_statistics(
-    norm: nn.BatchNorm2d | nn.SyncBatchNorm,
-    rate: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    count: int | Tensor,
-    backend: str,
-) -> Tensor:
-    """One step of the running statistics by a batch's mean and biased variance, both (1, C), over `count` values.
-
-    Gives `rate` back as it is: a traced graph would drop a step whose result nobody takes.
-    """
-    if not (norm.training and norm.track_running_stats):
-        return rate
-    buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
-    return _move_statistics(rate, mean, var, count, norm.momentum, *buffers, backend)
+    # x is taken only so that a trace has something to hang the node on: it would fold the buffers into constants else
+    return affine_from_running(mean, var, eps, weight, bias)
 
 
 @torch.fx.wrap
-def _move_statistics(
-    rate: Tensor,
+def _update_running(
+    scale: Tensor,
     mean: Tensor,
     var: Tensor,
     count: int | Tensor,
@@ -254,18 +211,23 @@ def _move_statistics(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
-    backend: str,
 ) -> Tensor:
+    """One step of the running statistics by a batch's mean and biased variance, both (1, C), over `count` values.
+
+    Gives `scale` back as it is: a traced graph would drop a step whose result nobody takes.
+    """
     if running_mean is None or running_var is None or num_batches_tracked is None:
-        return rate
+        return scale
     num_batches_tracked.add_(1)
-    if isinstance(count, int) and count == 0:  # an empty batch says nothing, as with PyTorch's own
-        return rate
+    if isinstance(count, int) and count == 0:
+        return scale
     dtype = running_mean.dtype
     # momentum=None asks for the cumulative average, as in PyTorch
     step: float | Tensor = 1.0 / num_batches_tracked.to(dtype) if momentum is None else momentum
-    ops.move((running_mean, running_var), (mean, var), count / (count - 1), step, backend)
-    return rate
+    unbiased = (var[0].detach() * (count / (count - 1))).to(dtype)
+    running_mean.lerp_(mean[0].detach().to(dtype), step)
+    running_var.lerp_(unbiased, step)
+    return scale
 
 
 def _is_synchronised(norm: nn.Module) -> bool:
@@ -277,12 +239,12 @@ def _world_size(norm: nn.SyncBatchNorm) -> int:
 
 
 def _across_processes(
-    norm: nn.BatchNorm2d | nn.SyncBatchNorm, mean: Tensor, var: Tensor, count: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Batch norm over the batches of all processes, which may differ in size; gradients cross the processes too.
+    norm: nn.BatchNorm2d | nn.SyncBatchNorm, mean: Tensor, var: Tensor, count: int | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Moments over the batches of all processes, which may differ in size; gradients cross the processes too.
 
     Returns:
-        r and s without affine parameters, mean and variance, all (1, C), and the number of values a channel has.
+        mean and variance, both (1, C), and the number of values a channel has.
     """
     from torch.distributed.nn.functional import all_reduce
 
@@ -293,6 +255,4 @@ def _across_processes(
     dist.all_reduce(total, group=group)
     share = count / total.clamp(min=1)
     joint = all_reduce(mean * share, group=group)
-    var = all_reduce((var + (mean - joint).square()) * share, group=group)
-    rate, shift, _, _ = form(joint, var, BATCH, norm.eps, None, None)
-    return rate, shift, joint, var, total
+    return joint, all_reduce((var + (mean - joint).square()) * share, group=group), total

@@ -91,7 +91,7 @@ class SyncBatchNormOnCPU(nn.SyncBatchNorm):
         if not self.training:
             return super().forward(input)
         mean, variance = input.mean((2, 3)), input.var((2, 3), correction=0)
-        scale, shift = affine_form(self, (mean, variance, mean, variance), input, "plain")
+        scale, shift = affine_form(self, mean, variance, input)
         return input * scale[:, :, None, None].to(input.dtype) + shift[:, :, None, None].to(input.dtype)
 
 

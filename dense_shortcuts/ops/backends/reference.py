@@ -70,11 +70,10 @@ def dense_sum(addends: Sequence[Tensor], maps: Sequence[Tensor], scales: Tensor 
 def join(
     addends: Sequence[Tensor],
     maps: Sequence[Tensor],
-    scales: Tensor,
+    scales: Tensor | None,
     bias: Tensor | None,
     relu: bool,
     statistics: bool,
-    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """s(dense_sum(...)) and the moments of the result.
 
@@ -82,7 +81,6 @@ def join(
         addends, maps, scales, bias: as in `dense_sum`.
         relu: whether s is ReLU, else there is none.
         statistics: whether the moments are wanted.
-        out: the first addend, or without addends the first map, where nobody needs it any more: y may be written there.
 
     Returns:
         y, (N, C, H, W) in the dtype and layout of the first addend, or without addends of the first map; its mean and

@@ -443,7 +443,6 @@ def join(
     bias: Tensor | None,
     relu: bool,
     statistics: bool,
-    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.join`."""
     first = (*addends, *maps)[0]
@@ -455,9 +454,7 @@ def join(
         terms = max(_LIST - len(addends), 0)
         some = _launch_join(addends[:_LIST], maps[:terms], scales[:terms], None, False, False, wide)[0]
         addends, maps, scales = [some, *addends[_LIST:]], maps[terms:], scales[terms:]
-    # A program reads its tile of every map before it writes it, so that the result may take a map's place.
-    out = out if out is (*addends, *maps)[0] else None
-    return _launch_join(addends, maps, scales, bias, relu, statistics, first.dtype, out)
+    return _launch_join(addends, maps, scales, bias, relu, statistics, first.dtype)
 
 
 def _launch_join(
@@ -468,7 +465,6 @@ def _launch_join(
     relu: bool,
     statistics: bool,
     out_dtype: torch.dtype | None,
-    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`join` of lists that fit one launch, into out_dtype; None writes no map (the first tensor is returned)."""
     tensors = _laid_out([*addends, *maps], (*addends, *maps)[0])
@@ -481,8 +477,7 @@ def _launch_join(
     if bias is not None:
         bias = bias.expand(rows, -1).contiguous()
     tiling = _tiling(x, _THREADS * min(32, max(8, 4 * _vector(x))), together=rows == 1 and not statistics)
-    if out is None and out_dtype is not None:
-        out = torch.empty_like(x, dtype=out_dtype)
+    out = None if out_dtype is None else torch.empty_like(x, dtype=out_dtype)
     mean = variance = None
     if statistics:
         mean, variance = (x.new_empty((tiling.parts, tiling.channels), dtype=wide) for _ in range(2))
@@ -585,10 +580,9 @@ def pull(
         )
     dtype = accumulation_dtype(x.dtype)
     if not rows:
-        none = x.new_empty((0, 0, x.shape[1]), dtype=dtype)
-        return out.to(x.dtype), none, none.flatten(0, 1)
+        return out.to(x.dtype), *(x.new_empty((*shape, x.shape[1]), dtype=dtype) for shape in ((0, 0), (0,)))
     sums = _over_parts(partial, rows, dtype)
-    bias_grad, scale_grads = sums[0], sums[1:]
+    bias_grad, scale_grads = sums[0].clone(), sums[1:]  # results of an operator may not share memory
     if other_maps:
         scale_grads = torch.cat([scale_grads, dots([out], other_maps, rows)[0].to(dtype)])
     return out.to(x.dtype), scale_grads, bias_grad

@@ -1,4 +1,4 @@
-"""Which form of the operator runs: chosen once a call, before autograd; a named one never falls back."""
+"""Which back end runs the operator: chosen once a call, before autograd; a named one never falls back."""
 
 import importlib
 import importlib.util
@@ -12,24 +12,23 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _get_tracing_state
 from torch.compiler import is_compiling, is_exporting
-from torch.fx import Proxy
 
 from ..errors import DenseShortcutError
-from . import compiled, forms
+from .backends import native
 
-BACKENDS = ("auto", "plain", "cpu", "native", "triton")
+BACKENDS = ("auto", "plain", "native", "triton")
 VARIABLE = "DENSE_SHORTCUTS_BACKEND"
 
 _logger = logging.getLogger(__name__)
 
 
 def choose(x: Tensor, wanted: str = "auto", *, tiled: bool = False) -> str:
-    """The back end for a map: "plain", "cpu", "native" or "triton".
+    """The back end for a map: "plain", "native" or "triton".
 
     Args:
         x: a feature map, (N, C, H, W).
-        wanted: "auto" or a back end by name; the environment variable DENSE_SHORTCUTS_BACKEND, unless it is empty, goes
-            before "auto".
+        wanted: "auto" or a back end by name; the environment variable DENSE_SHORTCUTS_BACKEND, unless it is empty,
+            overrides "auto".
         tiled: whether some maps are summed ahead for several blocks, which the plain form does not do.
 
     Raises:
@@ -40,65 +39,54 @@ def choose(x: Tensor, wanted: str = "auto", *, tiled: bool = False) -> str:
     if named not in BACKENDS:
         where = f" in {VARIABLE}" if wanted == "auto" else ""
         raise DenseShortcutError(f"unknown back end {named!r}{where}: choose one of {', '.join(BACKENDS)}.")
-    wanted = named
-    transformed = is_transformed()
-    if wanted == "plain" or (wanted == "auto" and (transformed or is_traced(x))):
+    transformed = _are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if named == "plain" or (named == "auto" and (transformed or _is_recording())):
         return "plain"
     if transformed:
         raise DenseShortcutError(
-            f"the back end {wanted!r} has no rules for torch.func's transforms and forward-mode gradients: "
+            f"the back end {named!r} has no rules for torch.func's transforms and forward-mode gradients: "
             "choose 'auto' or 'plain'."
         )
     device = x.device.type
-    fault = None if wanted == "auto" else unusable(wanted, device, x.dtype)
+    fault = None if named == "auto" else unusable(named, device, x.dtype)
     if fault is not None:
-        raise DenseShortcutError(f"the back end {wanted!r} cannot run here ({fault}): choose 'auto' or 'plain'.")
-    if wanted == "auto" and device == "cpu" and is_compiling() and not tiled:
+        raise DenseShortcutError(f"the back end {named!r} cannot run here ({fault}): choose 'auto' or 'plain'.")
+    if named == "auto" and device == "cpu" and is_compiling() and not tiled:
         return "plain"  # whose passes Inductor makes one, without a call of Python for each block
-    chosen = _automatic(device, x.dtype) if wanted == "auto" else wanted
-    return chosen if x.numel() else "plain"  # an empty map is nothing for a kernel
+    chosen = _automatic(device, x.dtype) if named == "auto" else named
+    return chosen if x.numel() else "plain"
 
 
 @cache
 def kernels(backend: str) -> Any:
     """The module of a back end's kernels, imported when first used: triton is not everywhere."""
-    return importlib.import_module(f".{backend}", __package__)
-
-
-def arithmetic(backend: str) -> Any:
-    """The module of a back end's arithmetic per channel: `forms`, or what gives the same in few launches."""
-    return kernels("triton_forms") if backend == "triton" else forms
+    return importlib.import_module(f".backends.{'reference' if backend == 'plain' else backend}", __package__)
 
 
 def own_backend(device: str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
     """The back end that "auto" takes for maps on a device type, and why."""
-    if device in ("cpu", "meta"):
-        fault = unusable("native", device, dtype)
-        if fault is None:
-            return "native", f"kernels {compiled.library()[1]}"
-        return "cpu", f"in-place sums over pieces that stay in cache; no compiled kernels: {fault}"
-    fault = unusable("triton", device, dtype)
-    return ("triton", "kernels by Triton") if fault is None else ("plain", fault)
+    name = "native" if device in ("cpu", "meta") else "triton"
+    fault = unusable(name, device, dtype)
+    if fault is not None:
+        return "plain", fault
+    return name, f"kernels {native.library()[1]}" if name == "native" else "kernels by Triton"
 
 
-@torch.compiler.assume_constant_result  # looking for a compiler cannot be part of a compiled graph
+@torch.compiler.assume_constant_result  # looking for the library cannot be part of a compiled graph
 def unusable(backend: str, device: str, dtype: torch.dtype = torch.float32) -> str | None:
     """Why a back end cannot work on maps of this device type and dtype; None where it can."""
     if backend == "plain":
         return None
-    if dtype not in _DTYPES:
+    if dtype not in native.KINDS:
         return f"maps are in {dtype}"
     if backend == "triton":
         return _without_triton(device)
     if device not in ("cpu", "meta"):
         return f"maps are on {device}"
-    if backend == "native" and not compiled.supports(dtype):
-        built, reason = compiled.library()
-        return f"the compiler does not know {dtype}" if built is not None else reason
-    return None
-
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    if native.supports(dtype):
+        return None
+    built, reason = native.library()
+    return reason if built is None else f"the compiler of the kernels does not know {dtype}"
 
 
 def _without_triton(device: str) -> str | None:
@@ -112,37 +100,19 @@ def _without_triton(device: str) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def _automatic(device: str, dtype: torch.dtype) -> str:
-    return _automatic_once(device, dtype)
-
-
 @cache
-def _automatic_once(device: str, dtype: torch.dtype) -> str:
+def _automatic(device: str, dtype: torch.dtype) -> str:
     own, reason = own_backend(device, dtype)
     level = logging.INFO if own != "plain" else logging.WARNING
     _logger.log(level, "dense shortcuts on %s in %s use the %s back end: %s", device, dtype, own, reason)
     return own
 
 
-def is_transformed() -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation is under way: both need PyTorch's operators."""
-    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def is_traced(x: Tensor) -> bool:
-    """Whether a graph for other runtimes is being recorded, where operators of our own would not be known."""
-    return _is_recording() or isinstance(x, Proxy)
-
-
 def _is_recording() -> bool:
+    """Whether a graph for other runtimes is being recorded, where operators of our own would not be known."""
     return _get_tracing_state() is not None or _is_exporting()
 
 
 @torch.compiler.assume_constant_result  # in code that PyTorch 2.9 compiles it would always be true
 def _is_exporting() -> bool:
     return bool(is_exporting())
-
-
-def circumstances() -> tuple[str | None, bool, bool]:
-    """What `choose` goes by besides a map and a name."""
-    return os.environ.get(VARIABLE), is_transformed(), _is_recording()
