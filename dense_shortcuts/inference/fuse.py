@@ -10,9 +10,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from ..adapters import read
 from ..adapters.tracing.traced import Reading
 from ..errors import DenseShortcutError
-from ..nn.norms import has_affine_form, uses_running_stats
+from ..nn.affine_form import has_affine_form, uses_running_stats
+from ..nn.connectivity import Segment
 from ..nn.shortcut import DenseShortcut
-from ..nn.stage import DenseStage, Segment
+from ..nn.stage import DenseStage
 from ..ops.affine import affine_from_running
 from ..surgery.plug import dense_stages
 from .conv_bn import Seen, is_bare, watch

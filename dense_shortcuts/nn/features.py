@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ..ops import functional
-from .norms import affine_form, has_affine_form, needs_moments
+from .affine_form import affine_form, has_affine_form, needs_moments
 
 
 class Feature(NamedTuple):

@@ -11,11 +11,11 @@ from torch.fx import Proxy
 
 from .. import ops
 from ..errors import DenseShortcutError
-from .block import map_of
+from .affine_form import is_fusable
+from .block import MapLayout, map_of
 from .features import StageState
+from .group_sums import start_group
 from .hooks import observed
-from .layout import MapLayout
-from .norms import is_fusable
 from .shortcut import DenseShortcut
 
 
@@ -79,13 +79,13 @@ class ResidualAdd:
             branch, norm = norm(branch), None
         relu = fused and ops.is_relu(activation) and not (isinstance(activation, nn.Module) and observed(activation))
         addends = [identity] if self.keep_identity and not whole else []
-        x = self._sum(branch, norm, addends, relu, fused and (relu or activation is None), backend, fused)
+        x = self._sum(branch, norm, addends, relu, fused and (relu or activation is None), backend)
 
         if reshaped:
             x = layout.from_map(x, like)
-        elif activation is None and isinstance(x, Proxy):
-            x = torch.positive(x)  # a node of the block's own: feature extractors take its last
-        return x if relu or activation is None else activation(x)
+        if activation is not None and not relu:
+            return activation(x)
+        return torch.positive(x) if isinstance(x, Proxy) else x  # a node of the block's own, which extractors look for
 
     def finish(self, block: nn.Module, result: Any) -> StageState:
         """What the stage keeps after the block, which gave back `result`."""
@@ -115,19 +115,10 @@ class ResidualAdd:
                 f"for {channels} channels: leave the stage out with plug_in(stages=..), or plug_in(blocks=..)."
             )
 
-    def _sum(
-        self,
-        branch: Tensor,
-        norm: nn.Module | None,
-        addends: list[Tensor],
-        relu: bool,
-        ends: bool,
-        backend: str,
-        fused: bool,
-    ) -> Tensor:
+    def _sum(self, branch: Tensor, norm: Any, addends: list[Tensor], relu: bool, ends: bool, backend: str) -> Tensor:
         """The sum of the branch, whose norm is fused or None, and what else is added; X_l where the block `ends` so."""
-        shortcut, k, last = self.shortcut, self.k, self.context.last
-        state = later = shortcut.start_group(k, self.state, backend)
+        shortcut, k, last, fused = self.shortcut, self.k, self.context.last, bool(self.shortcut.sources[self.k])
+        state = later = start_group(shortcut, k, self.state, backend) if shortcut.tiled else self.state
         if self.aggregate == "block" and not last:
             later, self.finished = state.add(shortcut.feature(k + 1, branch, backend)), True
         x, feature = shortcut(

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ops import accumulation_dtype, functional
+from ..ops import functional
 from ..ops.affine import sum_coeffs
+from .affine_form import has_affine_form, is_per_image, needs_moments
 from .connectivity import Sources, Sparse
 from .connectivity import sources as all_sources
 from .features import Feature, StageState, as_feature, make_feature
-from .norms import Norm, has_affine_form, is_per_image, make_norm, needs_moments
+from .norms import Norm, make_norm
 from .tiling import Tiling
 from .weighting import start_parameter, weigh
 
@@ -56,6 +57,8 @@ class DenseShortcut(nn.Module):
         # attention looks at all maps that a block sums, so none can be summed ahead
         tiled = self.sources == everything and weighting != "attention"
         self.tiling: Tiling | Sparse = Tiling.best(depth) if tiled else Sparse(self.sources)
+        self._direct = [list(self.tiling.direct(k)) for k in range(depth)]  # the maps that a block reads by itself
+        self._consumers = [list(self.tiling.users(i)) for i in range(depth)]  # the blocks that read a map so
         self.weighted, self.weighting, self.backend = weighted, weighting, backend
         self._weight_of = {k: n for n, k in enumerate(self.summing)}
         counts = [len(self.sources[k]) for k in self.summing] if weighted else []
@@ -69,9 +72,8 @@ class DenseShortcut(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set the weights to their start again, as after `to_empty` of a network made on the meta device."""
-        summing = [maps for maps in self.sources if maps]
-        for weight, maps in zip(self.weights, summing, strict=self.weighted):
-            weight.copy_(start_parameter(self.weighting, self.init, len(maps), self.channels))
+        for weight, k in zip(self.weights, self.summing, strict=self.weighted):
+            weight.copy_(start_parameter(self.weighting, self.init, len(self.sources[k]), self.channels))
 
     @property
     def summing(self) -> list[int]:
@@ -104,7 +106,9 @@ class DenseShortcut(nn.Module):
 
     def weight(self, k: int, features: Sequence[Feature] = ()) -> Tensor:
         """w of block l = k + 1 for the maps that it sums: (maps, C), or (maps, N, C) where it depends on them."""
-        parameter = self.weights[self._weight_of[k]]
+        parameter: Tensor = self.weights[self._weight_of[k]]
+        if self.weighting == "channel":
+            return parameter
         return weigh(self.weighting, parameter, self.channels, [feature.map for feature in features])
 
     def feature(self, i: int, x: Tensor, backend: str, inner_norm: nn.Module | None = None) -> Feature:
@@ -123,30 +127,6 @@ class DenseShortcut(nn.Module):
     def branch_feature(self, norm: nn.Module, branch: Tensor, backend: str) -> Feature:
         """A residual branch before its last norm, one for which `is_fusable` holds, as one more map of the sum."""
         return make_feature(norm, branch, num_consumers=1, per_image=self.per_image, backend=backend)
-
-    def start_group(self, k: int, state: StageState, backend: str) -> StageState:
-        """Where block k begins a group of a deep stage: the sums of all maps finished so far, one for each block."""
-        tiling = self.tiling
-        if backend == "plain" or not isinstance(tiling, Tiling) or not tiling.begins(k):
-            return state
-        features, blocks, per_image = state.features, tiling.blocks(k), self.per_image
-        new = [features[i].links[-2:] for i in tiling.finished(k)]
-        counts = [len(group) for group in tiling.later_groups(k)]
-        links = functional.group_links(features[-1].map, new, counts, per_image=per_image, backend=backend)
-        all_links = (*state.group_links, links)
-        begun = range(tiling.size, k + 1, tiling.size)
-        # Each group of maps links to all groups of blocks begun since; before the one that begins now come full ones.
-        skipped = [(k - first) // tiling.size * (tiling.size + 1) for first in begun]
-        mine = [links[n : n + len(blocks) + 1] for n, links in zip(skipped, all_links, strict=True)]
-        sums = functional.partial_sums(
-            [feature.map for feature in features],
-            mine,
-            self._scales_ahead(blocks, features),
-            blocks=len(blocks),
-            sizes=[len(tiling.finished(first)) for first in begun],
-            backend=backend,
-        )
-        return state._replace(partial_sums=sums, group_links=all_links)
 
     def forward(
         self,
@@ -176,7 +156,7 @@ class DenseShortcut(nn.Module):
         norm = self.norm(k + 1) if finish else None
         one_pass = finish and (norm is None or has_affine_form(norm))
         summed = [state.features[i] for i in self.sources[k]]
-        direct = self.sources[k] if backend == "plain" else self.tiling.direct(k)
+        direct = self.sources[k] if backend == "plain" else self._direct[k]
         features = [state.features[i] for i in direct]
         scales, bias = self._coeffs(k, summed)
         if scales is not None and len(features) < len(summed):
@@ -212,23 +192,14 @@ class DenseShortcut(nn.Module):
         scales = [f.scale for f in summed if f.scale is not None]
         return sum_coeffs(weight, scales, [f.shift for f in summed if f.shift is not None])
 
-    def _scales_ahead(self, blocks: range, features: Sequence[Feature]) -> Tensor | None:
-        """a_{l,i} of some blocks for all of these maps, (len(blocks), len(maps), 1 or N, C); None for ones."""
-        if not self.weighted:
-            return None
-        weight = torch.stack([self.weight(k)[: len(features)] for k in blocks])[:, :, None]
-        weight = weight.to(accumulation_dtype(weight.dtype))
-        scales = [f.scale for f in features if f.scale is not None]
-        return weight * torch.stack(torch.broadcast_tensors(*scales)) if scales else weight
-
     def _link(self, feature: Feature, i: int, k: int) -> Sequence[Tensor]:
         """The link of map X_i to the sum of block k."""
-        n = 2 * self.tiling.users(i).index(k)
+        n = 2 * self._consumers[i].index(k)
         return feature.links[n : n + 2]
 
     def _num_consumers(self, i: int) -> int:
-        """Number of consumers of map i that take a link to it: blocks, and one for all groups that sum it ahead."""
-        return len(self.tiling.users(i)) + self.tiling.is_closed(i)
+        """Consumers of map i that take a link to it: blocks, and one for all groups that sum it ahead."""
+        return len(self._consumers[i]) + self.tiling.is_closed(i)
 
     def extra_repr(self) -> str:
         return f"depth={self.depth}, channels={self.channels}, pairs={self.pairs}, init={self.init!r}"

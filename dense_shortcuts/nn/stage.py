@@ -1,7 +1,7 @@
 """The stage container: runs a stage's blocks, keeps their feature maps, and forms each block's dense shortcut."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 from torch import Tensor, nn
 from torch._C import _current_graph_task_id
@@ -9,24 +9,14 @@ from torch.compiler import is_compiling
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import DenseShortcutError
+from .affine_form import frozen_statistics
 from .block import layout_of
+from .connectivity import Segment
 from .features import StageState
 from .hooks import has_hooks, observed
-from .norms import frozen_statistics
 from .residual_add import BlockContext, ResidualAdd
 from .shortcut import DenseShortcut
-
-
-class Segment(NamedTuple):
-    """Blocks first .. stop - 1 of a container, residual ones whose maps share a shape, and the name of their shortcut.
-
-    A stage of a ResNet is one segment. Where other layers stand between the blocks, or the shape changes in the middle,
-    there are more.
-    """
-
-    first: int
-    stop: int
-    shortcut: str
+from .steps import Step
 
 
 class DenseStage(nn.Module):
@@ -158,30 +148,6 @@ class DenseStage(nn.Module):
 
     def extra_repr(self) -> str:
         return f"aggregate={self.aggregate!r}, keep_identity={self.keep_identity}"
-
-
-class Step:
-    """Block n in one pass over a stage: x -> its output, where `states[n]` is what the stage keeps before it.
-
-    Run again, as a checkpoint does, it starts from the same state.
-    """
-
-    def __init__(self, stage: DenseStage, n: int, context: BlockContext, states: list[StageState]) -> None:
-        self.stage, self.n, self.context, self.states = stage, n, context, states
-
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        x, self.states[self.n + 1] = self.stage.step(self.context, x, self.states[self.n], *args, **kwargs)
-        return x
-
-    def __getattr__(self, name: str) -> Any:
-        """Never anything, for a host may use its block's own methods in place of a call, past the shortcuts.
-
-        Raises:
-            AttributeError: always; `getattr` with a default gives the default.
-        """
-        raise AttributeError(
-            f"the blocks of a dense stage can only be called, and the host asks for {name}: unplug the network first."
-        )
 
 
 def _run(

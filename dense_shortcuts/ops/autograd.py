@@ -71,18 +71,8 @@ def dense_add(
 
 
 @dense_add.register_fake
-def _(
-    addends: Any,
-    maps: Any,
-    links: Any,
-    scales: Any,
-    bias: Any,
-    relu: bool,
-    statistics: bool,
-    num_consumers: int,
-    rows: int,
-    backend: str,
-) -> Any:
+def _(addends: Sequence[Tensor], maps: Sequence[Tensor], *settings: Any) -> Any:
+    *_, statistics, num_consumers, rows, _ = settings
     y = new_map((*addends, *maps)[0])
     return y, *_new_moments(y, statistics), new_links(y, num_consumers, rows)
 
@@ -209,21 +199,7 @@ def _pull(
 
 
 @_pull.register_fake
-def _(
-    x: Tensor,
-    grad: Any,
-    offset: Any,
-    slope: Any,
-    later_grads: Any,
-    later_scales: Any,
-    maps: Any,
-    rows: int,
-    relu: bool,
-    backend: str,
-) -> Any:
-    dtype, channels = accumulation_dtype(x.dtype), x.shape[1]
-    return (
-        new_map(x),
-        x.new_empty((len(maps), rows, channels), dtype=dtype),
-        x.new_empty((rows, channels), dtype=dtype),
-    )
+def _(x: Tensor, *arguments: Any) -> Any:
+    *_, maps, rows, _, _ = arguments
+    shapes = (len(maps), rows, x.shape[1]), (rows, x.shape[1])
+    return new_map(x), *(x.new_empty(shape, dtype=accumulation_dtype(x.dtype)) for shape in shapes)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _get_tracing_state
+from torch._C import _are_functorch_transforms_active
 from torch.compiler import is_compiling, is_exporting
 
 from ..errors import DenseShortcutError
@@ -110,7 +110,7 @@ def _automatic(device: str, dtype: torch.dtype) -> str:
 
 def _is_recording() -> bool:
     """Whether a graph for other runtimes is being recorded, where operators of our own would not be known."""
-    return _get_tracing_state() is not None or _is_exporting()
+    return torch.jit.is_tracing() or _is_exporting()
 
 
 @torch.compiler.assume_constant_result  # in code that PyTorch 2.9 compiles it would always be true

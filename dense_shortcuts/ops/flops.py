@@ -29,12 +29,8 @@ def _pull(x: Shape, grad: Any, offset: Any, slope: Any, later: list[Shape], *res
     return 2 * math.prod(x) * (len(later) + (slope is not None) + len(rest[1]))
 
 
-def _mix(maps: list[Shape], scales: Shape, *_: Any, **__: Any) -> int:
-    return 2 * math.prod(maps[0]) * len(maps) * scales[0]
-
-
 def _partial_sums(maps: list[Shape], links: Any, scales: Shape, *_: Any, **__: Any) -> int:
-    return _mix(maps, scales)
+    return 2 * math.prod(maps[0]) * len(maps) * scales[0]
 
 
 def _dots(grads: list[Shape], maps: list[Shape], *_: Any, **__: Any) -> int:
@@ -57,7 +53,6 @@ def register() -> None:
         (operators.dense_add, _dense_add),
         (operators.pull, _pull),
         (operators.partial_sums, _partial_sums),
-        (operators.mix, _mix),
         (operators.dots, _dots),
     ]
     for operator, formula in formulas:

@@ -101,23 +101,14 @@ def _group_links_backward(ctx: Any, grad_links: Any) -> Any:
         return None, [None] * (2 * ctx.maps), None, None, None
     grads = [g for tile in used for g in tile[:-1]]
     scales = torch.cat([tile[-1] for tile in used]).transpose(0, 1)
-    pulled = reference.mix(grads, scales) if torch.is_grad_enabled() else _mix(grads, scales, ctx.backend)
+    pulled = (
+        reference.mix(grads, scales) if torch.is_grad_enabled() else partial_sums(grads, [], scales, [], ctx.backend)
+    )
     ones = scales.new_ones(scales.shape[2:])
     return None, [t for p in pulled for t in (p, ones)], None, None, None
 
 
 group_links.register_autograd(_group_links_backward, setup_context=_group_links_setup)
-
-
-@custom_op("dense_shortcuts::mix", mutates_args=())
-def _mix(maps: Sequence[Tensor], scales: Tensor, backend: str) -> list[Tensor]:
-    sums: list[Tensor] = kernels(backend).mix(maps, scales)
-    return sums
-
-
-@_mix.register_fake
-def _(maps: Any, scales: Tensor, backend: str) -> list[Tensor]:
-    return [new_map(maps[-1]) for _ in range(scales.shape[0])]
 
 
 @custom_op("dense_shortcuts::dots", mutates_args=())

@@ -13,7 +13,7 @@ from ..adapters import NoResidual, containers, has_adapter, read
 from ..adapters.example import example
 from ..adapters.tracing.trace import SEVERAL
 from ..errors import DenseShortcutError
-from ..nn.stage import Segment
+from ..nn.connectivity import Segment
 from .loops import Held, feeds
 
 _UNFED = "its container does not feed each block to the next"

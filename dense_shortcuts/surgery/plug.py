@@ -13,11 +13,11 @@ from .. import adapters
 from ..adapters import DenseBlock, containers
 from ..adapters import families as families  # whose blocks are known from here on
 from ..errors import DenseShortcutError
-from ..nn.connectivity import PATTERNS, sources
+from ..nn.connectivity import PATTERNS, Segment, sources
 from ..nn.inner_shortcut import InnerShortcut
 from ..nn.norms import NORMS, Norm
 from ..nn.shortcut import DenseShortcut
-from ..nn.stage import DenseStage, Segment
+from ..nn.stage import DenseStage
 from ..nn.weighting import INITS
 from ..ops import BACKENDS
 from . import layer_groups

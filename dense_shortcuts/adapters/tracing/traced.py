@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ...errors import DenseShortcutError
-from ...nn.block import in_stage
-from ...nn.layout import MapLayout
+from ...nn.block import MapLayout, in_stage
 from ...nn.residual_add import ResidualAdd
 from .probe import Layout, probe
 from .trace import RELU, Call, NoResidual, Parts, Piece, frozen, state_of, trace

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from ...errors import DenseShortcutError
-from ...nn.norms import affine_form
+from ...nn.affine_form import affine_form
 from ...nn.shortcut import DenseShortcut
 from ...nn.stage import DenseStage
 from .config import TrainConfig

@@ -78,33 +78,31 @@ STRUCT(Map, MAP)
 #define TERM(F) F(Map, map) F(const void*, scale) F(int64_t, rows)
 STRUCT(Term, TERM)
 
-#define MOMENTS_ARGS(F)                                                                                            \
-  F(int64_t, threads) F(int64_t, images) F(int64_t, channels) F(int64_t, pixels) F(int64_t, channels_last) F(Map, x) \
-  F(void*, mean) F(void*, var)
+#define SHAPE(F) \
+  F(int64_t, threads) F(int64_t, images) F(int64_t, channels) F(int64_t, pixels) F(int64_t, channels_last)
+
+#define MOMENTS_ARGS(F) SHAPE(F) F(Map, x) F(void*, mean) F(void*, var)
 STRUCT(MomentsArgs, MOMENTS_ARGS)
 
-#define JOIN_ARGS(F)                                                                                              \
-  F(int64_t, threads) F(int64_t, images) F(int64_t, channels) F(int64_t, pixels) F(int64_t, channels_last)          \
-  F(const Term*, terms) F(int64_t, num_terms) F(const void*, bias) F(int64_t, bias_rows) F(int64_t, relu) F(Map, out) \
-  F(void*, mean) F(void*, var)
+#define JOIN_ARGS(F)                                                                                           \
+  SHAPE(F) F(const Term*, terms) F(int64_t, num_terms) F(const void*, bias) F(int64_t, bias_rows)              \
+  F(int64_t, relu) F(Map, out) F(void*, mean) F(void*, var)
 STRUCT(JoinArgs, JOIN_ARGS)
 
-#define PULL_ARGS(F)                                                                                               \
-  F(int64_t, threads) F(int64_t, images) F(int64_t, channels) F(int64_t, pixels) F(int64_t, channels_last) F(Map, x) \
-  F(Map, grad) F(const void*, offset) F(const void*, slope) F(int64_t, moved_rows) F(const Term*, later)            \
-  F(int64_t, num_later) F(const Map*, maps) F(int64_t, num_maps) F(int64_t, rows) F(int64_t, relu) F(void*, out)    \
-  F(void*, grad_scales) F(void*, grad_bias)
+#define PULL_ARGS(F)                                                                                           \
+  SHAPE(F) F(Map, x) F(Map, grad) F(const void*, offset) F(const void*, slope) F(int64_t, moved_rows)          \
+  F(const Term*, later) F(int64_t, num_later) F(const Map*, maps) F(int64_t, num_maps) F(int64_t, rows)        \
+  F(int64_t, relu) F(void*, out) F(void*, grad_scales) F(void*, grad_bias)
 STRUCT(PullArgs, PULL_ARGS)
 
-#define MIX_ARGS(F)                                                                                       \
-  F(int64_t, threads) F(int64_t, images) F(int64_t, channels) F(int64_t, pixels) F(int64_t, channels_last) \
-  F(const Map*, maps) F(int64_t, num_maps) F(const Map*, outputs) F(int64_t, num_outputs)                  \
+#define MIX_ARGS(F)                                                                                            \
+  SHAPE(F) F(const Map*, maps) F(int64_t, num_maps) F(const Map*, outputs) F(int64_t, num_outputs)             \
   F(const void*, scales) F(int64_t, rows)
 STRUCT(MixArgs, MIX_ARGS)
 
-#define DOTS_ARGS(F)                                                                                      \
-  F(int64_t, threads) F(int64_t, images) F(int64_t, channels) F(int64_t, pixels) F(int64_t, channels_last) \
-  F(const Map*, grads) F(int64_t, num_grads) F(const Map*, maps) F(int64_t, num_maps) F(int64_t, rows) F(void*, out)
+#define DOTS_ARGS(F)                                                                                           \
+  SHAPE(F) F(const Map*, grads) F(int64_t, num_grads) F(const Map*, maps) F(int64_t, num_maps)                 \
+  F(int64_t, rows) F(void*, out)
 STRUCT(DotsArgs, DOTS_ARGS)
 
 // Room for numbers that are all written before they are read.
@@ -153,18 +151,6 @@ const A* coefficient(const A* data, int64_t rows, const Chunk& chunk, int64_t ro
   return chunk.shape.last ? data : data + row;
 }
 
-// A row of a map in the accumulation type: where it stands, or converted into `scratch`.
-template <class A>
-const A* row_of(const Map& map, const Chunk& chunk, int64_t row, A* scratch) {
-  const int64_t at = chunk.at(row), n = chunk.columns();
-  if (map.kind == kind_of<A>()) return static_cast<const A*>(map.data) + at;
-  typed(map.data, map.kind, at, [&](auto x) {
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) scratch[j] = A(x[j]);
-  });
-  return scratch;
-}
-
 // Writes a row that was computed elsewhere, where the output is in another type.
 template <class A>
 void put(void* out, int64_t kind, const Chunk& chunk, int64_t row, const A* from) {
@@ -178,7 +164,8 @@ void put(void* out, int64_t kind, const Chunk& chunk, int64_t row, const A* from
   });
 }
 
-// Up to GROUP rows of a map in the accumulation type: the first one, and the distance from one to the next.
+// Up to GROUP rows of a map in the accumulation type, where they stand or converted into `scratch`: the first one, and
+// the distance from one to the next.
 template <class A>
 struct Rows {
   const A* first;
@@ -191,7 +178,11 @@ Rows<A> rows_of(const Map& map, const Chunk& chunk, int64_t row, int64_t rows, A
   const int64_t n = chunk.columns(), at = chunk.at(row);
   if (map.kind == kind_of<A>())
     return {static_cast<const A*>(map.data) + at, chunk.shape.last ? chunk.shape.channels : chunk.shape.pixels};
-  for (int64_t r = 0; r < rows; ++r) row_of(map, chunk, row + r, scratch + r * n);
+  for (int64_t r = 0; r < rows; ++r)
+    typed(map.data, map.kind, chunk.at(row + r), [&](auto x) {
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) scratch[r * n + j] = A(x[j]);
+    });
   return {scratch, n};
 }
 
@@ -316,32 +307,19 @@ template <class A>
 void add_products(A* sums, bool fresh, const Chunk& chunk, int64_t row, int64_t rows, const Rows<A>& x,
                   const Rows<A>* y) {
   const int64_t n = chunk.columns();
-  if (!chunk.shape.last) {
-    for (int64_t r = 0; r < rows; ++r) {
-      const A *from = x[r], *with = y == nullptr ? nullptr : (*y)[r];
-      A sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t j = 0; j < n; ++j) sum += with == nullptr ? from[j] : from[j] * with[j];
-      sums[row + r] = sum;
+  if (chunk.shape.last && fresh) std::fill(sums, sums + n, A(0));
+  for (int64_t r = 0; r < rows; ++r) {
+    const A *from = x[r], *with = y == nullptr ? nullptr : (*y)[r];
+    if (chunk.shape.last) {
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) sums[j] += with == nullptr ? from[j] : from[j] * with[j];
+      continue;
     }
-    return;
+    A sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; ++j) sum += with == nullptr ? from[j] : from[j] * with[j];
+    sums[row + r] = sum;
   }
-  if (fresh) std::fill(sums, sums + n, A(0));
-  if (rows < GROUP) {
-    const A *from = x[0], *with = y == nullptr ? nullptr : (*y)[0];
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) sums[j] += with == nullptr ? from[j] : from[j] * with[j];
-    return;
-  }
-  const A *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3];
-  if (y == nullptr) {
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) sums[j] += (x0[j] + x1[j]) + (x2[j] + x3[j]);
-    return;
-  }
-  const A *y0 = (*y)[0], *y1 = (*y)[1], *y2 = (*y)[2], *y3 = (*y)[3];
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) sums[j] += (x0[j] * y0[j] + x1[j] * y1[j]) + (x2[j] * y2[j] + x3[j] * y3[j]);
 }
 
 // Adds some rows of a map to the sums of a chunk, (3, C), that its moments come from: a shift, and the sums of x - shift
@@ -350,40 +328,30 @@ template <class A>
 void add_moments(A* sums, const Chunk& chunk, int64_t row, int64_t rows, const Rows<A>& x) {
   const int64_t n = chunk.columns(), c = chunk.shape.channels;
   A *k = sums, *s = sums + c, *q = sums + 2 * c;
-  if (!chunk.shape.last) {
-    for (int64_t r = 0; r < rows; ++r) {
-      const A *from = x[r], shift = from[0];
-      A sum = 0, square = 0;
-#pragma omp simd reduction(+ : sum, square)
-      for (int64_t j = 0; j < n; ++j) {
-        const A d = from[j] - shift;
-        sum += d;
-        square += d * d;
-      }
-      k[row + r] = shift, s[row + r] = sum, q[row + r] = square;
-    }
-    return;
-  }
-  const A* x0 = x[0];
-  if (row == 0) {
-    std::copy(x0, x0 + n, k);
+  if (chunk.shape.last && row == 0) {
+    std::copy(x[0], x[0] + n, k);
     std::fill(s, s + 2 * c, A(0));
   }
-  if (rows < GROUP) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const A* from = x[r];
+    if (chunk.shape.last) {
 #pragma omp simd
-    for (int64_t j = 0; j < n; ++j) {
-      const A d = x0[j] - k[j];
-      s[j] += d;
-      q[j] += d * d;
+      for (int64_t j = 0; j < n; ++j) {
+        const A d = from[j] - k[j];
+        s[j] += d;
+        q[j] += d * d;
+      }
+      continue;
     }
-    return;
-  }
-  const A *x1 = x[1], *x2 = x[2], *x3 = x[3];
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) {
-    const A d0 = x0[j] - k[j], d1 = x1[j] - k[j], d2 = x2[j] - k[j], d3 = x3[j] - k[j];
-    s[j] += (d0 + d1) + (d2 + d3);
-    q[j] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
+    const A shift = from[0];
+    A sum = 0, square = 0;
+#pragma omp simd reduction(+ : sum, square)
+    for (int64_t j = 0; j < n; ++j) {
+      const A d = from[j] - shift;
+      sum += d;
+      square += d * d;
+    }
+    k[row + r] = shift, s[row + r] = sum, q[row + r] = square;
   }
 }
 
@@ -502,11 +470,11 @@ struct Sum {
     for (int64_t r = 0; r < rows; ++r) {
       A* slot = scratch.converted.data();
       for (size_t i = 0; i < terms.size(); ++i, slot += room) {
-        scratch.x[i] = row_of(terms[i].map, chunk, row + r, slot);
+        scratch.x[i] = rows_of(terms[i].map, chunk, row + r, 1, slot).first;
         scratch.a[i] = coefficient(static_cast<const A*>(terms[i].scale), terms[i].rows, chunk, row + r);
       }
       const A from = *coefficient(start, start_rows, chunk, row + r);
-      const A* masks = mask.data == nullptr ? nullptr : row_of(mask, chunk, row + r, slot);
+      const A* masks = mask.data == nullptr ? nullptr : rows_of(mask, chunk, row + r, 1, slot).first;
       const A *const *x = scratch.x.data(), *const *a = scratch.a.data();
       A* acc = const_cast<A*>(done[r]);
       if (masks != nullptr) sum_row<A, MASK>(terms.size(), n, from, x, a, masks, acc);

@@ -67,10 +67,7 @@ class MixArgs(ctypes.Structure):
 
 
 class DotsArgs(ctypes.Structure):
-    _fields_ = [
-        *_SHAPE,
-        *_fields(grads=_MAPS, num_grads=_INT, maps=_MAPS, num_maps=_INT, rows=_INT, out=_ADDRESS),
-    ]
+    _fields_ = [*_SHAPE, *_fields(grads=_MAPS, num_grads=_INT, maps=_MAPS, num_maps=_INT, rows=_INT, out=_ADDRESS)]
 
 
 def schema() -> str:
@@ -88,9 +85,8 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     """The library for this processor's instructions, and which it is; or None, and why there is none."""
     widest = torch.backends.cpu.get_cpu_capability().lower()
     names = {"avx512": ["avx512", "avx2", "base"], "avx2": ["avx2", "base"]}.get(widest, ["base"])
-    suffixes = importlib.machinery.EXTENSION_SUFFIXES
-    found = [Path(__file__).with_name(f"native_{name}{suffix}") for name in names for suffix in suffixes]
-    path = next((path for path in found if path.is_file()), None)
+    files = (f"native_{name}{suffix}" for name in names for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    path = next((path for path in map(Path(__file__).with_name, files) if path.is_file()), None)
     if path is None:
         return None, "the package was installed without a C++ compiler: install it again where there is one"
     try:
@@ -106,9 +102,8 @@ def library() -> tuple[ctypes.CDLL | None, str]:
 def supports(dtype: torch.dtype) -> bool:
     """Whether the library takes maps of this dtype."""
     loaded, _ = library()
-    if loaded is None or dtype not in KINDS:
-        return False
-    return dtype != torch.float16 or bool(loaded.dense_shortcuts_has_half())
+    half = dtype == torch.float16
+    return loaded is not None and dtype in KINDS and (not half or bool(loaded.dense_shortcuts_has_half()))
 
 
 class _Call:
@@ -150,7 +145,7 @@ class _Call:
         return x.data_ptr(), x.shape[-2]
 
     def new(self, *shape: int) -> Tensor:
-        return self.kept[0].new_empty(shape, dtype=self.dtype)
+        return torch.empty(shape, dtype=self.dtype)
 
     def run(self, name: str, args: Any) -> None:
         loaded, reason = library()

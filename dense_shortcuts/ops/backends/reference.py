@@ -14,14 +14,10 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def is_dense(x: Tensor) -> bool:
-    """Whether a map lies in memory as a kernel takes it: contiguous or channels_last."""
-    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
-
-
 def new_map(x: Tensor) -> Tensor:
     """Room for a map in the form of x: channels_last where x is, else contiguous, so never with x's gaps or order."""
-    return torch.empty_like(x) if is_dense(x) else torch.empty_like(x, memory_format=torch.contiguous_format)
+    dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    return torch.empty_like(x) if dense else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
