@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .errors import DenseShortcutError
-from .experiments.train.checkpoint import read_tensors
+from .files import read_tensors
 from .models import list_models
 from .nn.inner_shortcut import InnerShortcut
 from .nn.shortcut import DenseShortcut

@@ -8,7 +8,7 @@ import timm
 import torch
 
 import dense_shortcuts as ds
-from dense_shortcuts.experiments import prune
+from dense_shortcuts.surgery import sparsify as prune
 
 
 def network(**variant) -> torch.nn.Module:

@@ -10,10 +10,11 @@ import yaml
 
 from dense_shortcuts import shipped
 from dense_shortcuts.cli import main
-from dense_shortcuts.experiments.train.checkpoint import CARD, WEIGHTS, read_json, read_model
+from dense_shortcuts.experiments.train.checkpoint import CARD, WEIGHTS, read_model
 from dense_shortcuts.experiments.train.config import read_yaml
 from dense_shortcuts.experiments.train.loop import METRICS, read_metrics
 from dense_shortcuts.experiments.train.run import checkpoint_folder
+from dense_shortcuts.files import read_json
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .. import shipped
 from ..errors import DenseShortcutError
-from ..experiments.train.checkpoint import read_model, write_text
+from ..experiments.train.checkpoint import read_model
 from ..experiments.train.run import checkpoint_folder
+from ..files import write_text
 from . import int8 as eight_bits
 from .formats import FORMATS, Runner, needs
 from .graph import inference_form, warnings

@@ -20,9 +20,9 @@ from dense_shortcuts.experiments.detect.data import read_split
 from dense_shortcuts.experiments.detect.figures import TWELVE
 from dense_shortcuts.experiments.detect.loop import make_schedule
 from dense_shortcuts.experiments.detect.network import build_detector
-from dense_shortcuts.experiments.train.checkpoint import read_tensors
 from dense_shortcuts.experiments.train.config import read_fields
 from dense_shortcuts.experiments.train.loop import read_metrics
+from dense_shortcuts.files import read_tensors
 
 DETECTORS = ("fasterrcnn", "retinanet", "fcos", "maskrcnn")
 TINY = [

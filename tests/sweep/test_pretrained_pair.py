@@ -10,8 +10,9 @@ from train.train_helpers import png, write_parquet
 
 from dense_shortcuts.cli import main
 from dense_shortcuts.experiments.sweep.spec import read_sweep
-from dense_shortcuts.experiments.train.checkpoint import WEIGHTS, read_tensors
+from dense_shortcuts.experiments.train.checkpoint import WEIGHTS
 from dense_shortcuts.experiments.train.config import class_numbers, read_yaml
+from dense_shortcuts.files import read_tensors
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 PAIRS = {"pretrain-cpu": "pretrained-pair-cpu", "pretrain": "pretrained-pair"}

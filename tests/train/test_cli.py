@@ -16,8 +16,9 @@ from train_helpers import png, unclocked, write_parquet
 from dense_shortcuts import DenseShortcutError
 from dense_shortcuts.cli import main, parse
 from dense_shortcuts.commands import COMMANDS
-from dense_shortcuts.experiments.train.checkpoint import WEIGHTS, read_tensors
+from dense_shortcuts.experiments.train.checkpoint import WEIGHTS
 from dense_shortcuts.experiments.train.loop import read_metrics
+from dense_shortcuts.files import read_tensors
 
 DSNET = Path(sys.executable).with_name("dsnet")
 NETWORKS = ("identity", "stage-group")

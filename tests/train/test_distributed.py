@@ -19,12 +19,13 @@ from torch.nn.parallel import DistributedDataParallel
 from dense_shortcuts import DenseShortcutError
 from dense_shortcuts.cli import parse
 from dense_shortcuts.experiments.train import loop
-from dense_shortcuts.experiments.train.checkpoint import WEIGHTS, read_tensors
+from dense_shortcuts.experiments.train.checkpoint import WEIGHTS
 from dense_shortcuts.experiments.train.data import load_data
 from dense_shortcuts.experiments.train.loop import make_loader, placed, prepare
 from dense_shortcuts.experiments.train.network import build_network
 from dense_shortcuts.experiments.train.processes import average_statistics, make_accelerator
 from dense_shortcuts.experiments.train.states import newest_whole, read_predicted, read_shapes, saved_states
+from dense_shortcuts.files import read_tensors
 
 # Each is to give the same curve over any number of processes.
 SAME = {

@@ -7,8 +7,9 @@ import torch
 
 import dense_shortcuts as ds
 from dense_shortcuts.cli import main
-from dense_shortcuts.experiments.train.checkpoint import read_model, write_text
+from dense_shortcuts.experiments.train.checkpoint import read_model
 from dense_shortcuts.experiments.train.config import write_yaml
+from dense_shortcuts.files import write_text
 
 
 def test_the_command_leaves_a_checkpoint_that_builds_itself_and_trains_on(tiny, fit, tmp_path, monkeypatch, capsys):

@@ -8,9 +8,10 @@ import torch
 import dense_shortcuts as ds
 from dense_shortcuts.cli import main
 from dense_shortcuts.experiments.renorm import renorm, take_weights
-from dense_shortcuts.experiments.train.checkpoint import read_model, write_text
+from dense_shortcuts.experiments.train.checkpoint import read_model
 from dense_shortcuts.experiments.train.config import TrainConfig, TuneConfig, write_yaml
 from dense_shortcuts.experiments.train.network import build_network
+from dense_shortcuts.files import write_text
 
 
 @pytest.fixture

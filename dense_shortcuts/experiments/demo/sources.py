@@ -10,9 +10,10 @@ from PIL import Image, ImageOps
 
 from ... import shipped
 from ...errors import DenseShortcutError
+from ...files import read_json
 from ...models import list_models
 from ..bench.run import RESULTS
-from ..train.checkpoint import CARD, read_json
+from ..train.checkpoint import CARD
 from ..train.data.images import IMAGE_ERRORS
 from ..train.loop import METRICS, read_metrics
 

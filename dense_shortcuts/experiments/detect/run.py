@@ -11,8 +11,9 @@ import torch
 from rich.console import Console
 
 from ...errors import DenseShortcutError
+from ...files import atomic, read_json, write_text
 from ..environment import machine
-from ..train.checkpoint import CARD, atomic, read_json, write_text
+from ..train.checkpoint import CARD
 from ..train.display import Display
 from ..train.loop import METRICS, make_accelerator, read_metrics
 from ..train.network import make_optimizer, network_label, twin

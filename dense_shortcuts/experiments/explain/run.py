@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from ...errors import DenseShortcutError
-from ..train.checkpoint import write_text
+from ...files import write_text
 from ..train.data.images import IMAGE_ERRORS, first_line
 from . import picture
 from .cam import cam_maps, find_layer, methods

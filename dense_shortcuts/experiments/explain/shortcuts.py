@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ... import shipped
 from ...errors import DenseShortcutError
-from ..train.checkpoint import atomic, write_text
+from ...files import atomic, write_text
 from ..weight_log import SHORTCUTS, Rows, Summary, read_record, start_summary, weight_summary
 from .networks import read_network
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ...errors import DenseShortcutError
-from .checkpoint import CARD, WEIGHTS, read_json, read_tensors, write_text
+from ...files import read_json, read_tensors, write_text
+from .checkpoint import CARD, WEIGHTS
 from .config import read_yaml
 from .loop import METRICS, read_metrics
 from .network import network_label

@@ -15,9 +15,10 @@ from rich.console import Console
 
 from ... import ops, shipped
 from ...errors import DenseShortcutError
+from ...files import read_json, write_text
 from ..environment import machine
 from . import report
-from .checkpoint import CARD, WEIGHTS, read_json, read_model, write_text
+from .checkpoint import CARD, WEIGHTS, read_model
 from .config import TrainConfig, read_yaml, write_yaml
 from .data import Data, load_data
 from .display import Display
