@@ -12,6 +12,7 @@ from ... import shipped
 from ...errors import DenseShortcutError
 from ...models import list_models
 from ..bench.run import RESULTS
+from ..command import dsnet
 from ..train.checkpoint import CARD, read_json
 from ..train.data.images import IMAGE_ERRORS
 from ..train.loop import METRICS, read_metrics
@@ -69,7 +70,7 @@ def comparisons(folder: Path) -> list[dict[str, Any]]:
     """The comparisons that a benchmark wrote."""
     found = read_json(folder / RESULTS).get("comparisons")
     if not isinstance(found, list) or not found:
-        raise DenseShortcutError(f"{folder.name} has no finished comparison: run dsnet bench again.")
+        raise DenseShortcutError(f"{folder.name} has no finished comparison: `{dsnet('bench')}` makes one.")
     return found
 
 
