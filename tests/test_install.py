@@ -17,12 +17,19 @@ from dense_shortcuts.extras import EXTRAS, is_installed, need
 ROOT = Path(__file__).parents[1]
 
 
+CORE = ("torch", "timm", "safetensors")
+
+
 @pytest.fixture(scope="module")
 def core(tmp_path_factory) -> Path:
     """A folder to import from with the package and what `pip install dense-shortcuts` brings, and nothing else."""
-    folder = tmp_path_factory.mktemp("core")
+    return installation(tmp_path_factory.mktemp("core"), *CORE)
+
+
+def installation(folder: Path, *packages: str) -> Path:
+    """The folder, filled with links to the package and to these others and what they require."""
     (folder / "dense_shortcuts").symlink_to(ROOT / "dense_shortcuts")
-    for name in brought("torch", "timm", "safetensors"):
+    for name in brought(*packages):
         installed = distribution(name)
         tops = {file.parts[0] for file in installed.files or () if file.parts[0] not in ("..", "__pycache__")}
         for top in tops:
@@ -140,6 +147,16 @@ def test_a_command_whose_extra_is_missing_is_one_sentence_with_code_2_and_leaves
     found = outcomes([command for command, _ in REFUSALS], core, tmp_path)
     assert found == [[2, "", f"dsnet: error: {sentence}\n"] for _, sentence in REFUSALS]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_extra_for_training_is_enough_to_compare(tmp_path):
+    (tmp_path / "site").mkdir()
+    site = installation(tmp_path / "site", *CORE, *EXTRAS["train"].values())
+    tiny = ["--img-size=8", "--crop-padding=1", "--limit-train=64", "--limit-test=32", "--epochs=1"]
+    tiny += ["--warmup-epochs=0", "--name=a"]
+    done = python(site, "-m", "dense_shortcuts.cli", "compare", *tiny, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "a" / "table.md").is_file() and (tmp_path / "runs" / "a" / "curves.png").is_file()
 
 
 class Blocked:
