@@ -13,8 +13,7 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     import triton.experimental.gluon  # noqa: F401 (which Triton loads at the first launch)
 
-    import dense_shortcuts.ops.triton
-    import dense_shortcuts.ops.triton_forms  # noqa: F401
+    import dense_shortcuts.ops.backends.triton  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]
 

@@ -30,7 +30,7 @@ class OnePass:
     def __init__(self, stage: DenseStage) -> None:
         self._stage = stage
         self._children = dict(zip(stage.block_names, stage.blocks, strict=True))
-        self._steps = {n: s for n, s in zip(stage.block_names, stage, strict=True) if s.place.shortcut is not None}
+        self._steps = {n: s for n, s in zip(stage.block_names, stage, strict=True) if s.context.shortcut is not None}
 
     def __getattr__(self, name: str) -> Any:
         return self._steps[name] if name in self._steps else getattr(self._stage, name)

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import DenseShortcutError
-from ..nn.norms import is_batch_norm
+from ..nn.affine_form import is_batch_norm
 from ..surgery.plug import dense_stages
 from .train.checkpoint import read_model, write_text
 from .train.config import TuneConfig

@@ -13,7 +13,7 @@ from ..adapters import NoResidual, containers, has_adapter, read
 from ..adapters.example import example
 from ..adapters.tracing.trace import SEVERAL
 from ..errors import DenseShortcutError
-from ..nn.stage import Row
+from ..nn.connectivity import Segment
 from .loops import Held, feeds
 
 _UNFED = "its container does not feed each block to the next"
@@ -29,13 +29,13 @@ class Found:
 
     Attributes:
         name: its module name in the network.
-        rows: rows of residual blocks.
+        segments: segments of residual blocks.
         blocks: by position, a reading of each block of the rows (`adapters.read`).
         names: the blocks' names in the container, all of them in order.
     """
 
     name: str
-    rows: tuple[Row, ...]
+    segments: tuple[Segment, ...]
     blocks: dict[int, Any]
     names: tuple[str, ...]
 
@@ -119,7 +119,7 @@ def _may_be_block(module: nn.Module) -> bool:
     return has_adapter(type(module)) or not (type(module).forward is nn.Sequential.forward or _runs_children(module))
 
 
-def _rows(views: dict[int, Any], cuts: tuple[int, ...]) -> Iterator[Row]:
+def _rows(views: dict[int, Any], cuts: tuple[int, ...]) -> Iterator[Segment]:
     """Cut the residual blocks of a container into rows that share a shape.
 
     A row begins with a block that projects its input, with the first block behind any other layer, and with those of
@@ -128,12 +128,12 @@ def _rows(views: dict[int, Any], cuts: tuple[int, ...]) -> Iterator[Row]:
     first: int | None = None
     count = 0
 
-    def row(stop: int) -> Iterator[Row]:
+    def row(stop: int) -> Iterator[Segment]:
         nonlocal count
         assert first is not None
         if any(views[n].is_certain() for n in range(first, stop)):
             count += 1
-            yield Row(first, stop, "shortcut" if count == 1 else f"shortcut{count}")
+            yield Segment(first, stop, "shortcut" if count == 1 else f"shortcut{count}")
 
     last = max(views, default=-1)
     for n in range(last + 2):

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import DenseShortcutError
-from ..nn.shortcut import DenseShortcut, InnerShortcut
+from ..nn.inner_shortcut import InnerShortcut
+from ..nn.shortcut import DenseShortcut
 
 _logger = logging.getLogger(__name__)
 

@@ -13,10 +13,11 @@ from .. import adapters
 from ..adapters import DenseBlock, containers
 from ..adapters import families as families  # whose blocks are known from here on
 from ..errors import DenseShortcutError
-from ..nn.connectivity import PATTERNS, sources
+from ..nn.connectivity import PATTERNS, Segment, sources
+from ..nn.inner_shortcut import InnerShortcut
 from ..nn.norms import NORMS, Norm
-from ..nn.shortcut import DenseShortcut, InnerShortcut
-from ..nn.stage import DenseStage, Row
+from ..nn.shortcut import DenseShortcut
+from ..nn.stage import DenseStage
 from ..nn.weighting import INITS
 from ..ops import BACKENDS
 from . import layer_groups
@@ -68,7 +69,7 @@ class StagePlan:
     """
 
     name: str
-    row: Row
+    row: Segment
     blocks: type[nn.Module]
     shortcut: DenseShortcut
     inner: dict[str, InnerShortcut]
@@ -153,7 +154,7 @@ def plan_options(model: nn.Module, options: Options) -> Plan:
     found, refused = find_stages(model)
     chosen = _chosen_stages(found, options)
     _check_blocks(found, options.blocks)
-    rows = [(stage, row) for stage in chosen for row in stage.rows]
+    rows = [(stage, row) for stage in chosen for row in stage.segments]
     stages = [_plan_row(model, *place, options) for place in rows if any(_sources(model, *place, options))]
     if not stages:
         raise DenseShortcutError(
@@ -167,7 +168,7 @@ def plan_options(model: nn.Module, options: Options) -> Plan:
     return Plan(tuple(stages), tuple(stage for stage in chosen if stage.name in names), kept, options)
 
 
-def _plan_row(model: nn.Module, stage: Found, row: Row, options: Options) -> StagePlan:
+def _plan_row(model: nn.Module, stage: Found, row: Segment, options: Options) -> StagePlan:
     container = model.get_submodule(stage.name)
     blocks = {stage.names[n]: stage.blocks[n] for n in range(row.first, row.stop)}
     devices = {str(p.device) for name in blocks for p in container.get_submodule(name).parameters()}
@@ -233,7 +234,7 @@ def _check_blocks(found: list[Found], blocks: Blocks) -> None:
             raise DenseShortcutError(f"there is no block {name!r} in the network's stages: {told}.")
 
 
-def _sources(model: nn.Module, stage: Found, row: Row, options: Options) -> tuple[tuple[int, ...], ...]:
+def _sources(model: nn.Module, stage: Found, row: Segment, options: Options) -> tuple[tuple[int, ...], ...]:
     """The maps that each block of a row sums; none where it is not chosen."""
     chosen = []
     for k, n in enumerate(range(row.first, row.stop)):
@@ -418,7 +419,7 @@ def unplug(model: nn.Module) -> nn.Module:
         raise DenseShortcutError("the network is fused for inference: unplug the one it was made from.")
     for stage in stages.values():
         blocks = stage.blocks
-        for row in stage.rows:
+        for row in stage.segments:
             for block in blocks[row.first : row.stop]:
                 adapters.unplug(block)
         stage.release()

@@ -97,8 +97,8 @@ def cam_maps(
     name, module = find_layer(model, layer)
     above = name.rpartition(".")[0]
     parent = model.get_submodule(above)
-    places = parent.places() if isinstance(parent, DenseStage) else []
-    if method == "ablationcam" and any(place.block is module and place.shortcut is not None for place in places):
+    contexts = parent.contexts() if isinstance(parent, DenseStage) else []
+    if method == "ablationcam" and any(c.block is module and c.shortcut is not None for c in contexts):
         raise DenseShortcutError(
             f"ablationcam takes a layer out, and {name} is a block that shares its maps with others: "
             f"take {above or 'another layer'}."

@@ -12,7 +12,7 @@ from torch import distributed as dist
 
 from ...errors import DenseShortcutError
 from ...extras import need
-from ...nn.norms import affine_form
+from ...nn.affine_form import affine_form
 from ...nn.shortcut import DenseShortcut
 from ...nn.stage import DenseStage
 from .config import TrainConfig
@@ -94,7 +94,7 @@ class SyncBatchNormOnCPU(nn.SyncBatchNorm):
         if not self.training:
             return super().forward(input)
         mean, variance = input.mean((2, 3)), input.var((2, 3), correction=0)
-        scale, shift = affine_form(self, (mean, variance, mean, variance), input, "plain")
+        scale, shift = affine_form(self, mean, variance, input)
         return input * scale[:, :, None, None].to(input.dtype) + shift[:, :, None, None].to(input.dtype)
 
 

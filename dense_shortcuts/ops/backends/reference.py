@@ -14,14 +14,10 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def is_dense(x: Tensor) -> bool:
-    """Whether a map lies in memory as a kernel takes it: contiguous or channels_last."""
-    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
-
-
 def new_map(x: Tensor) -> Tensor:
     """Room for a map in the form of x: channels_last where x is, else contiguous, so never with x's gaps or order."""
-    return torch.empty_like(x) if is_dense(x) else torch.empty_like(x, memory_format=torch.contiguous_format)
+    dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    return torch.empty_like(x) if dense else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,11 +66,10 @@ def dense_sum(addends: Sequence[Tensor], maps: Sequence[Tensor], scales: Tensor 
 def join(
     addends: Sequence[Tensor],
     maps: Sequence[Tensor],
-    scales: Tensor,
+    scales: Tensor | None,
     bias: Tensor | None,
     relu: bool,
     statistics: bool,
-    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """s(dense_sum(...)) and the moments of the result.
 
@@ -82,7 +77,6 @@ def join(
         addends, maps, scales, bias: as in `dense_sum`.
         relu: whether s is ReLU, else there is none.
         statistics: whether the moments are wanted.
-        out: the first addend, or without addends the first map, where nobody needs it any more: y may be written there.
 
     Returns:
         y, (N, C, H, W) in the dtype and layout of the first addend, or without addends of the first map; its mean and

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dense_shortcuts import DenseShortcutError
-from dense_shortcuts.ops import dense_sum, is_eager
-from dense_shortcuts.ops.reference import accumulation_dtype
+from dense_shortcuts.ops import accumulation_dtype, dense_add
 
-BACKENDS = ["plain", "cpu", "native", "triton"]
+BACKENDS = ["plain", "native", "triton"]
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +35,7 @@ def test_a_sum_equals_a_loop_over_maps_samples_and_channels(maps, with_bias, per
     leaves = [t.requires_grad_() for t in (*tensors, scales, *([bias] if with_bias else []))]
 
     branch, xs = tensors[0], tensors[1:]
-    y = dense_sum([branch], xs, scales, bias, backend=backend)
+    y = dense_add([branch], xs, scales, bias, backend=backend)
     rows = []
     for b in range(n):
         for ch in range(c):
@@ -59,7 +58,7 @@ def test_a_sum_equals_a_loop_over_maps_samples_and_channels(maps, with_bias, per
 def test_an_activation_follows_the_sum(activation, backend):
     xs = [torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     scales = torch.randn(2, 1, 3, dtype=torch.float64, requires_grad=True)
-    y = dense_sum(xs[:1], xs[1:], scales, activation=activation, backend=backend)
+    y = dense_add(xs[:1], xs[1:], scales, activation=activation, backend=backend)
     total = xs[0] + sum(a[:, :, None, None] * x for a, x in zip(scales, xs[1:], strict=True))
     wanted = total if activation is None else activation(total.clone())
     assert_close(y, wanted, 1e-12, "sum")
@@ -71,12 +70,12 @@ def test_an_activation_follows_the_sum(activation, backend):
 def test_without_scales_the_maps_are_added_as_they_are_and_nothing_is_written_into_them(backend):
     tensors = [torch.randn(2, 3, 4, 5) for _ in range(4)]
     before = [t.clone() for t in tensors]
-    y = dense_sum(tensors[:1], tensors[1:], backend=backend)
+    y = dense_add(tensors[:1], tensors[1:], backend=backend)
     torch.testing.assert_close(y, tensors[0] + tensors[1] + tensors[2] + tensors[3])
     y.add_(1.0)
     assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
     bias = torch.randn(2, 3)
-    y = dense_sum([], tensors, None, bias, backend=backend)
+    y = dense_add([], tensors, None, bias, backend=backend)
     torch.testing.assert_close(y, sum(tensors) + bias[:, :, None, None])
 
 
@@ -85,7 +84,7 @@ def test_without_scales_the_maps_are_added_as_they_are_and_nothing_is_written_in
 def test_a_sum_of_half_precision_maps_is_kept_in_float32(dtype, backend):
     """64 additions in half precision would lose a percent; one rounding at the end loses less than 2^-7."""
     xs = [torch.rand(1, 2, 5, 3).to(dtype) for _ in range(65)]
-    y = dense_sum(xs[:1], xs[1:], torch.ones(64, 1, 2), backend=backend)
+    y = dense_add(xs[:1], xs[1:], torch.ones(64, 1, 2), backend=backend)
     wanted = torch.stack(xs).double().sum(0)
     assert y.dtype == dtype
     assert ((y.double() - wanted).abs() / wanted).max() <= 2**-7  # Triton's interpreter rounds bfloat16 towards zero
@@ -130,18 +129,17 @@ def test_back_ends_agree_for_any_shape_layout_and_dtype(shape, layouts, dtype, a
     wide = accumulation_dtype(dtype)
     scales, bias = numbers(count, rows, shape[1]).to(wide), numbers(rows, shape[1]).to(wide)
     upstream, results = numbers(*shape), {}
-    for backend in ("plain", "cpu", "native"):
+    for backend in ("plain", "native"):
         leaves = [t.detach().requires_grad_(recorded) for t in (*tensors, scales, bias)]
         given_maps, (a, b) = leaves[:-2], leaves[-2:]
-        y = dense_sum(
+        y = dense_add(
             given_maps[count:], given_maps[:count], a, b, activation=F.relu if relu else None, backend=backend
         )
         results[backend] = [y, *(torch.autograd.grad(y, leaves, upstream) if recorded else [])]
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
-    for backend in ("cpu", "native"):
-        for ours, wanted in zip(results[backend], results["plain"], strict=True):
-            assert ours.dtype == wanted.dtype and ours.shape == wanted.shape
-            torch.testing.assert_close(ours, wanted, rtol=tolerance, atol=tolerance * 10)
+    for ours, wanted in zip(results["native"], results["plain"], strict=True):
+        assert ours.dtype == wanted.dtype and ours.shape == wanted.shape
+        torch.testing.assert_close(ours, wanted, rtol=tolerance, atol=tolerance * 10)
 
 
 FAULTY: list[tuple[dict[str, Any], str]] = [
@@ -156,24 +154,23 @@ FAULTY: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("given_", "named"), FAULTY, ids=[named for _, named in FAULTY])
 def test_shapes_that_do_not_go_together_are_refused(given_, named):
     with pytest.raises(ValueError) as error:
-        dense_sum(**given_)
+        dense_add(**given_)
     assert named in str(error.value)
 
 
 def test_the_back_end_is_the_one_that_is_named(monkeypatch):
     x = torch.randn(2, 3, 4, 4)
-    assert is_eager(x)
     with pytest.raises(DenseShortcutError, match="'fast'"):
-        dense_sum([x], [x], backend="fast")
+        dense_add([x], [x], backend="fast")
     monkeypatch.setenv("DENSE_SHORTCUTS_BACKEND", "slow")
     with pytest.raises(DenseShortcutError, match="'slow'"):
-        dense_sum([x], [x])
+        dense_add([x], [x])
 
 
 def test_it_compiles_to_one_graph():
     xs = [torch.randn(2, 3, 4, 4) for _ in range(3)]
     scales = torch.randn(2, 2, 3)
     compiled = torch.compile(
-        lambda: dense_sum(xs[:1], xs[1:], scales, activation=F.relu), backend="eager", fullgraph=True
+        lambda: dense_add(xs[:1], xs[1:], scales, activation=F.relu), backend="eager", fullgraph=True
     )
-    torch.testing.assert_close(compiled(), dense_sum(xs[:1], xs[1:], scales, activation=F.relu))
+    torch.testing.assert_close(compiled(), dense_add(xs[:1], xs[1:], scales, activation=F.relu))

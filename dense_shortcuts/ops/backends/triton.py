@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reference
 from .reference import accumulation_dtype
 
 # Tensors of one kind (addends and maps of a sum, later gradients, maps of a dot product) in one launch. Longer lists
@@ -430,8 +429,6 @@ def _same_rows(tensors: Sequence[Tensor], images: int) -> tuple[list[Tensor], bo
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.moments`."""
-    if x.numel() == 0:
-        return reference.moments(x)
     _, mean, variance = _launch_join([x], [], None, None, False, True, None)
     return mean, variance
 
@@ -443,21 +440,16 @@ def join(
     bias: Tensor | None,
     relu: bool,
     statistics: bool,
-    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.join`."""
     first = (*addends, *maps)[0]
-    if first.numel() == 0:
-        return reference.join(addends, maps, scales, bias, relu, statistics)
     addends, maps = _laid_out(addends, first), _laid_out(maps, first)
     wide = _dtype_of([*addends, *maps])
     while len(addends) + len(maps) > _LIST:
         terms = max(_LIST - len(addends), 0)
         some = _launch_join(addends[:_LIST], maps[:terms], scales[:terms], None, False, False, wide)[0]
         addends, maps, scales = [some, *addends[_LIST:]], maps[terms:], scales[terms:]
-    # A program reads its tile of every map before it writes it, so that the result may take a map's place.
-    out = out if out is (*addends, *maps)[0] else None
-    return _launch_join(addends, maps, scales, bias, relu, statistics, first.dtype, out)
+    return _launch_join(addends, maps, scales, bias, relu, statistics, first.dtype)
 
 
 def _launch_join(
@@ -468,7 +460,6 @@ def _launch_join(
     relu: bool,
     statistics: bool,
     out_dtype: torch.dtype | None,
-    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`join` of lists that fit one launch, into out_dtype; None writes no map (the first tensor is returned)."""
     tensors = _laid_out([*addends, *maps], (*addends, *maps)[0])
@@ -481,8 +472,7 @@ def _launch_join(
     if bias is not None:
         bias = bias.expand(rows, -1).contiguous()
     tiling = _tiling(x, _THREADS * min(32, max(8, 4 * _vector(x))), together=rows == 1 and not statistics)
-    if out is None and out_dtype is not None:
-        out = torch.empty_like(x, dtype=out_dtype)
+    out = None if out_dtype is None else torch.empty_like(x, dtype=out_dtype)
     mean = variance = None
     if statistics:
         mean, variance = (x.new_empty((tiling.parts, tiling.channels), dtype=wide) for _ in range(2))
@@ -545,8 +535,6 @@ def pull(
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.pull`."""
-    if x.numel() == 0:
-        return reference.pull(x, grad, offset, slope, later_grads, later_scales, maps, rows, relu)
     x, *later_grads = _laid_out([x, *later_grads], x)
     grads = [] if grad is None else _laid_out([grad], x)
     maps = _laid_out(maps, x)
@@ -585,10 +573,9 @@ def pull(
         )
     dtype = accumulation_dtype(x.dtype)
     if not rows:
-        none = x.new_empty((0, 0, x.shape[1]), dtype=dtype)
-        return out.to(x.dtype), none, none.flatten(0, 1)
+        return out.to(x.dtype), x.new_empty((0, 0, x.shape[1]), dtype=dtype), x.new_empty((0, x.shape[1]), dtype=dtype)
     sums = _over_parts(partial, rows, dtype)
-    bias_grad, scale_grads = sums[0], sums[1:]
+    bias_grad, scale_grads = sums[0].clone(), sums[1:]  # results of an operator may not share memory
     if other_maps:
         scale_grads = torch.cat([scale_grads, dots([out], other_maps, rows)[0].to(dtype)])
     return out.to(x.dtype), scale_grads, bias_grad
@@ -605,8 +592,6 @@ def _over_parts(partial: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
 def mix(maps: Sequence[Tensor], scales: Tensor) -> list[Tensor]:
     """`reference.mix`. Maps are read once for each 8 outputs."""
     last = maps[-1]
-    if last.numel() == 0:
-        return reference.mix(maps, scales)
     maps = _laid_out(maps, last)
     if len(maps) > _LIST:
         return [join([], maps, row, None, False, False)[0].to(last.dtype) for row in scales]
@@ -644,8 +629,6 @@ def _launch_mix(maps: Sequence[Tensor], scales: Tensor) -> list[Tensor]:
 
 def dots(grads: Sequence[Tensor], maps: Sequence[Tensor], rows: int) -> Tensor:
     """`reference.dots`. Up to 64 products read every tensor once; more are cut into blocks of at most 8 gradients."""
-    if maps[0].numel() == 0:
-        return reference.dots(grads, maps, rows)
     grads, maps = _laid_out(grads, maps[0]), _laid_out(maps, maps[0])
     wide = _dtype_of([*grads, *maps])
     block_g = min(len(grads), 8)
