@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sysconfig
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     import dense_shortcuts.ops.backends.triton  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]
+
+# As in an active environment: commands that the program prints then name `dsnet` without its path.
+os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from dense_shortcuts import DenseShortcutError
+from dense_shortcuts import DenseShortcutError, recipes
 from dense_shortcuts.cli import parse
 from dense_shortcuts.experiments.train import loop
 from dense_shortcuts.experiments.train.checkpoint import WEIGHTS
@@ -229,7 +229,7 @@ def test_the_slurm_script_begins_a_run_and_goes_on_with_it(tmp_path, begun):
         (tmp_path / "runs" / "dsnet50-imagenet").mkdir(parents=True)
         (tmp_path / "runs" / "dsnet50-imagenet" / "config.yaml").touch()
     slurm = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]"}
-    script = Path(__file__).parents[2] / "recipes" / "slurm.sbatch"
+    script = recipes.FOLDER / "slurm.sbatch"
     done = subprocess.run(
         ["bash", script],
         env=slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DATA": "imagenet", "RUNS": str(tmp_path / "runs")},

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import DenseShortcutError
+from ...extras import need
 from ...nn.stage import DenseStage
 from .layout import Layout, find_layout
 
@@ -160,12 +161,9 @@ class _Score:
 
 
 def _camera(name: str, channels_last: bool = False) -> Any:
-    try:
-        import pytorch_grad_cam
-    except ImportError as error:
-        raise DenseShortcutError(
-            "class activation maps need grad-cam: pip install 'dense-shortcuts[explain]'."
-        ) from error
+    need("a class activation map", "explain")
+    import pytorch_grad_cam
+
     made = getattr(pytorch_grad_cam, name)
     if name == "AblationCAM":  # whose default layer is one for all, and would keep the last maps
         from functools import partial

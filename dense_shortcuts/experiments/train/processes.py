@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from ...errors import DenseShortcutError
+from ...extras import need
 from ...nn.affine_form import affine_form
 from ...nn.shortcut import DenseShortcut
 from ...nn.stage import DenseStage
@@ -24,8 +25,10 @@ def make_accelerator(config: TrainConfig) -> "Accelerator":
     """Accelerate's view of device, precision and processes.
 
     Raises:
-        DenseShortcutError: the device cannot do this precision, or the batch does not divide among the processes.
+        DenseShortcutError: a missing library, a device that cannot do this precision, or a batch that does not divide
+            among the processes.
     """
+    need("training", "train")
     from accelerate import Accelerator
     from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs
 
