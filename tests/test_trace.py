@@ -761,8 +761,8 @@ def TakesMore(self, x, gate=None, twice: bool = False, *, power: float = 1.0):
 def test_further_arguments_of_a_block_act_as_in_the_host(options, given):
     if "gate" in given:
         given = given | {"gate": torch.rand(2, 1, 6, 5, dtype=torch.float64)}
-    host = Caller(**given).double()
-    plugged = ds.plug_in(copy.deepcopy(host), **options)
+    host, x = Caller(**given).double(), torch.empty(2, 3, 6, 5, dtype=torch.float64)
+    plugged = ds.plug_in(copy.deepcopy(host), **options, example=x)
     for train in (True, False):
         assert_runs_agree(run(plugged.train(train)), run(host.train(train)))
 
