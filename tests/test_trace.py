@@ -254,7 +254,7 @@ def assert_runs_agree(actual: dict[str, Tensor], expected: dict[str, Tensor], to
 def assert_equal_to_host(cls: type[Block], backend: str) -> None:
     for options in ({"norm": None, "init": "nearest"}, {"keep_identity": True}):
         host, plugged = network(cls), ds.plug_in(network(cls), **options, backend=backend)
-        assert plugged[1].rows == ((0, 3, "shortcut"),)
+        assert plugged[1].segments == ((0, 3, "shortcut"),)
         for train in (True, False):
             expected = run(host.train(train))
             assert_runs_agree(run(plugged.train(train)), expected)

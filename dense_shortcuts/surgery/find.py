@@ -101,19 +101,19 @@ def _stage(name: str, module: nn.Module, observed: Observation, refused: list[Re
         try:
             if _may_be_block(child):
                 views[n] = read(child)
-        except NoResidual as reason:
-            refused.append(Refused(type(child), name, child_name, str(reason)))
+        except NoResidual as error:
+            refused.append(Refused(type(child), name, child_name, str(error)))
     seen = observed.containers.get(name, Seen())
     rows = tuple(_rows(views, seen.unfed()))
     if not rows:
         return None
-    reason = _why_unfed(module, rows, len(list(_rows(views, set()))), seen, observed.failure)
-    if reason and written:
+    unfed = _why_unfed(module, rows, len(list(_rows(views, set()))), seen, observed.failure)
+    if unfed and written:
         holds = f"{name or 'the network'} is a {type(module).__name__} that holds {type(written[0]).__name__} blocks"
-        raise DenseShortcutError(f"{holds}{_UNFED_KNOWN if reason == _UNFED else f': {reason}'}.")
-    if reason:
+        raise DenseShortcutError(f"{holds}{_UNFED_KNOWN if unfed == _UNFED else f': {unfed}'}.")
+    if unfed:
         block_name, block = children[next(iter(views))]
-        refused.append(Refused(type(block), name, block_name, reason))
+        refused.append(Refused(type(block), name, block_name, unfed))
         return None
     kept = {n: view for n, view in views.items() if any(row.first <= n < row.stop for row in rows)}
     return Found(name, rows, kept, tuple(child_name for child_name, _ in children))

@@ -44,15 +44,15 @@ def without_data(value: Any) -> Any:
 
 def _image_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
     """Shapes of two images, or what else its first convolution takes; none where it has no convolution and no size."""
-    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")  # timm's
+    size: Any = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")  # timm's
     convolution: Any = next((module for module in model.modules() if isinstance(module, _CONVOLUTIONS)), None)
     if convolution is None and size is None:
         return
     channels = size[0] if convolution is None else convolution.in_channels
     axes = 2 if convolution is None else len(convolution.kernel_size)
-    named = [value for module in model.modules() for value in _named_sizes(module)]
-    for sides in dict.fromkeys((*named[:1], *((size[1:],) if size else ()), *_USUAL)):
-        yield (2, channels, *((16, *sides) if axes == 3 else sides[:axes]))
+    sizes = [pair for module in model.modules() for pair in _named_sizes(module)][:1]
+    for pair in dict.fromkeys((*sizes, *([tuple(size[1:])] if size else []), *_USUAL)):
+        yield (2, channels, *((16, *pair) if axes == 3 else pair[:axes]))
 
 
 def _named_sizes(module: nn.Module) -> Iterator[tuple[int, int]]:
