@@ -2,14 +2,20 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: compare test accuracy check bench docs clean
+.PHONY: compare test test-long test-all accuracy check bench docs clean
 
 compare: $(VENV)/installed
 	$(BIN)/dsnet compare
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	$(PYTEST) -m "not accuracy and not long"
+
+test-long: $(VENV)/installed-dev
+	$(PYTEST) -m "long and not accuracy"
+
+test-all: test test-long
 
 accuracy: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m accuracy

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from ci_skips import pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401 (hooks)
 
 # Without a GPU the Triton kernels run in Triton's interpreter. Triton asks for it as it is first imported, which timm
 # does, and as a kernel is defined; nothing else is to run in it.
