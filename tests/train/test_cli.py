@@ -310,12 +310,3 @@ def test_the_recipe_reader_is_the_one_that_the_command_uses():
     Path("r.yaml").write_text("epoch: 7\n")
     with pytest.raises(DenseShortcutError, match="did you mean 'epochs'"):
         parse(["train", "--recipe", "r.yaml"])
-
-
-def test_help_starts_without_the_training_libraries():
-    heavy = ("accelerate", "torchmetrics", "matplotlib")
-    code = f"import sys, dense_shortcuts.cli; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ)
-    )
-    assert done.stdout.strip() == "[]"
