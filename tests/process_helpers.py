@@ -88,6 +88,8 @@ class Group:
     def __init__(self, count: int, work: Callable[[int], object], folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.outputs = [folder / f"output-{rank}" for rank in range(count)]
+        for output in self.outputs:
+            output.touch()
         port, fork = free_port(), multiprocessing.get_context("fork")
         self.processes = [
             fork.Process(target=_member, args=(rank, count, port, work, self.outputs[rank])) for rank in range(count)
