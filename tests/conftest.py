@@ -3,6 +3,10 @@
 import importlib.util
 import os
 
+# The tests' work is tiny: threads cost more than they give, and sums must not depend on their number. Set before torch
+# is imported, and for all processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 from ci_skips import pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401 (hooks)
@@ -20,10 +24,5 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_a_seed():
-    """The tests' work is tiny: threads cost more than they give, and sums must not depend on their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def seed():
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)

@@ -307,7 +307,6 @@ PARTS = [("group", 3), ("batch", 3), ("group", 7), ("batch", 7)]
 
 
 def one_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     x = joint_batch()
     for norm, first in PARTS:

@@ -422,7 +422,6 @@ def step_of(net: nn.Module, x: Tensor, share: float) -> Tensor:
 def one_rank(rank: int, folder: str) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     mesh = dist.init_device_mesh("cpu", (2,))
     x, losses = IMAGES.double()[rank : rank + 1], {}

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from process_helpers import Group
 from sweep.conftest import SWEEP
 
@@ -29,7 +28,6 @@ def finished(tmp_path_factory) -> Path:
     """The folder of a finished sweep."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "s.yaml").write_text(SWEEP)
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dense_shortcuts.experiments.sweep.costs.ROUNDS", 1)
         assert main(["sweep", str(folder / "s.yaml"), "--output", str(folder)]) == 0

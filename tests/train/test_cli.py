@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from train_helpers import png, unclocked, write_parquet
 
 from dense_shortcuts import DenseShortcutError
@@ -31,7 +30,6 @@ LONG = [*TINY[:-1], "--epochs=12"]
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("DENSE_SHORTCUTS_DATA", raising=False)
 
 
@@ -39,11 +37,8 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 def made(tmp_path_factory) -> Path:
     """A folder with two finished comparisons, tiny and long."""
     folder = tmp_path_factory.mktemp("made")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     for name, settings in (("tiny", TINY), ("long", LONG)):
         assert main(["compare", *settings, "--output", str(folder), "--name", name]) == 0
-    torch.set_num_threads(before)
     return folder
 
 
