@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from pathlib import Path
 
 # The tests' work is tiny: threads cost more than they give, and sums must not depend on their number. Set before torch
 # is imported, and for all processes that tests start.
@@ -26,3 +27,24 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+def real_data(name: str) -> Path:
+    """The folder of a real data set; without it the test is skipped."""
+    default = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("DENSE_SHORTCUTS_DATA", default)) / name
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is no folder: set DENSE_SHORTCUTS_DATA to one that holds {name}/")
+    return folder.resolve()
+
+
+@pytest.fixture(scope="session")
+def cifar100() -> Path:
+    """The real CIFAR-100 parquet files."""
+    return real_data("cifar100")
+
+
+@pytest.fixture(scope="session")
+def bccd() -> Path:
+    """The real BCCD images."""
+    return real_data("bccd")
