@@ -25,7 +25,8 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def one_thread_and_a_seed():
+    torch.set_num_threads(1)  # a command may have set another number
     torch.manual_seed(0)
 
 

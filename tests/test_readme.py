@@ -101,7 +101,7 @@ def complete(command: str) -> list[str]:
     if arguments[0] == "bench":
         return [*arguments, *TINY_BENCH]
     if arguments[0] == "support":
-        return [*arguments, "resmlp*"]
+        return [*arguments, "test_resnet"]
     trains = arguments[0] in ("compare", "train") and "--resume" not in arguments
     return [*arguments, *TINY] if trains else arguments
 
