@@ -154,7 +154,7 @@ def short_net(kind: str, **variant) -> nn.Module:
     return net
 
 
-@pytest.mark.parametrize("backend", ["plain", "native"])
+@pytest.mark.parametrize("backend", [pytest.param("plain", marks=pytest.mark.long), "native"])
 @pytest.mark.parametrize(("kind", "variant"), COMPILED, ids=str)
 def test_the_whole_network_is_one_graph_for_the_compiler(kind, variant, backend):
     """Dynamo with aot_eager: the tracing of forward and backward, without the minutes of code generation."""
@@ -169,7 +169,7 @@ def test_the_whole_network_is_one_graph_for_the_compiler(kind, variant, backend)
         assert_close(buffer, other.double(), 1e-4, name)
 
 
-@pytest.mark.parametrize("backend", ["plain", "native"])
+@pytest.mark.parametrize("backend", [pytest.param("plain", marks=pytest.mark.long), "native"])
 @pytest.mark.parametrize("norm", ["group", "batch"])
 def test_one_compiled_graph_serves_another_batch_size_and_resolution(norm, backend):
     torch._dynamo.reset()
@@ -200,6 +200,7 @@ def test_for_a_cpu_the_compiler_is_left_the_sums_of_all_but_deep_stages(norm):
     assert seen.count("dense_shortcuts.block.default") == 10
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("device", "mode", "backend"),
     [
@@ -306,7 +307,6 @@ PARTS = [("group", 3), ("batch", 3), ("group", 7), ("batch", 7)]
 
 
 def one_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     x = joint_batch()
     for norm, first in PARTS:
@@ -318,7 +318,7 @@ def one_rank(rank: int, folder: str) -> None:
 
 
 def test_two_processes_take_the_step_of_one_process_on_the_joined_batch(tmp_path):
-    mp.spawn(one_rank, args=(str(tmp_path),), nprocs=2, join=True)
+    mp.start_processes(one_rank, args=(str(tmp_path),), nprocs=2, start_method="fork")
     x = joint_batch()
     for norm, first in PARTS:
         net = batch_free_net(norm)

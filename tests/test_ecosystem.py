@@ -253,7 +253,7 @@ def test_a_lightning_module_trains_a_plugged_network(tmp_path):
 # Compiler, export, quantisation, copies -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [convnext, vit])
+@pytest.mark.parametrize("make", [pytest.param(convnext, marks=pytest.mark.long), vit])
 def test_a_traced_network_is_one_graph_for_the_compiler_in_training_and_evaluation(make):
     torch._dynamo.reset()
     net = shake(ds.plug_in(make()))
@@ -422,7 +422,6 @@ def step_of(net: nn.Module, x: Tensor, share: float) -> Tensor:
 def one_rank(rank: int, folder: str) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     mesh = dist.init_device_mesh("cpu", (2,))
     x, losses = IMAGES.double()[rank : rank + 1], {}
@@ -443,7 +442,7 @@ def one_rank(rank: int, folder: str) -> None:
 
 
 def test_ddp_and_fsdp_take_the_step_of_one_process(tmp_path):
-    mp.spawn(one_rank, args=(str(tmp_path),), nprocs=2, join=True)
+    mp.start_processes(one_rank, args=(str(tmp_path),), nprocs=2, start_method="fork")
     losses = torch.load(tmp_path / "0.pt", weights_only=True)
     assert len(losses) == 4
     for make in (convnext, vit):

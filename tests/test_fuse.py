@@ -1,6 +1,7 @@
 """Folding for inference changes no output but by rounding, and leaves what it was made from alone."""
 
 import copy
+from itertools import product
 
 import hosts
 import pytest
@@ -88,16 +89,20 @@ def assert_same(net: nn.Module, x: torch.Tensor) -> nn.Module:
     return fused
 
 
-@pytest.mark.parametrize("inner", [False, True])
-@pytest.mark.parametrize("aggregate", ["stage", "block"])
+NORMS = ("group", "batch", "layer", "instance", None)
+SUMS = ({"window": 2}, {"pattern": "powers"}, {"every": 2}, {"keep_identity": True})
+FUSED = [
+    *product(("channel", "softmax", "gate", "attention"), NORMS, ("stage", "block"), [False], [{}]),
+    *product(("channel", "gate"), ("group", "batch"), ("stage", "block"), [False, True], SUMS),
+]
+
+
 @pytest.mark.parametrize(
-    "sums", [{}, {"window": 2}, {"pattern": "powers"}, {"every": 2}, {"keep_identity": True}], ids=str
+    ("weighting", "norm", "aggregate", "inner", "sums"),
+    [case for case in FUSED if case[0] == "channel" or "keep_identity" not in case[-1]],  # others are refused
+    ids=str,
 )
-@pytest.mark.parametrize("norm", ["group", "batch", "layer", "instance", None])
-@pytest.mark.parametrize("weighting", ["channel", "softmax", "gate", "attention"])
 def test_every_weighting_and_norm_fuses(weighting, norm, aggregate, inner, sums):
-    if sums.get("keep_identity") and weighting != "channel":
-        pytest.skip("refused")
     torch.manual_seed(0)
     net = hosts.Net("timm_bottleneck", (5, 2), (8, 16))
     net = ds.plug_in(net, weighting=weighting, norm=norm, aggregate=aggregate, inner=inner, **sums).double().eval()

@@ -8,6 +8,7 @@ HEAVY = (
     *("triton", "gradio", "onnx", "onnxruntime", "accelerate", "torchmetrics", "matplotlib", "rich"),
     *("sklearn", "pyarrow", "torch.utils.tensorboard"),
 )
+OF_COMMANDS = ("accelerate", "torchmetrics", "matplotlib", "gradio", "pytorch_grad_cam", "playwright")
 
 
 def in_a_fresh_process(code: str) -> dict:
@@ -31,8 +32,11 @@ kept = forwards == (timm.models.resnet.Bottleneck.forward, torchvision.models.re
 net = timm.create_model("dsnet20")
 after = set(sys.modules) - before
 heavy = [m for m in {HEAVY!r} if m in loaded or m in after]
+import dense_shortcuts.cli
+of_commands = [m for m in {OF_COMMANDS!r} if m in sys.modules]
 print(json.dumps(dict(
     unknown=unknown, known=sorted(n for n in ds.list_models() if timm.is_model(n)), heavy=heavy, quiet=quiet, kept=kept,
+    of_commands=of_commands,
     training=[m for m in loaded if m.startswith("dense_shortcuts.experiments.train")],
     classes=net.fc.out_features, names=sorted(ds.__all__),
     missing=[n for n in ds.__all__ if not hasattr(ds, n)],
@@ -42,6 +46,7 @@ print(json.dumps(dict(
     assert seen["unknown"] and seen["quiet"] and seen["kept"]
     assert len(seen["known"]) == 20 and "dsnet50" in seen["known"]
     assert seen["heavy"] == [] and seen["training"] == [] and seen["missing"] == []
+    assert seen["of_commands"] == [], "a command loads what it needs as it runs"
     assert seen["classes"] == 100
     public = {"plug_in", "unplug", "plan", "check", "load", "list_models", "shortcut_parameters", "DenseShortcutError"}
     assert public <= set(seen["names"])

@@ -33,7 +33,10 @@ HOSTS = {
 CIFAR = {"dsnet20": 3, "dsnet32": 5, "dsnet56": 9, "dsnet110": 18}
 ALL = [*HOSTS, *CIFAR, "dsnet29", "dsnet50_cifar"]
 BIG = ["dsnet101", "dsnet152", "dsnext101_32x8d", "wide_dsnet50_2", "ds2net101", "ds2net152", "dsnet110"]
-SWEPT = [name for name in ALL if name not in BIG]
+# One network of each kind of block and stem; those that differ from another one by their depth alone tell no more.
+QUICK = ["dsnet18", "dsnet26", "ds2res2net50", "dsnet20", "dsnet29"]
+SWEPT = [*QUICK, *(pytest.param(n, marks=pytest.mark.long) for n in ("dsnext50_32x4d", "se_dsnet50", "ds2net50"))]
+SWEPT += [pytest.param("dsnet50_cifar", marks=pytest.mark.long)]
 SIDE = 32
 
 
@@ -84,7 +87,7 @@ def test_list_models_says_what_each_network_can_do():
     assert ds.list_models("nothing*") == []
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long if n in BIG else []) for n in ALL])
 def test_forward_and_backward_give_finite_logits_and_a_gradient_for_every_parameter(name):
     net = create(name)
     logits = net(images(name))
@@ -349,7 +352,7 @@ def test_drop_path_drops_branches_in_training_only(name):
 
 
 @pytest.mark.parametrize("stride", [8, 16])
-@pytest.mark.parametrize("name", [n for n in SWEPT if n in HOSTS])
+@pytest.mark.parametrize("name", ["dsnet18", "ds2res2net50", pytest.param("dsnext50_32x4d", marks=pytest.mark.long)])
 def test_output_stride_is_kept_and_every_parameter_trains(name, stride):
     net = create(name, output_stride=stride)
     x = torch.randn(2, 3, 32, 32)
@@ -389,13 +392,19 @@ def test_layer_decay_counts_the_shortcut_into_a_block_with_the_block(name):
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "options"),
     [
-        *("vit_tiny_patch16_224", "convnext_atto", "swin_tiny_patch4_window7_224", "regnetx_002", "convit_tiny"),
-        *("efficientnet_b0", "resnetv2_50", "cspresnet50", "xcit_nano_12_p8_224", "mobilenetv3_small_050", "dla34"),
+        *((name, {}) for name in ("vit_tiny_patch16_224", "convnext_atto", "regnetx_002", "resnetv2_50", "dla34")),
+        ("vit_tiny_patch16_224", {"every": 2}),
+        *(
+            pytest.param(name, {}, marks=pytest.mark.long)
+            for name in (
+                *("swin_tiny_patch4_window7_224", "convit_tiny", "efficientnet_b0", "cspresnet50"),
+                *("xcit_nano_12_p8_224", "mobilenetv3_small_050"),
+            )
+        ),
     ],
 )
-@pytest.mark.parametrize("options", [{}, {"every": 2}])
 def test_layer_decay_knows_the_blocks_of_every_family(name, options):
     with torch.device("meta"):
         net = ds.plug_in(timm.create_model(name), **options)

@@ -101,7 +101,7 @@ def complete(command: str) -> list[str]:
     if arguments[0] == "bench":
         return [*arguments, *TINY_BENCH]
     if arguments[0] == "support":
-        return [*arguments, "resmlp*"]
+        return [*arguments, "test_resnet"]
     trains = arguments[0] in ("compare", "train") and "--resume" not in arguments
     return [*arguments, *TINY] if trains else arguments
 
@@ -129,12 +129,10 @@ def test_a_command_runs(command, place, capsys, monkeypatch):
 
 @pytest.mark.parametrize("command", commands("make"))
 def test_a_make_target_installs_what_it_needs_and_calls_what_is_said(command, tmp_path):
-    if shutil.which("make") is None:
-        pytest.skip("make is not installed")
     target = command.split()[1]
     calls = {
         "compare": "dsnet compare",
-        "test": "python -m pytest -n logical --maxprocesses 4 --dist loadfile",
+        "test": 'python -m pytest -n logical --maxprocesses 4 --dist worksteal -m "not accuracy and not long"',
         "accuracy": "python -m pytest -m accuracy",
         "docs": "mkdocs build --strict",
     }
@@ -155,8 +153,12 @@ def test_a_make_target_installs_what_it_needs_and_calls_what_is_said(command, tm
     assert steps[-1].endswith(f"{tmp_path / 'new' / 'bin'}/{calls[target]}")
 
 
-def test_ci_calls_the_test_command():
-    assert "make test" in (ROOT / ".ci" / "run").read_text().splitlines()[-1]
+def test_ci_runs_the_tests_of_the_readme_and_the_long_ones_once_each():
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == "make test-all"
+    rules = (ROOT / "Makefile").read_text()
+    assert "\ntest-all: test test-long\n" in rules
+    selections = re.findall(r"\$\(PYTEST\) -m \"(.*)\"", rules)
+    assert selections == ["not accuracy and not long", "long and not accuracy"]
 
 
 # What else it states --------------------------------------------------------------------------------------------------

@@ -1,10 +1,8 @@
 """The network in the package: small, whole, described as it was trained, and scored on real images."""
 
-import os
 import tomllib
 from pathlib import Path
 
-import pytest
 import torch
 import yaml
 
@@ -43,13 +41,9 @@ def test_package_data_holds_its_files():
     assert files <= held
 
 
-def test_eval_scores_it_by_its_name(tmp_path, monkeypatch, capsys):
-    default = ROOT / ".." / "shared" / "data"
-    data = Path(os.environ.get("DENSE_SHORTCUTS_DATA", default)) / "cifar100"
-    if not data.is_dir():
-        pytest.skip(f"no CIFAR-100 in {data}: set DENSE_SHORTCUTS_DATA to a folder that holds cifar100/")
+def test_eval_scores_it_by_its_name(cifar100, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    settings = ["--data-dir", str(data.resolve()), "--limit-test", "500"]
+    settings = ["--data-dir", str(cifar100), "--limit-test", "500"]
     assert main(["eval", "shipped", *settings]) == 0
     accuracy = float(capsys.readouterr().out.split("accuracy ")[1].split(" %")[0])
     said = read_metrics(shipped.folder() / METRICS)[-1]["test_top1"]

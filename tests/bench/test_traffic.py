@@ -122,7 +122,7 @@ def infer(network: nn.Module) -> None:
         network.eval()(torch.randn(N, SWEEP_WIDTH, SIDE, SIDE, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3, 4, 6, 8, 16, 23, 36])
+@pytest.mark.parametrize("depth", [1, 2, 3, 6, 16, *(pytest.param(n, marks=pytest.mark.long) for n in (23, 36))])
 @pytest.mark.parametrize("norm", ["group", "batch"])
 @pytest.mark.parametrize("projection", [False, True])
 @pytest.mark.parametrize("trains", [False, True])

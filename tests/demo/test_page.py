@@ -1,6 +1,5 @@
 """What the page chooses from, what its handlers give, and the server's own limits, without a browser."""
 
-import subprocess
 import sys
 import urllib.request
 from pathlib import Path
@@ -123,12 +122,3 @@ def test_without_gradio_the_extra_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["demo"]) == 2
     assert "pip install 'dense-shortcuts[demo]'" in capsys.readouterr().err
-
-
-def test_no_other_command_loads_gradio_or_grad_cam():
-    code = (
-        "import sys, dense_shortcuts.cli; "
-        "print([name for name in ('gradio', 'pytorch_grad_cam', 'playwright') if name in sys.modules])"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "[]"

@@ -1,6 +1,5 @@
 """Generated data sets that the detection tests share."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -26,13 +25,3 @@ def clean_set(tmp_path_factory) -> Path:
 def faulty_set(tmp_path_factory) -> Path:
     """The same with every fault that is reported, in both splits."""
     return write_set(tmp_path_factory.mktemp("faulty"), faults=True)
-
-
-@pytest.fixture(scope="session")
-def bccd() -> Path:
-    """The folder of the real BCCD images."""
-    default = Path(__file__).parents[2] / ".." / "shared" / "data"
-    folder = Path(os.environ.get("DENSE_SHORTCUTS_DATA", default)) / "bccd"
-    if not folder.is_dir():
-        pytest.skip(f"no BCCD in {folder}: set DENSE_SHORTCUTS_DATA to a folder that holds bccd/")
-    return folder.resolve()

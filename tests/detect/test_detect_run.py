@@ -52,11 +52,8 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 def made(tmp_path_factory, faulty_set) -> Path:
     """A finished run on the faulty set, long enough to find some of its boxes."""
     folder = tmp_path_factory.mktemp("made")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     where = ["--output", str(folder), "--name", "run", "--data-dir", str(faulty_set)]
     assert main(["detect", "train", *LEARNS, *where]) == 0
-    torch.set_num_threads(before)
     return folder / "run"
 
 

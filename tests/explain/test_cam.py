@@ -176,7 +176,7 @@ class OneStage(nn.Module):
         return self.fc(self.stage(x).mean((2, 3)))
 
 
-@pytest.mark.parametrize(("method", "images"), [("gradcam", 1000), ("shapleycam", 60), ("fullgrad", 60)])
+@pytest.mark.parametrize(("method", "images"), [("gradcam", 200), ("shapleycam", 60), ("fullgrad", 60)])
 def test_memory_stays_flat_over_many_images_without_the_garbage_collector(method, images):
     model = ds.plug_in(OneStage()).eval()
     counts = []
@@ -184,8 +184,8 @@ def test_memory_stays_flat_over_many_images_without_the_garbage_collector(method
     gc.disable()
     try:
         for number in range(images):
-            cam_maps(model, torch.full((1, 3, 8, 8), number / 1000), [number % 3], method)
-            if number in (19, 59, 499, 999):
+            cam_maps(model, torch.full((1, 3, 8, 8), number / 200), [number % 3], method)
+            if number in (19, 59, 199):
                 alive = gc.get_objects()
                 counts.append((len(alive), sum(issubclass(type(o), Tensor) for o in alive)))
                 del alive

@@ -105,6 +105,7 @@ def test_openvino_agrees_in_float32(checkpoint, capsys):
     assert "f32" in kinds and "f16" not in kinds
 
 
+@pytest.mark.long
 def test_executorch_agrees_up_to_the_largest_images_and_refuses_larger_ones(checkpoint, capsys):
     pytest.importorskip("executorch.runtime")
     folder = checkpoint()  # group norm: var_mean, which ExecuTorch has not

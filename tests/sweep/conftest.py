@@ -29,7 +29,6 @@ def fresh_accelerate():
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(costs, "ROUNDS", 1)
     monkeypatch.setattr(costs, "LEAST_SECONDS", 0.0)
     Path("s.yaml").write_text(SWEEP)

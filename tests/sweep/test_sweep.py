@@ -2,23 +2,23 @@
 
 import csv
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
-import torch
+from process_helpers import Group
 from sweep.conftest import SWEEP
 
 from dense_shortcuts.cli import main
 from dense_shortcuts.experiments.sweep.spec import read_sweep
 from dense_shortcuts.experiments.sweep.store import Store
+from dense_shortcuts.experiments.train import loop
 from dense_shortcuts.experiments.train.loop import read_metrics
 from dense_shortcuts.experiments.train.rerun import unclocked
 
-DSNET = Path(sys.executable).with_name("dsnet")
 LABELS = {"host": "identity", "dsnet": "stage-batch"}
 KEYS = ["host/seed-0", "dsnet/seed-0", "host/seed-1", "dsnet/seed-1"]
 
@@ -28,7 +28,6 @@ def finished(tmp_path_factory) -> Path:
     """The folder of a finished sweep."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "s.yaml").write_text(SWEEP)
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dense_shortcuts.experiments.sweep.costs.ROUNDS", 1)
         assert main(["sweep", str(folder / "s.yaml"), "--output", str(folder)]) == 0
@@ -79,21 +78,24 @@ def test_the_status_of_a_sweep_that_was_not_begun(capsys):
     assert not Path("runs").exists()
 
 
-def start() -> subprocess.Popen:
-    return subprocess.Popen([DSNET, "sweep", "s.yaml"], stdout=subprocess.PIPE, text=True)
+def die_in_the_second_epoch_of_the_second_run(rank: int) -> int:
+    """A worker of two epochs a run that is killed; for forked processes only."""
+    original, calls = loop.train_epoch, []
+
+    def deadly(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args)
+
+    loop.train_epoch = deadly
+    return main(["sweep", "s.yaml"])
 
 
-def read_until(process: subprocess.Popen, text: str) -> None:
-    assert process.stdout is not None
-    assert any(text in line for line in process.stdout), process.wait()
-
-
-def test_a_killed_worker_is_followed_by_another_that_runs_nothing_twice(finished):
-    process = start()
-    read_until(process, "DSNet, seed 0 (1 of 4 done)")
-    read_until(process, " epoch 1/2")
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+def test_a_killed_worker_is_followed_by_another_that_runs_nothing_twice(finished, tmp_path):
+    killed = Group(1, die_in_the_second_epoch_of_the_second_run, tmp_path / "output")
+    assert killed.codes() == [-signal.SIGKILL], killed.said(0)
+    assert "DSNet, seed 0 (1 of 4 done)" in killed.said(0)
     sweep = Path("runs/s")
     assert states(sweep) == dict(zip(KEYS, ["done", "interrupted", "waiting", "waiting"], strict=True))
     done = sweep / "host/seed-0/identity/model.safetensors"
@@ -109,12 +111,14 @@ def test_a_killed_worker_is_followed_by_another_that_runs_nothing_twice(finished
         assert metrics(sweep, key) == metrics(finished, key)
 
 
-def test_two_workers_share_the_runs(finished):
+def test_two_workers_share_the_runs(finished, tmp_path):
     Path("s.yaml").write_text(SWEEP.replace("[0, 1]", "[0]"))
-    process = start()
-    read_until(process, "host, seed 0 (0 of 2 done)")
+    other = Group(1, lambda rank: main(["sweep", "s.yaml"]), tmp_path / "output")
+    while "host, seed 0 (0 of 2 done)" not in other.said(0):
+        assert other.processes[0].is_alive(), other.said(0)
+        time.sleep(0.05)
     assert main(["sweep", "s.yaml"]) == 0
-    assert process.communicate() and process.returncode == 0
+    other.succeed()
     sweep = Path("runs/s")
     assert sorted(trial.user_attrs["cell"] for trial in trials(sweep)) == ["dsnet/seed-0", "host/seed-0"]
     assert len({trial.user_attrs["host"] for trial in trials(sweep)}) == 2

@@ -1,6 +1,5 @@
 """Tiny runs on real digits, and small folders of generated images, that the training tests share."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,8 @@ from accelerate.state import AcceleratorState
 from rich.console import Console
 from train_helpers import png, write_parquet
 
-from dense_shortcuts.experiments.train.config import TrainConfig
+from dense_shortcuts.experiments.train.checkpoint import write_text
+from dense_shortcuts.experiments.train.config import TrainConfig, write_yaml
 from dense_shortcuts.experiments.train.data import load_data
 from dense_shortcuts.experiments.train.display import Display
 from dense_shortcuts.experiments.train.loop import METRICS, read_metrics, train_network
@@ -80,10 +80,10 @@ def image_folder(tmp_path) -> Path:
 
 
 @pytest.fixture
-def cifar100() -> Path:
-    """The folder of the real CIFAR-100 parquet files."""
-    default = Path(__file__).parents[2] / ".." / "shared" / "data"
-    folder = Path(os.environ.get("DENSE_SHORTCUTS_DATA", default)) / "cifar100"
-    if not folder.is_dir():
-        pytest.skip(f"no CIFAR-100 in {folder}: set DENSE_SHORTCUTS_DATA to a folder that holds cifar100/")
-    return folder.resolve()
+def trained(tiny, fit, tmp_path, monkeypatch) -> Path:
+    """The folder of a trained network in a run's folder, runs/a/stage-group of the working folder."""
+    monkeypatch.chdir(tmp_path)
+    config, folder = tiny(), tmp_path / "runs" / "a" / "stage-group"
+    fit(config, folder)
+    write_text(folder.parent / "config.yaml", write_yaml(config.resolved()))
+    return folder

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from train_helpers import png, unclocked, write_parquet
 
 from dense_shortcuts import DenseShortcutError
@@ -33,7 +32,6 @@ LONG = [*TINY[:-1], "--epochs=12"]
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("DENSE_SHORTCUTS_DATA", raising=False)
 
 
@@ -41,11 +39,8 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 def made(tmp_path_factory) -> Path:
     """A folder with two finished comparisons, tiny and long."""
     folder = tmp_path_factory.mktemp("made")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     for name, settings in (("tiny", TINY), ("long", LONG)):
         assert main(["compare", *settings, "--output", str(folder), "--name", name]) == 0
-    torch.set_num_threads(before)
     return folder
 
 
@@ -355,12 +350,3 @@ def test_the_recipe_reader_is_the_one_that_the_command_uses():
     Path("r.yaml").write_text("epoch: 7\n")
     with pytest.raises(DenseShortcutError, match="did you mean 'epochs'"):
         parse(["train", "--recipe", "r.yaml"])
-
-
-def test_help_starts_without_the_training_libraries():
-    heavy = ("accelerate", "torchmetrics", "matplotlib")
-    code = f"import sys, dense_shortcuts.cli; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ)
-    )
-    assert done.stdout.strip() == "[]"

@@ -120,7 +120,6 @@ def parts(folder: Path) -> int:
 def alone(tmp_path_factory):
     """The same by one process, where nothing is split, synchronised or accumulated."""
     folder = tmp_path_factory.mktemp("alone")
-    torch.set_num_threads(1)
     AcceleratorState._reset_state(reset_partial_state=True)
     for name, config in SAME.items():
         fit(dataclasses.replace(config, accumulate=1), folder / name)

@@ -147,7 +147,6 @@ def whole(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "inference_speed", lambda models, config: [1.0] * len(models))
-        torch.set_num_threads(1)
         (folder.parent / "r.yaml").write_text(write_yaml(SHORT))
         assert main(command(folder)) == 0
     return folder

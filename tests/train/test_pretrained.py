@@ -34,7 +34,6 @@ STILL = ("--lr=1e-30", "--weight-decay=0")  # training leaves every weight as it
 def made(tmp_path_factory) -> Path:
     """A folder with runs/host, a host trained on the digits 0 to 6, and runs/twins, a comparison on the same."""
     folder = tmp_path_factory.mktemp("made")
-    torch.set_num_threads(1)
     flags = [*TINY, "--classes=0-6", "--output", str(folder)]
     assert main(["train", *flags, "--aggregate=identity", "--name=host"]) == 0
     assert main(["compare", *flags, "--name=twins"]) == 0

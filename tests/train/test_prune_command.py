@@ -8,17 +8,10 @@ import torch
 import dense_shortcuts as ds
 from dense_shortcuts.cli import main
 from dense_shortcuts.experiments.train.checkpoint import read_model
-from dense_shortcuts.experiments.train.config import write_yaml
-from dense_shortcuts.files import write_text
 
 
-def test_the_command_leaves_a_checkpoint_that_builds_itself_and_trains_on(tiny, fit, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    config = tiny()
-    folder = tmp_path / "runs" / "a" / "stage-group"
-    fit(config, folder)
-    write_text(folder.parent / "config.yaml", write_yaml(config.resolved()))
-    assert main(["prune", str(folder), "--keep", "0.5"]) == 0, capsys.readouterr().err
+def test_the_command_leaves_a_checkpoint_that_builds_itself_and_trains_on(trained, tmp_path, capsys):
+    assert main(["prune", str(trained), "--keep", "0.5"]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
     assert "9 of 18 pairs kept" in said and "images/s before" in said
     left = tmp_path / "runs" / "a-keep-0.5"
@@ -34,22 +27,17 @@ def test_the_command_leaves_a_checkpoint_that_builds_itself_and_trains_on(tiny, 
     weights = [dict(ds.shortcut_parameters(model)) for model in (net, further)]
     assert weights[0].keys() == weights[1].keys()
     assert all(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-    assert main(["prune", str(folder), "--keep", "0.5"]) == 2
+    assert main(["prune", str(trained), "--keep", "0.5"]) == 2
     assert "exists already" in capsys.readouterr().err
 
 
-def test_an_interrupted_one_names_the_folder_that_it_leaves(tiny, fit, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    config = tiny()
-    folder = tmp_path / "runs" / "a" / "stage-group"
-    fit(config, folder)
-    write_text(folder.parent / "config.yaml", write_yaml(config.resolved()))
+def test_an_interrupted_one_names_the_folder_that_it_leaves(trained, tmp_path, monkeypatch, capsys):
 
     def stop(*given):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr("dense_shortcuts.experiments.train.tune.train_network", stop)
-    assert main(["prune", str(folder), "--keep", "0.5", "--epochs", "1", "--name", "cut"]) == 130
+    assert main(["prune", str(trained), "--keep", "0.5", "--epochs", "1", "--name", "cut"]) == 130
     said = capsys.readouterr().err.strip()
     assert said == "dsnet: interrupted: runs/cut was not trained to its end: remove it, or take another --name."
     assert (tmp_path / "runs" / "cut" / "config.yaml").is_file()

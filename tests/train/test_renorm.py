@@ -9,19 +9,8 @@ import dense_shortcuts as ds
 from dense_shortcuts.cli import main
 from dense_shortcuts.experiments.renorm import renorm, take_weights
 from dense_shortcuts.experiments.train.checkpoint import read_model
-from dense_shortcuts.experiments.train.config import TrainConfig, TuneConfig, write_yaml
+from dense_shortcuts.experiments.train.config import TrainConfig, TuneConfig
 from dense_shortcuts.experiments.train.network import build_network
-from dense_shortcuts.files import write_text
-
-
-@pytest.fixture
-def trained(tiny, fit, tmp_path, monkeypatch):
-    """The folder of a network with group norm, trained for two short epochs."""
-    monkeypatch.chdir(tmp_path)
-    config = tiny(model="dsnet20")
-    fit(config, tmp_path / "runs" / "a" / "stage-group")
-    write_text(tmp_path / "runs" / "a" / "config.yaml", write_yaml(config.resolved()))
-    return tmp_path / "runs" / "a" / "stage-group"
 
 
 def test_batch_norm_takes_the_place_of_group_norm_and_training_goes_on(trained, tmp_path, capsys):

@@ -30,7 +30,6 @@ NETWORK = "stage-group"
 def made(tmp_path_factory) -> Path:
     """A folder with a finished run `a`."""
     folder = tmp_path_factory.mktemp("made")
-    torch.set_num_threads(1)
     assert main(["train", *TINY, "--output", str(folder), "--name", "a"]) == 0
     return folder
 

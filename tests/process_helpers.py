@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import timm.models
-import torch
 from accelerate.state import AcceleratorState
 from rich.console import Console
 from timm.models.resnet import BasicBlock, ResNet
@@ -88,6 +87,8 @@ class Group:
     def __init__(self, count: int, work: Callable[[int], object], folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.outputs = [folder / f"output-{rank}" for rank in range(count)]
+        for output in self.outputs:
+            output.touch()
         port, fork = free_port(), multiprocessing.get_context("fork")
         self.processes = [
             fork.Process(target=_member, args=(rank, count, port, work, self.outputs[rank])) for rank in range(count)
@@ -118,9 +119,8 @@ def _member(rank: int, count: int, port: str, work: Callable[[int], object], out
         if count > 1:
             places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
             os.environ |= {name: str(value) for name, value in places.items()}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         AcceleratorState._reset_state(reset_partial_state=True)
-        torch.set_num_threads(1)
         gc.freeze()  # what the tests have in memory is no child's to look through
         try:
             code = work(rank)
