@@ -131,9 +131,9 @@ def test_the_registered_operators_of_tiles_pass_opcheck(form):
     scales = torch.randn(3, 2, 2, 3, requires_grad=True)
     tile = [torch.zeros(1).expand(x.shape).requires_grad_() for _ in range(3)]
     tile.append(torch.zeros(1).expand(scales.shape).requires_grad_())
-    torch.library.opcheck(tiled.partial_sums, ([x, other], tile, scales, [2], "native"))
+    torch.library.opcheck(tiled._partial_sums, ([x, other], tile, scales, [2], "native"))
     links = [*links_to(x, 2), *links_to(other, 2)]
-    torch.library.opcheck(tiled.group_links, (other, links, [3, 1], 2, "native"))
+    torch.library.opcheck(tiled._group_links, (other, links, [3, 1], 2, "native"))
 
 
 @pytest.mark.parametrize("groups", [None, 1, 2, 6])

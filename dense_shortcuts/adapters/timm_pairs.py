@@ -8,8 +8,9 @@ from timm.models.mvitv2 import MultiScaleBlock
 from timm.models.tnt import Block as TntBlock
 from torch import Tensor, nn
 
-from ..nn.block import DenseBlock, add_two_branches, in_stage
+from ..nn.block import DenseBlock, in_stage
 from ..nn.residual_add import ResidualAdd
+from .branches import add_two_branches
 from .timm_positions import DenseSum
 
 

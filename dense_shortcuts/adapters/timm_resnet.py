@@ -5,8 +5,9 @@ from typing import Any
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
-from ..nn.block import Branch, DenseBlock, widths_of_3x3
+from ..nn.block import Branch, DenseBlock
 from ..nn.inner_shortcut import InnerShortcut
+from .branches import widths_of_3x3
 
 
 class DenseBasicBlock(DenseBlock, BasicBlock):

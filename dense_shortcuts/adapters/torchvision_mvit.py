@@ -5,8 +5,9 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision.models.video.mvit import MultiscaleBlock
 
-from ..nn.block import DenseBlock, add_two_branches, in_stage
+from ..nn.block import DenseBlock, in_stage
 from ..nn.residual_add import ResidualAdd
+from .branches import add_two_branches
 
 
 class DenseMultiscaleBlock(DenseBlock, MultiscaleBlock):

@@ -3,8 +3,9 @@
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from ..nn.block import Branch, DenseBlock, widths_of_3x3
+from ..nn.block import Branch, DenseBlock
 from ..nn.inner_shortcut import InnerShortcut
+from .branches import widths_of_3x3
 
 
 class DenseBasicBlock(DenseBlock, BasicBlock):

@@ -3,16 +3,14 @@
 That is N of the equations, and the last norm of a residual branch with its affine parameters.
 """
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.fx
 from torch import Tensor, nn
 
-from ..ops.affine import affine_from_moments, affine_from_running, pool
+from ..ops.affine import affine_from_moments, affine_from_running
+from .sync_norm import across_processes, is_synchronised
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)  # a tuple, for the compiler of PyTorch 2.9 does not know A | B
 _KNOWN = (nn.GroupNorm, *BATCH_NORMS, nn.InstanceNorm2d)
@@ -25,30 +23,7 @@ def has_affine_form(norm: nn.Module) -> bool:
 
 def is_fusable(norm: nn.Module) -> bool:
     """Whether the last norm of a residual branch may be part of the sum: batch norm on one process."""
-    return type(norm) in BATCH_NORMS and not _is_synchronised(norm)
-
-
-@contextlib.contextmanager
-def frozen_statistics(*modules: nn.Module) -> Iterator[None]:
-    """Batch norms in these modules normalise as ever but leave their running statistics and counters as they are.
-
-    A forward pass that is run a second time to recompute activations would otherwise count its batch twice.
-    """
-    norms = [
-        norm
-        for module in modules
-        for norm in module.modules()
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training and norm.track_running_stats
-    ]
-    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
-    try:
-        for norm, _, counter in kept:
-            norm.momentum = 0.0
-            norm.num_batches_tracked = None if counter is None else counter.clone()
-        yield
-    finally:
-        for norm, momentum, counter in kept:
-            norm.momentum, norm.num_batches_tracked = momentum, counter
+    return type(norm) in BATCH_NORMS and not is_synchronised(norm)
 
 
 def is_batch_norm(norm: nn.Module | None) -> bool:
@@ -106,8 +81,8 @@ def affine_form(norm: nn.Module, mean: Tensor, var: Tensor, x: Tensor) -> tuple[
 def _batch_form(norm: nn.Module, mean: Tensor, var: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
     """scale and shift without affine parameters, (1, C), of batch norm by this batch."""
     assert isinstance(norm, BATCH_NORMS)
-    if _is_synchronised(norm):
-        mean, var, count = _across_processes(norm, mean, var, count)
+    if is_synchronised(norm):
+        mean, var, count = across_processes(norm, mean, var, count)
     if isinstance(count, int) and count == 0:  # zeros, since the mean of nothing is NaN and would reach gradients
         scale = shift = mean = var = mean.sum(0, keepdim=True)
     else:
@@ -167,31 +142,3 @@ def _update_running(
     running_mean.lerp_(mean[0].detach().to(dtype), step)
     running_var.lerp_(unbiased, step)
     return scale
-
-
-def _is_synchronised(norm: nn.Module) -> bool:
-    return isinstance(norm, nn.SyncBatchNorm) and norm.training and _world_size(norm) > 1
-
-
-def _world_size(norm: nn.SyncBatchNorm) -> int:
-    return dist.get_world_size(norm.process_group) if dist.is_available() and dist.is_initialized() else 1
-
-
-def _across_processes(
-    norm: nn.BatchNorm2d | nn.SyncBatchNorm, mean: Tensor, var: Tensor, count: int | Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Moments over the batches of all processes, which may differ in size; gradients cross the processes too.
-
-    Returns:
-        mean and variance, both (1, C), and the number of values a channel has.
-    """
-    from torch.distributed.nn.functional import all_reduce
-
-    group = _tensor(norm.process_group) or dist.group.WORLD
-    # a process without images takes part with zeros that weigh nothing: a mean over none would be NaN for all
-    mean, var = pool(mean, var, 0) if count else (mean.sum(0, keepdim=True), var.sum(0, keepdim=True))
-    total = mean.new_tensor(float(count))
-    dist.all_reduce(total, group=group)
-    share = count / total.clamp(min=1)
-    joint = all_reduce(mean * share, group=group)
-    return joint, all_reduce((var + (mean - joint).square()) * share, group=group), total

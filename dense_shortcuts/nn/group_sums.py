@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops import accumulation_dtype, functional
+from ..ops import accumulation_dtype, tiled
 from .features import Feature, StageState
 from .shortcut import DenseShortcut
 from .tiling import Tiling
@@ -19,13 +19,13 @@ def start_group(shortcut: DenseShortcut, k: int, state: StageState, backend: str
     features, blocks, per_image = state.features, tiling.blocks(k), shortcut.per_image
     new = [features[i].links[-2:] for i in tiling.finished(k)]
     counts = [len(group) for group in tiling.later_groups(k)]
-    links = functional.group_links(features[-1].map, new, counts, per_image=per_image, backend=backend)
+    links = tiled.group_links(features[-1].map, new, counts, per_image=per_image, backend=backend)
     all_links = (*state.group_links, links)
     begun = range(tiling.size, k + 1, tiling.size)
     # Each group of maps links to all groups of blocks begun since; before the one that begins now come full ones.
     skipped = [(k - first) // tiling.size * (tiling.size + 1) for first in begun]
     mine = [links[n : n + len(blocks) + 1] for n, links in zip(skipped, all_links, strict=True)]
-    sums = functional.partial_sums(
+    sums = tiled.partial_sums(
         [feature.map for feature in features],
         mine,
         _scales(shortcut, blocks, features),

@@ -4,16 +4,14 @@ from collections.abc import Iterator
 from typing import Any, overload
 
 from torch import Tensor, nn
-from torch._C import _current_graph_task_id
-from torch.compiler import is_compiling
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import DenseShortcutError
-from .affine_form import frozen_statistics
 from .block import layout_of
 from .connectivity import Segment
 from .features import StageState
 from .hooks import has_hooks, observed
+from .recompute import frozen_statistics, is_recomputing
 from .residual_add import BlockContext, ResidualAdd
 from .shortcut import DenseShortcut
 from .steps import Step
@@ -101,7 +99,7 @@ class DenseStage(nn.Module):
         """
         if context.shortcut is None:
             return context.block(x, *args, **kwargs), StageState()
-        recomputes = _is_recomputing()
+        recomputes = is_recomputing()
         if context.k == 0:
             state = StageState()
         else:
@@ -174,8 +172,3 @@ def _check_follows(k: int, x: Tensor, state: StageState, recomputes: bool) -> No
             "the feature map is changed between two blocks of a dense stage, which are therefore no chain: leave the "
             "stage out with plug_in(stages=..), or plug_in(blocks=..)."
         )
-
-
-def _is_recomputing() -> bool:
-    """Whether this forward pass is run by a backward pass, as activation checkpointing does."""
-    return not is_compiling() and _current_graph_task_id() != -1

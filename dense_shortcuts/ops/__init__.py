@@ -1,6 +1,6 @@
 """The operator: what a dense shortcut computes, apart from any module."""
 
-from . import flops
+from . import flops, tiled  # noqa: F401 (its operators are counted too)
 from .backend import BACKENDS, choose
 from .backends.reference import accumulation_dtype, moments
 from .functional import dense_add, is_relu

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled, nn
 
 from ..errors import DenseShortcutError
-from . import autograd, tiled
+from . import autograd
 from .backend import choose
 from .backends import reference
 from .backends.reference import accumulation_dtype
@@ -152,49 +152,6 @@ def feature_stats(x: Tensor, *, statistics: bool, num_consumers: int, per_image:
         return Stats(x.new_empty(0), x.new_empty(0), ())
     rows = x.shape[0] if per_image else 1
     return Stats(*autograd.feature_stats(x, statistics, num_consumers if recorded else 0, rows, backend))
-
-
-@torch.fx.wrap
-def group_links(x: Tensor, links: Sequence[Links], counts: Sequence[int], *, per_image: bool, backend: str) -> Links:
-    """Links from a group of maps, of which x (N, C, H, W) is the last, to later groups of `counts` blocks each.
-
-    For each later group there is a tensor a block and one for the scales; `partial_sums` takes those of one group from
-    every earlier call. There are none where no gradient is asked for.
-    """
-    flat = [t for link in links for t in link]
-    if not flat or not is_grad_enabled():
-        return []
-    found: Links = tiled.group_links(x, flat, counts, x.shape[0] if per_image else 1, choose(x, backend))
-    return found
-
-
-@torch.fx.wrap
-def partial_sums(
-    maps: Sequence[Tensor],
-    links: Sequence[Links],
-    scales: Tensor | None,
-    *,
-    blocks: int,
-    sizes: Sequence[int],
-    backend: str,
-) -> Sequence[Tensor]:
-    """sum_i scales[j, i] * maps[i] for each block j of a group, every map read once.
-
-    Args:
-        maps: those finished before the group, each (N, C, H, W).
-        links: this group's part of what each earlier `group_links` gave.
-        scales: (blocks, len(maps), 1 or N, C); None for ones.
-        blocks: number of blocks of the group.
-        sizes: number of maps of each earlier `group_links`.
-        backend: "auto", or what `choose` gave.
-    """
-    x, backend = maps[0], choose(maps[0], backend)
-    if scales is None:
-        scales = x.new_ones((blocks, len(maps), 1, x.shape[1]), dtype=accumulation_dtype(x.dtype))
-    if backend == "plain":
-        return reference.mix(maps, scales)
-    sums: Sequence[Tensor] = tiled.partial_sums(maps, [t for each in links for t in each], scales, sizes, backend)
-    return sums
 
 
 def _check(

@@ -11,16 +11,61 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.fx
+from torch import Tensor, is_grad_enabled
 
 from .autograd import custom_op
-from .backend import kernels
+from .backend import choose, kernels
 from .backends import reference
 from .backends.reference import accumulation_dtype, new_map
+from .functional import Links
+
+
+@torch.fx.wrap
+def group_links(x: Tensor, links: Sequence[Links], counts: Sequence[int], *, per_image: bool, backend: str) -> Links:
+    """Links from a group of maps, of which x (N, C, H, W) is the last, to later groups of `counts` blocks each.
+
+    For each later group there is a tensor a block and one for the scales; `partial_sums` takes those of one group from
+    every earlier call. There are none where no gradient is asked for.
+    """
+    flat = [t for link in links for t in link]
+    if not flat or not is_grad_enabled():
+        return []
+    found: Links = _group_links(x, flat, counts, x.shape[0] if per_image else 1, choose(x, backend))
+    return found
+
+
+@torch.fx.wrap
+def partial_sums(
+    maps: Sequence[Tensor],
+    links: Sequence[Links],
+    scales: Tensor | None,
+    *,
+    blocks: int,
+    sizes: Sequence[int],
+    backend: str,
+) -> Sequence[Tensor]:
+    """sum_i scales[j, i] * maps[i] for each block j of a group, every map read once.
+
+    Args:
+        maps: those finished before the group, each (N, C, H, W).
+        links: this group's part of what each earlier `group_links` gave.
+        scales: (blocks, len(maps), 1 or N, C); None for ones.
+        blocks: number of blocks of the group.
+        sizes: number of maps of each earlier `group_links`.
+        backend: "auto", or what `choose` gave.
+    """
+    x, backend = maps[0], choose(maps[0], backend)
+    if scales is None:
+        scales = x.new_ones((blocks, len(maps), 1, x.shape[1]), dtype=accumulation_dtype(x.dtype))
+    if backend == "plain":
+        return reference.mix(maps, scales)
+    sums: Sequence[Tensor] = _partial_sums(maps, [t for each in links for t in each], scales, sizes, backend)
+    return sums
 
 
 @custom_op("dense_shortcuts::partial_sums", mutates_args=())
-def partial_sums(
+def _partial_sums(
     maps: Sequence[Tensor], links: Sequence[Tensor], scales: Tensor, sizes: Sequence[int], backend: str
 ) -> list[Tensor]:
     """For each block of a group, the sum of the maps that were finished before the group.
@@ -39,32 +84,32 @@ def partial_sums(
     return sums
 
 
-@partial_sums.register_fake
+@_partial_sums.register_fake
 def _(maps: Any, links: Any, scales: Tensor, sizes: Any, backend: str) -> list[Tensor]:
     return [new_map(maps[-1]) for _ in range(scales.shape[0])]
 
 
-def _partial_sums_setup(ctx: Any, inputs: Any, output: Any) -> None:
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     maps, links, scales, sizes, backend = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(scales, *maps)
     ctx.ends, ctx.linked, ctx.backend = [0, *accumulate(sizes)], len(links) > 0, backend
 
 
-def _partial_sums_backward(ctx: Any, grads: Any) -> Any:
+def _backward(ctx: Any, grads: Any) -> Any:
     scales, *maps = ctx.saved_tensors
     grads = [torch.zeros_like(maps[-1]) if g is None else g for g in grads]
     arguments = (grads, maps, scales.shape[2])
-    grad_scales = reference.dots(*arguments) if torch.is_grad_enabled() else _dots(*arguments, ctx.backend)
+    grad_scales = reference.dots(*arguments) if is_grad_enabled() else _dots(*arguments, ctx.backend)
     tiles = [scales[:, a:b] for a, b in pairwise(ctx.ends)] if ctx.linked else []
     return [None] * len(maps), [t for tile in tiles for t in (*grads, tile)], grad_scales, None, None
 
 
-partial_sums.register_autograd(_partial_sums_backward, setup_context=_partial_sums_setup)
+_partial_sums.register_autograd(_backward, setup_context=_setup)
 
 
 @custom_op("dense_shortcuts::group_links", mutates_args=())
-def group_links(x: Tensor, links: Sequence[Tensor], counts: Sequence[int], rows: int, backend: str) -> list[Tensor]:
+def _group_links(x: Tensor, links: Sequence[Tensor], counts: Sequence[int], rows: int, backend: str) -> list[Tensor]:
     """Links from a group of maps to the later groups of blocks.
 
     Args:
@@ -85,7 +130,7 @@ def group_links(x: Tensor, links: Sequence[Tensor], counts: Sequence[int], rows:
     return new
 
 
-group_links.register_fake(group_links._init_fn)
+_group_links.register_fake(_group_links._init_fn)
 
 
 def _group_links_setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -101,14 +146,12 @@ def _group_links_backward(ctx: Any, grad_links: Any) -> Any:
         return None, [None] * (2 * ctx.maps), None, None, None
     grads = [g for tile in used for g in tile[:-1]]
     scales = torch.cat([tile[-1] for tile in used]).transpose(0, 1)
-    pulled = (
-        reference.mix(grads, scales) if torch.is_grad_enabled() else partial_sums(grads, [], scales, [], ctx.backend)
-    )
+    pulled = reference.mix(grads, scales) if is_grad_enabled() else _partial_sums(grads, [], scales, [], ctx.backend)
     ones = scales.new_ones(scales.shape[2:])
     return None, [t for p in pulled for t in (p, ones)], None, None, None
 
 
-group_links.register_autograd(_group_links_backward, setup_context=_group_links_setup)
+_group_links.register_autograd(_group_links_backward, setup_context=_group_links_setup)
 
 
 @custom_op("dense_shortcuts::dots", mutates_args=())
