@@ -72,12 +72,14 @@ class StageState(NamedTuple):
         partial_sums: in a deep stage, a sum (N, C, H, W) for each block of the group under way (`tiling.py`).
         group_links: the links from each group of maps to the later groups of blocks.
         last: what the block before gave back, and the version that its memory had then.
+        backend: that of the first block, for all: one alone may be compiled, where another would be chosen.
     """
 
     features: tuple[Feature, ...] = ()
     partial_sums: Any = None
     group_links: tuple[Any, ...] = ()
     last: tuple[Tensor, int] | None = None
+    backend: str | None = None
 
     def add(self, feature: Feature) -> "StageState":
         return self._replace(features=(*self.features, feature))

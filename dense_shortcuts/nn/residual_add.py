@@ -98,11 +98,14 @@ class ResidualAdd:
 
     def _backend(self, x: Tensor) -> str:
         """The back end for the block. A traced graph chooses as it runs, if its parameters are where kernels run."""
-        shortcut = self.shortcut
-        if not isinstance(x, Proxy):
-            return ops.choose(x, shortcut.backend, tiled=shortcut.tiled)
-        like = next(self.context.block.parameters(), torch.empty(1))
-        return "plain" if ops.choose(like, shortcut.backend) == "plain" else shortcut.backend
+        shortcut, backend = self.shortcut, self.state.backend
+        if isinstance(x, Proxy):
+            like = next(self.context.block.parameters(), torch.empty(1))
+            return "plain" if ops.choose(like, shortcut.backend) == "plain" else shortcut.backend
+        if backend is None:
+            backend = ops.choose(x, shortcut.backend, tiled=shortcut.tiled)
+            self.state = self.state._replace(backend=backend)
+        return backend
 
     def _check_shape(self, branch: Tensor) -> None:
         """Raises DenseShortcutError where the branch cannot be added to the maps: another shape or width."""
