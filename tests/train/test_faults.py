@@ -13,7 +13,6 @@ import pytest
 import torch
 from process_helpers import Group, tiny
 from torch import distributed as dist
-from train_helpers import unclocked
 
 from dense_shortcuts import DenseShortcutError
 from dense_shortcuts.cli import main
@@ -21,6 +20,7 @@ from dense_shortcuts.experiments.train import checkpoint, loop, run, states
 from dense_shortcuts.experiments.train.config import TrainConfig, write_yaml
 from dense_shortcuts.experiments.train.log import RUN_LOG
 from dense_shortcuts.experiments.train.loop import METRICS, read_metrics
+from dense_shortcuts.experiments.train.rerun import unclocked
 from dense_shortcuts.experiments.train.states import saved_states, state_path
 
 LABEL = "stage-group"

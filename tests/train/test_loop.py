@@ -9,7 +9,6 @@ import timm
 import torch
 from accelerate.state import AcceleratorState
 from rich.console import Console
-from train_helpers import unclocked
 
 import dense_shortcuts as ds
 from dense_shortcuts import DenseShortcutError
@@ -29,6 +28,7 @@ from dense_shortcuts.experiments.train.network import (
     twin,
 )
 from dense_shortcuts.experiments.train.processes import make_accelerator
+from dense_shortcuts.experiments.train.rerun import unclocked
 from dense_shortcuts.experiments.train.states import state_path
 from dense_shortcuts.experiments.weight_log import SHORTCUTS, read_record
 from dense_shortcuts.nn.norms import TokenNorm
