@@ -13,9 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from .errors import DenseShortcutError
-from .experiments.train.checkpoint import read_tensors
+from .files import read_tensors
 from .models import list_models
-from .nn.shortcut import DenseShortcut, InnerShortcut
+from .nn.inner_shortcut import InnerShortcut
+from .nn.shortcut import DenseShortcut
 from .surgery.load import load, shortcut_keys
 from .surgery.plug import dense_stages, plug_in, unplug
 

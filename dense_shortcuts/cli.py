@@ -1,22 +1,17 @@
 """The command line: parse a command, run it, turn what goes wrong into one line and an exit code."""
 
-import argparse
-import contextlib
-import io
-import itertools
-import re
 import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Union
+from typing import Any
 
-import tyro
-
+from . import recipes
 from .commands import COMMANDS
+from .commands.arguments import build, read
 from .errors import DenseShortcutError
+from .experiments.command import dsnet
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,38 +56,23 @@ def advice(interruption: KeyboardInterrupt, arguments: list[str]) -> str:
     if isinstance(interruption, RunInterrupted) and arguments[:1] in (["prune"], ["renorm"]):
         return f"{interruption.folder} was not trained to its end: remove it, or take another --name."
     if isinstance(interruption, RunInterrupted):
-        return f"go on with `dsnet {' '.join(words(arguments))} --resume {shlex.quote(str(interruption.folder))}`."
+        return f"go on with `{dsnet(*words(arguments), '--resume', interruption.folder)}`."
     if arguments[:1] == ["bench"]:
         return "comparisons that were finished are in the output folder."
     return "nothing was begun."
 
 
-def parse(arguments: list[str]) -> Any:
+def parse(arguments: Sequence[str]) -> Any:
     """The command with its settings; a recipe gives the defaults that the other flags change.
 
     Raises:
         DenseShortcutError: a bad recipe, flag or value, or other flags beside --resume.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--recipe", type=Path)
-    first.add_argument("--resume", type=Path)
-    try:
-        known, rest = first.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise DenseShortcutError(f"{error}: give the path behind it.") from error
-    if known.resume is not None and (known.recipe is not None or len(rest) > len(words(rest))):
+    command, given = read(arguments, COMMANDS)
+    if given.get("resume") is not None and len(given) > 1:
         raise DenseShortcutError("--resume goes on with the run's own settings: give no other flag beside it.")
-    commands = union(COMMANDS, words(rest), known.recipe)
-    told = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(told):
-            return tyro.cli(
-                commands, prog="dsnet", description="Dense shortcuts for residual networks.", args=arguments
-            )
-    except SystemExit as refusal:
-        if not refusal.code:  # --help, which went to stdout
-            raise
-        raise DenseShortcutError(refused(told.getvalue(), arguments)) from None
+    recipe = given.get("recipe")
+    return build(command, given, config=None if recipe is None else command.read_recipe(recipes.find(recipe)))
 
 
 def words(arguments: Sequence[str]) -> list[str]:
@@ -105,36 +85,6 @@ def words(arguments: Sequence[str]) -> list[str]:
         found.append(argument)
         level = level[argument]
     return found
-
-
-def union(commands: dict[str, Any], chosen: list[str], recipe: Path | None) -> Any:
-    """The commands for tyro; the chosen one begins from the recipe's settings."""
-    kinds = []
-    for name, entry in commands.items():
-        here = chosen[:1] == [name]
-        if isinstance(entry, dict):
-            nested = union(entry, chosen[1:] if here else [], recipe)
-            kinds.append(Annotated[nested, tyro.conf.subcommand(name, description=f"{', '.join(entry)}.")])
-        elif here and recipe is not None and hasattr(entry, "read_recipe"):
-            kinds.append(Annotated[entry, tyro.conf.subcommand(name, default=entry(entry.read_recipe(recipe)))])
-        else:
-            kinds.append(Annotated[entry, tyro.conf.subcommand(name)])
-    return Union[tuple(kinds)]  # noqa: UP007
-
-
-def refused(box: str, arguments: list[str]) -> str:
-    """One sentence from the box in which tyro says why it refuses the arguments: what stands above its first rule."""
-    # In colour on a terminal; with "│" and "─" where stdout is UTF-8, else with "-" alone; the title is the first line.
-    plain = re.sub(r"\x1b\[[\d;]*m", "", box)
-    lines = [line.strip("│ ") for line in plain.splitlines()][1:]
-    rule = re.compile("[─-]{4,}|╰.*")
-    if lines and rule.fullmatch(lines[0]):
-        lines = lines[1:]
-    reason = " ".join(itertools.takewhile(lambda line: not rule.fullmatch(line), lines)).rstrip(". ")
-    near = re.search(r"(?:perhaps you meant|similar to)[^\n]*\n(--[\w-]+)", "\n".join(lines), re.IGNORECASE)
-    meant = f"did you mean {near[1]}? " if near else ""
-    command = "".join(f"{word} " for word in words(arguments))
-    return f"{reason[:1].lower()}{reason[1:]}: {meant}`dsnet {command}--help` lists what there is."
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sysconfig
 from pathlib import Path
 
 # The tests' work is tiny: threads cost more than they give, and sums must not depend on their number. Set before torch
@@ -18,10 +19,12 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     import triton.experimental.gluon  # noqa: F401 (which Triton loads at the first launch)
 
-    import dense_shortcuts.ops.triton
-    import dense_shortcuts.ops.triton_forms  # noqa: F401
+    import dense_shortcuts.ops.backends.triton  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]
+
+# As in an active environment: commands that the program prints then name `dsnet` without its path.
+os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
 
 
 @pytest.fixture(autouse=True)

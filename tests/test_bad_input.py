@@ -360,7 +360,7 @@ CHOICES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("backend", ["plain", "cpu", "native"])
+@pytest.mark.parametrize("backend", ["plain", "native"])
 @pytest.mark.parametrize("choice", CHOICES)
 def test_blocks_that_are_not_chosen_keep_their_hosts_shortcut(choice, backend):
     host = network(Plain).eval()

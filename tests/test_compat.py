@@ -229,7 +229,7 @@ def test_compiled_code_trains_as_eager_does(device, mode, backend):
         assert_close(value, other.double(), 1e-4, name)
 
 
-@pytest.mark.parametrize("backend", ["plain", "cpu", "native"])
+@pytest.mark.parametrize("backend", ["plain", "native"])
 @pytest.mark.parametrize("norm", ["group", "batch"])
 def test_deterministic_mode_takes_every_operation_and_repeats_to_the_bit(norm, backend):
     x = torch.randn(SHAPE)
@@ -470,7 +470,7 @@ def test_torchvisions_feature_extractor_takes_the_maps_of_stages_and_blocks(vari
         twin.get_submodule(name).register_forward_hook(lambda m, a, out, name=name: seen.__setitem__(name, out))
     twin(x)
     maps = extractor.train(train)(x)
-    # the traced graph is in the plain form, the twin in the compiled one: both round to float32
+    # a hook on a block keeps the moments of its map out of the pass that makes it, so the twin rounds otherwise
     assert_close(maps["one"], seen["layer1"].double(), 2e-6, "layer1")
     assert_close(maps["inside"], seen["layer2.0"].double(), 2e-6, "layer2.0")
     assert_close(maps["two"], seen["layer2"].double(), 2e-6, "layer2")

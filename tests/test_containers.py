@@ -132,7 +132,7 @@ def test_the_rows_of_twins_begin_before_and_behind_the_convolution():
     x = images(3, 64)
     expected = x
     for n, blocks in enumerate(host.blocks):
-        assert [row[:2] for row in net.blocks[n].rows] == [(0, 1), (1, len(blocks))][: len(blocks)]
+        assert [row[:2] for row in net.blocks[n].segments] == [(0, 1), (1, len(blocks))][: len(blocks)]
         expected, size = host.patch_embeds[n](expected)
         maps = [expected]
         for j, block in enumerate(blocks):
@@ -150,7 +150,7 @@ def test_the_rows_of_twins_begin_before_and_behind_the_convolution():
 
 def test_a_row_of_convit_begins_where_the_class_token_joins():
     host, net = shaken(convit())
-    assert [row[:2] for row in net.blocks.rows] == [(0, 3), (3, 5)]
+    assert [row[:2] for row in net.blocks.segments] == [(0, 3), (3, 5)]
     x = images(3, 32)
     maps = [host.patch_embed(x) + host.pos_embed]
     for n, block in enumerate(host.blocks):
@@ -244,7 +244,7 @@ def test_blocks_that_timm_takes_out_of_their_sequence_give_their_features():
     host, x = aligned(), images(3, 32)
     keys, expected = list(host.state_dict()), host(x)
     net = ds.plug_in(host, keep_identity=True)
-    assert [row[:2] for row in net.rows] == [(2, 6), (6, 7)]
+    assert [row[:2] for row in net.segments] == [(2, 6), (6, 7)]
     assert all(torch.equal(*pair) for pair in zip(net(x), expected, strict=True))
     ds.unplug(net)
     assert type(net) is FeatureHookNet and list(net.state_dict()) == keys
@@ -337,20 +337,29 @@ class Loop(_Owner):
         return x
 
 
-class Inherits(Loop):
-    pass
+class ThroughAMethod(_Owner):
+    def run(self, block, x):
+        return block(x)
 
-
-class CallsItsParent(Loop):
     def forward(self, x):
-        return 2 * super().forward(x)
+        for block in self.blocks:
+            x = self.run(block, x)
+        return x
+
+
+class Recursive(_Owner):
+    def go(self, blocks, x):
+        return self.go(blocks[1:], blocks[0](x)) if blocks else x
+
+    def forward(self, x):
+        return self.go(list(self.blocks), x)
 
 
 class Enumerated(_Owner):
     def forward(self, x):
         seen = []
         for _, (block, post) in enumerate(zip(self.blocks, self.post, strict=True)):
-            y: Tensor = block(x)
+            y = block(x)
             x = y
             seen.append(post(x))
         return seen[-1]
@@ -373,6 +382,11 @@ class CallsASequence(_Owner):
 
     def forward(self, x):
         return self.blocks(x) * len(self.blocks)
+
+
+class TwoPasses(CallsASequence):
+    def forward(self, x):
+        return super().forward(x) + super().forward(2 * x)
 
 
 class InTwoLists(nn.Module):
@@ -402,9 +416,20 @@ class Through(nn.Module):
         return x
 
 
+class ByATable(Loop):
+    """Has a tensor that is neither a parameter nor a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = {"scale": [torch.full((4, 1, 1), 0.5)]}
+
+    def forward(self, x):
+        return super().forward(x * self.table["scale"][0].to(x.dtype))
+
+
 CHAINS = [
-    Loop, Inherits, CallsItsParent, Enumerated, LocalList, OfASequence, CallsASequence, InTwoLists,
-    lambda: Through(_Owner()),
+    Loop, ThroughAMethod, Recursive, Enumerated, LocalList, OfASequence, CallsASequence, TwoPasses, InTwoLists,
+    lambda: Through(_Owner()), ByATable,
 ]  # fmt: skip
 
 
@@ -412,7 +437,7 @@ CHAINS = [
 def test_owners_that_feed_each_block_to_the_next_are_plugged_and_start_as_their_host(make):
     host, x = make().double(), images(4, 6)
     net = ds.plug_in(copy.deepcopy(host), keep_identity=True)
-    assert {(row.first, row.stop) for stage in ds.dense_stages(net).values() for row in stage.rows} == {(0, 4)}
+    assert {(row.first, row.stop) for stage in ds.dense_stages(net).values() for row in stage.segments} == {(0, 4)}
     assert torch.equal(net(x), host(x))
     net(x).square().sum().backward()
     host(x).square().sum().backward()
@@ -426,23 +451,6 @@ class AnotherLayerBetween(_Owner):
         for block, post in zip(self.blocks, self.post, strict=True):
             x = block(x)
             x = post(x)
-        return x
-
-
-class AnnotatedChange(_Owner):
-    def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
-            x: Tensor = nn.functional.avg_pool2d(x, 2)
-        return x
-
-
-class WalrusChange(_Owner):
-    def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
-            if (x := torch.tanh(x)) is None:
-                break
         return x
 
 
@@ -485,15 +493,6 @@ class Twice(_Owner):
         return x
 
 
-class AResultChanged(_Owner):
-    def forward(self, x):
-        for block in self.blocks:
-            y = block(x)
-            y = y * 2
-            x = y
-        return x
-
-
 class Backwards(_Owner):
     def forward(self, x):
         for block in reversed(self.blocks):
@@ -508,7 +507,12 @@ class EverySecond(_Owner):
         return x
 
 
-class ChangedInASequence(AnnotatedChange):
+class SideBySide(_Owner):
+    def forward(self, x):
+        return torch.cat([block(x) for block in self.blocks[:2]]), self.blocks[2:]
+
+
+class ChangedInASequence(AnotherLayerBetween):
     list_class = nn.Sequential
 
 
@@ -545,9 +549,9 @@ class SequenceByItsChildren(_Owner):
 
 
 NO_CHAINS = [
-    AnotherLayerBetween, AnnotatedChange, WalrusChange, InPlaceMethod, InPlaceFunction, SetsAPart, ThroughAHelper,
-    Twice, AResultChanged, Backwards, EverySecond, ChangedInASequence, SequenceInParallel, SequenceByIndex,
-    SequenceInSlices, SequenceByItsChildren,
+    AnotherLayerBetween, InPlaceMethod, InPlaceFunction, SetsAPart, ThroughAHelper, Twice, Backwards, EverySecond,
+    SideBySide, ChangedInASequence, SequenceInParallel, SequenceByIndex, SequenceInSlices,
+    SequenceByItsChildren,
 ]  # fmt: skip
 
 
@@ -557,6 +561,46 @@ def test_owners_that_do_anything_else_between_their_blocks_are_refused_before_an
     with pytest.raises(ds.DenseShortcutError, match="does not feed each block to the next"):
         ds.plug_in(net)
     assert not ds.dense_stages(net)
+
+
+def test_a_list_of_blocks_that_are_never_called_is_refused():
+    class ByTheirLayers(_Owner):
+        def forward(self, x):
+            for block in self.blocks:
+                x = x + block.conv(x)
+            return x
+
+    with pytest.raises(ds.DenseShortcutError, match=r"could not be seen: .* \(it ran without these blocks\)"):
+        ds.plug_in(ByTheirLayers())
+
+
+class ChangesOnce(_Owner):
+    def forward(self, x):
+        for n, block in enumerate(self.blocks):
+            x = block(x if n != 1 else torch.tanh(x))
+        return x
+
+
+class InTwoSlices(_Owner):
+    def forward(self, x):
+        for block in self.blocks[:1]:
+            x = block(x)
+        for block in self.blocks[1:]:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("make", [ChangesOnce, InTwoSlices])
+def test_a_row_begins_where_an_owner_changes_the_map_and_where_it_begins_another_pass(make):
+    host, x = make().double(), images(4, 6)
+    net = ds.plug_in(copy.deepcopy(host), norm=None, init="ones")
+    assert [tuple(row[:2]) for row in net.blocks.segments] == [(0, 1), (1, 4)]
+    x = images(4, 6)
+    expected = net.blocks[0].conv(x) + x
+    maps = [torch.tanh(expected) if make is ChangesOnce else expected]
+    for block in host.blocks[1:]:
+        maps.append(block.conv(maps[-1]) + sum(maps))
+    assert_close(net(x), maps[-1], 1e-12, "output")
 
 
 def test_a_sequence_whose_owner_calls_a_layer_before_the_blocks_by_its_index_is_plugged():
@@ -579,3 +623,149 @@ def test_a_sequence_whose_owner_calls_a_layer_before_the_blocks_by_its_index_is_
 def test_a_host_that_may_call_a_method_of_a_block_is_plugged_for_its_other_passes():
     net = timm.create_model("xception41", num_classes=3)
     assert [(s.row.first, s.row.stop) for s in ds.plan(net).stages] == [(0, 1), (1, 2), (2, 11), (11, 12)]
+
+
+# What the network is run on to see it
+
+
+class OfWords(nn.Module):
+    """Takes no images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.embed, self.blocks = nn.Embedding(9, 4), nn.ModuleList([Mixes() for _ in range(3)])
+
+    def forward(self, words: Tensor, *, scale: float) -> Tensor:
+        x = self.embed(words) * scale
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Mixes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(x).relu())
+
+
+class LooksAtItsData(_Owner):
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x if x.sum() > 0 else -x
+
+
+class LooksFirst(_Owner):
+    def forward(self, x):
+        if x.sum() > 0:
+            return x
+        return Loop.forward(self, x)
+
+
+class LooksFirstAtASequence(LooksFirst):
+    list_class = nn.Sequential
+
+
+def test_a_network_that_takes_no_images_is_plugged_with_an_example():
+    host, words = OfWords().double().eval(), torch.tensor([[1, 5, 8]])
+    with pytest.raises(ds.DenseShortcutError, match=r"give an input that it takes, example=x \(no input"):
+        ds.plug_in(host)
+    with pytest.raises(ds.DenseShortcutError, match=r"example=x \(TypeError: .*'scale'\)"):
+        ds.plan(host, example=words)
+    example = {"words": words, "scale": 0.5}
+    assert [stage.depth for stage in ds.plan(host, example=example).stages] == [3]
+    net = ds.plug_in(copy.deepcopy(host), keep_identity=True, example=example)
+    assert torch.equal(net(words, scale=0.3), host(words, scale=0.3))
+
+
+def test_an_example_may_be_a_tuple_of_arguments():
+    class Two(Loop):
+        def forward(self, x, y):
+            return super().forward(torch.cat([x, y], 1))
+
+    x = torch.zeros(1, 1, 4, 4), torch.zeros(1, 3, 4, 4)
+    assert [stage.depth for stage in ds.plan(Two(), example=x).stages] == [4]
+    with pytest.raises(ds.DenseShortcutError, match="could not be seen"):
+        ds.plan(Two())
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_images_are_made_with_the_channels_and_axes_of_the_first_convolution(dims):
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = conv(6, 6, 1)
+
+        def forward(self, x):
+            return x + self.conv(x)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.blocks = conv(5, 6, 3, 2, 1), nn.ModuleList([Block(), Block()])
+
+        def forward(self, x):
+            x = self.stem(x)
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    assert [(s.name, s.depth, s.channels) for s in ds.plan(Net()).stages] == [("blocks", 2, 6)]
+
+
+@pytest.mark.parametrize("options", [{"img_size": 48}, {"in_chans": 1}, {"img_size": (32, 64), "in_chans": 2}], ids=str)
+def test_networks_of_timm_are_run_on_images_that_they_were_made_for(options):
+    net = timm.create_model("vit_tiny_patch16_224", depth=3, num_classes=2, **options)
+    assert [(stage.name, stage.depth) for stage in ds.plan(net).stages] == [("blocks", 3)]
+
+
+def test_what_a_network_does_before_it_looks_at_its_data_is_seen():
+    assert [stage.depth for stage in ds.plan(LooksAtItsData()).stages] == [4]
+
+
+def test_where_a_network_cannot_be_run_lists_are_refused_and_sequences_are_checked_as_they_run():
+    with pytest.raises(ds.DenseShortcutError, match=r"could not be seen: give an input .* \(RuntimeError: "):
+        ds.plug_in(LooksFirst())
+    host, x = LooksFirstAtASequence().double(), -images(4, 6).abs()
+    net = ds.plug_in(copy.deepcopy(host), keep_identity=True)
+    assert torch.equal(net(x), host(x))
+
+    class Changes(LooksFirstAtASequence):
+        def forward(self, x):
+            return AnotherLayerBetween.forward(self, x) if x.sum() < 0 else x
+
+    with pytest.raises(ds.DenseShortcutError, match="is changed between two blocks"):
+        ds.plug_in(Changes().double())(x)
+
+
+def test_a_list_that_could_not_be_seen_is_named_in_the_plan_of_the_rest():
+    class Net(LooksFirst):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Sequential(_Plain(), _Plain())
+
+    told = str(ds.plan(Net())).splitlines()[-1]
+    assert told.startswith("blocks.0 (_Plain) stays as it is: a list is plugged into only where")
+
+
+def test_seeing_leaves_the_network_and_its_hooks_and_random_numbers_alone():
+    class Remembers(Loop):
+        def forward(self, x):
+            self.last, self.noise = x, torch.rand(3)
+            return super().forward(x)
+
+    net, fired = Remembers(), []
+    for module in net.modules():
+        module.register_forward_hook(lambda *_: fired.append(1))
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    ds.plug_in(net)
+    assert torch.equal(torch.rand(2), expected)
+    assert not fired and not hasattr(net, "last") and net.training and "blocks" in ds.dense_stages(net)

@@ -74,7 +74,7 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Iterator[Path]:
-    """A working folder with the recipes, generated images and a finished comparison of tiny networks in runs/NAME."""
+    """A working folder with generated images and a finished comparison of tiny networks in runs/NAME."""
     folder = tmp_path_factory.mktemp("docs")
     furnish(folder)
     assert in_folder(folder, lambda: main(["compare", *TINY, "--model", "tiny_resnet", "--name", "NAME"])) == 0

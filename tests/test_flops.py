@@ -19,7 +19,7 @@ def counted(net: torch.nn.Module, x: torch.Tensor, **options) -> int:
 
 @pytest.mark.parametrize("depth", [3, 12])
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("backend", ["plain", "cpu", "native"])
+@pytest.mark.parametrize("backend", ["plain", "native"])
 def test_a_pair_costs_one_multiply_add_for_each_number(backend, grad, depth):
     """12 blocks are summed in tiles, which changes the order of the work and not its amount."""
     host = timm.create_model("resnet18", layers=(depth, 1, 1, 1), channels=(8, 8, 8, 8), num_classes=2).eval()
@@ -43,7 +43,7 @@ def test_the_backward_pass_is_counted_too():
         net(x).sum().backward()
     found = counter.get_flop_counts()["Global"]
     named = {str(operator): count for operator, count in found.items() if "dense_shortcuts" in str(operator)}
-    assert set(named) == {"dense_shortcuts.block", "dense_shortcuts.pull_block", "dense_shortcuts.pull_entered"}
+    assert set(named) == {"dense_shortcuts.dense_add", "dense_shortcuts.pull"}
     assert all(count > 0 for count in named.values())
 
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 HEAVY = (
-    *("triton", "gradio", "onnx", "onnxruntime", "accelerate", "torchmetrics", "matplotlib", "rich", "tyro"),
+    *("triton", "gradio", "onnx", "onnxruntime", "accelerate", "torchmetrics", "matplotlib", "rich"),
     *("sklearn", "pyarrow", "torch.utils.tensorboard"),
 )
 OF_COMMANDS = ("accelerate", "torchmetrics", "matplotlib", "gradio", "pytorch_grad_cam", "playwright")

@@ -1,4 +1,4 @@
-"""`dsnet info`: versions, devices, compilers, and the back end of each device with its reason."""
+"""`dsnet info`: versions, devices, and the back end of each device with its reason."""
 
 import timm
 import torch
@@ -6,7 +6,7 @@ import torch
 from dense_shortcuts.cli import main
 from dense_shortcuts.experiments import environment as machine
 from dense_shortcuts.ops import BACKENDS
-from dense_shortcuts.ops.dispatch import VARIABLE, own_backend
+from dense_shortcuts.ops.backend import VARIABLE, own_backend
 
 
 def info(capsys) -> list[str]:
@@ -47,14 +47,3 @@ def test_every_back_end_either_runs_on_a_device_or_has_a_reason_why_not():
     assert set(runs) == set(BACKENDS) - {"auto"}
     assert runs["plain"] == runs[own_backend("cpu")[0]] == ""
     assert all(refusal == "" or refusal.endswith(".") for refusal in runs.values())
-
-
-def test_compilers_on_the_path_are_found_by_name(tmp_path, monkeypatch):
-    compiler = tmp_path / "clang++"
-    compiler.write_text("#!/bin/sh\necho a compiler\necho clang version 99.1\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    assert machine.compilers() == {"clang++": "clang version 99.1"}
-    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
-    assert machine.compilers() == {} and "no C++ or GPU compiler found" in machine.info()

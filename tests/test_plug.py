@@ -363,7 +363,7 @@ def test_a_subclass_of_a_known_block_is_traced_for_it_may_have_another_forward_p
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     expected = net(x)
     ds.plug_in(net, norm=None)  # the nearest map as it is: what the host adds
-    assert type(net.layer2[1]).__name__ == "DenseOtherBlock" and len(net.layer2.rows) == 1
+    assert type(net.layer2[1]).__name__ == "DenseOtherBlock" and len(net.layer2.segments) == 1
     torch.testing.assert_close(net(x), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -388,7 +388,7 @@ def test_a_block_that_changes_the_shape_in_the_middle_of_a_stage_begins_a_row_of
     expected = net(x)
     before = snapshot(net)
     ds.plug_in(net, norm=None)
-    assert [(row.first, row.stop) for row in net.layer1.rows] == [(0, 2), (2, 4)]
+    assert [(row.first, row.stop) for row in net.layer1.segments] == [(0, 2), (2, 4)]
     assert {name.split(".")[1] for name, _ in ds.shortcut_parameters(net)} == {"shortcut", "shortcut2"}
     torch.testing.assert_close(net(x), expected, rtol=1e-12, atol=1e-12)
     ds.unplug(net)

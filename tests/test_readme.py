@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 from train.train_helpers import png, write_parquet
 
 import dense_shortcuts as ds
+from dense_shortcuts import recipes
 from dense_shortcuts.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +64,7 @@ def test_the_one_line_adds_as_many_parameters_as_its_comment_says():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Iterator[Path]:
-    """A working folder with the recipes, generated images of both kinds, and a finished comparison in runs/NAME."""
+    """A working folder with generated images of both kinds, and a finished comparison in runs/NAME."""
     folder = tmp_path_factory.mktemp("readme")
     furnish(folder)
     assert in_folder(folder, lambda: main(["compare", *TINY, "--name", "NAME"])) == 0
@@ -72,8 +73,7 @@ def place(tmp_path_factory) -> Iterator[Path]:
 
 
 def furnish(folder: Path) -> None:
-    """Put the recipes and generated images of both kinds into a folder."""
-    (folder / "recipes").symlink_to(ROOT / "recipes")
+    """Put generated images of both kinds into a folder."""
     for part in ("train", "test"):
         write_parquet(folder / "cifar100", part, [png(i, size=32) for i in range(8)], list(range(8)))
         for label in ("ants", "bees"):
@@ -148,7 +148,8 @@ def test_a_make_target_installs_what_it_needs_and_calls_what_is_said(command, tm
     )
     steps = [step for step in dry.stdout.splitlines() if step]
     assert steps[0] == f"python3 -m venv {tmp_path / 'new'}"
-    assert "pip install" in steps[1] and "--editable" in steps[1]
+    extra = {"compare": "train"}.get(target, "dev")
+    assert "pip install" in steps[1] and f"--editable '.[{extra}]'" in steps[1]
     assert steps[-1].endswith(f"{tmp_path / 'new' / 'bin'}/{calls[target]}")
 
 
@@ -165,8 +166,9 @@ def test_ci_runs_the_tests_of_the_readme_and_the_long_ones_once_each():
 
 def test_linked_and_named_files_are_there():
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
-    named = re.findall(r"\b(?:recipes|docs)/[\w.-]+\.\w+", README)
-    assert "recipes/cifar100-cpu.yaml" in named
+    named = re.findall(r"\bdocs/[\w.-]+\.\w+", README)
+    recipe = re.findall(r"--recipe ([\w-]+)|`(cifar[\w-]+)`", README)
+    assert {recipes.find("".join(each)).stem for each in recipe} == {"cifar100-cpu", "cifar100-20ep"}
     assert [path for path in {*links, *named} if not (ROOT / path).is_file()] == []
 
 

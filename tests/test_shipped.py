@@ -6,12 +6,13 @@ from pathlib import Path
 import torch
 import yaml
 
-from dense_shortcuts import shipped
+from dense_shortcuts import recipes, shipped
 from dense_shortcuts.cli import main
-from dense_shortcuts.experiments.train.checkpoint import CARD, WEIGHTS, read_json, read_model
+from dense_shortcuts.experiments.train.checkpoint import CARD, WEIGHTS, read_model
 from dense_shortcuts.experiments.train.config import read_yaml
 from dense_shortcuts.experiments.train.loop import METRICS, read_metrics
 from dense_shortcuts.experiments.train.run import checkpoint_folder
+from dense_shortcuts.files import read_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,8 +27,8 @@ def test_the_network_is_small_and_is_built_from_its_card():
 
 def test_its_run_has_the_settings_of_its_recipe_but_its_length_and_no_path_of_a_machine():
     run = shipped.folder().parent
-    recipe, config = read_yaml(ROOT / "recipes" / "shipped.yaml"), read_yaml(run / "config.yaml")
-    given = yaml.safe_load((ROOT / "recipes" / "shipped.yaml").read_text())
+    recipe, config = read_yaml(recipes.find("shipped")), read_yaml(run / "config.yaml")
+    given = yaml.safe_load(recipes.find("shipped").read_text())
     assert {key for key in given if getattr(recipe, key) != getattr(config, key)} <= {"epochs"}
     assert config.data_dir is None
     assert read_metrics(shipped.folder() / METRICS)[-1]["epoch"] == read_json(shipped.folder() / CARD)["epochs"]

@@ -167,11 +167,11 @@ def test_batch_norm_refuses_a_single_number_per_channel_as_pytorch_does():
 
 def test_group_norm_statistics_are_formed_once_for_each_map_and_not_for_each_pair(monkeypatch):
     calls = []
-    from dense_shortcuts.nn import shortcut as module
+    from dense_shortcuts.nn import features as module
 
     real = module.affine_form
     monkeypatch.setattr(module, "affine_form", lambda norm, *moments: calls.append(norm) or real(norm, *moments))
     stage = plugged_stage(6)
     stage(torch.randn(2, 8, 5, 3))
-    assert len(calls) == 6
-    assert {id(n) for n in calls} == {id(n) for n in stage.shortcut.norms}
+    own = {id(n) for n in stage.shortcut.norms}
+    assert sorted(id(n) for n in calls if id(n) in own) == sorted(own)

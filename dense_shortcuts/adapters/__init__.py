@@ -6,7 +6,7 @@ counts: a subclass may have another forward pass. `families.py` registers those 
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..nn.block import DenseBlock
 from .tracing.trace import NoResidual
@@ -82,30 +82,11 @@ def host_of(reading: Any) -> type[nn.Module]:
     return reading.traced.host if isinstance(reading, Reading) else type(reading).__bases__[-1]
 
 
-def map_of(block: Any, result: Any) -> Tensor:
-    """X_l among what a plugged block gives back."""
-    found: Tensor = block.map_of(result) if isinstance(block, DenseBlock) else result
-    return found
-
-
-def has_volumes(block: Any) -> bool:
-    """Whether a plugged block's maps are known to have three axes of positions."""
-    return isinstance(block, TracedBlock) and len(block._dense_trace.layout.shape) == 5
-
-
-def has_tokens(block: Any) -> bool:
-    """Whether the channels of a plugged block's maps are the last axis."""
-    return block._dense_trace.layout.tokens if isinstance(block, TracedBlock) else block.tokens
-
-
 __all__ = [
     "DenseBlock",
     "NoResidual",
     "has_adapter",
-    "has_tokens",
-    "has_volumes",
     "host_of",
-    "map_of",
     "plug",
     "read",
     "register_adapter",

@@ -1,19 +1,15 @@
-"""Modules of timm and torchvision whose blocks feed one another in a way that their source shows as no plain loop.
+"""Modules of timm and torchvision that run their residual blocks in a forward pass of their own.
 
-Some call their blocks by name, among other things. Their own forward pass is run, on a stand-in that has each block in
-the form of its step in this one pass. Others loop over a list and change the map before one of its blocks, where a
-new row begins.
+RegNet's stage loops over its children. The others call their blocks by name, among other things: their own forward pass
+is run, on a stand-in that has each block in the form of its step in this one pass.
 """
 
-import re
-from collections.abc import Callable
 from typing import Any
 
 from timm.models import FeatureHookNet
-from timm.models.convit import ConVit
 from timm.models.dla import DlaTree
 from timm.models.maxxvit import MaxxVitBlock
-from timm.models.twins import Twins
+from timm.models.regnet import RegStage
 from timm.models.xception import Xception
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
@@ -30,7 +26,7 @@ class OnePass:
     def __init__(self, stage: DenseStage) -> None:
         self._stage = stage
         self._children = dict(zip(stage.block_names, stage.blocks, strict=True))
-        self._steps = {n: s for n, s in zip(stage.block_names, stage, strict=True) if s.place.shortcut is not None}
+        self._steps = {n: s for n, s in zip(stage.block_names, stage, strict=True) if s.context.shortcut is not None}
 
     def __getattr__(self, name: str) -> Any:
         return self._steps[name] if name in self._steps else getattr(self._stage, name)
@@ -89,12 +85,7 @@ _CONTAINERS: dict[Any, type[DenseStage]] = {
     Xception: DenseXception,
     FeatureHookNet: DenseFeatureHookNet,
     IntermediateLayerGetter: DenseLayerGetter,
-}
-
-# By the owner of a list: the list's name there, and the blocks before which the owner changes the map.
-_LISTS: dict[Any, tuple[str, Callable[[Any], tuple[int, ...]]]] = {
-    Twins: (r"blocks\.\d+", lambda host: (1,)),  # a convolution for the positions
-    ConVit: (r"blocks", lambda host: (host.local_up_to_layer,)),  # the class token joins the patches
+    RegStage: DenseStage,
 }
 
 
@@ -103,21 +94,11 @@ def is_known(module: nn.Module) -> bool:
     return type(module) in _CONTAINERS
 
 
+def runs_children(module: nn.Module) -> bool:
+    """Whether a module's forward pass is known to be a loop over its children, as that of a stage is."""
+    return _CONTAINERS.get(type(module)) is DenseStage
+
+
 def dense_class(module: nn.Module) -> type[DenseStage]:
     """The class that a container takes when it is plugged."""
     return _CONTAINERS.get(type(module), DenseStage)
-
-
-def cuts(model: nn.Module, name: str) -> tuple[int, ...] | None:
-    """The blocks of the list `name` of a network before which its owner changes the map; None where no owner is known.
-
-    All blocks between them feed one another.
-    """
-    parts = name.split(".")
-    for n in range(len(parts)):
-        owner = model.get_submodule(".".join(parts[:n]))
-        if type(owner) in _LISTS:
-            pattern, before = _LISTS[type(owner)]
-            if re.fullmatch(pattern, ".".join(parts[n:])):
-                return before(owner)
-    return None

@@ -21,12 +21,12 @@ def example(cls: Any, several: bool = False) -> str:
         lines.append(f"from {cls.__module__} import {name.partition('.')[0]}")
     own = list(inspect.signature(cls.forward).parameters.values())[2:]
     if several or own:
-        lines.insert(1, "from dense_shortcuts.adapters.block import joined")
+        lines.insert(1, "from dense_shortcuts.nn.block import in_stage")
     lines += [
         "",
         "@ds.register_adapter",
         f"class Dense{cls.__name__}(ds.DenseBlock, {name}):",
-        f"    def branch{_takes(own, join=False)}:"
+        f"    def branch{_takes(own, of_stage=False)}:"
         "  # all before the add; and the norm still to be applied to it, or None",
         "        return ..., None",
         "    def project(self, x):  # what the block adds to its branch: x, or its projection of x",
@@ -40,9 +40,9 @@ def example(cls: Any, several: bool = False) -> str:
     ]
     if several or own:
         lines += [
-            f"    def forward{_takes(own, join=True)}:  # called as the block is, and given the stage's join",
+            f"    def forward{_takes(own, of_stage=True)}:  # as the block's own, with the stage's part",
             f"        branch, norm = self.branch(x{_given(own)})",
-            "        x = joined(join)(branch, norm, self.project(x), self.activation())",
+            "        x = in_stage(residual_add)(branch, norm, self.project(x), self.activation())",
             f"        return {'x, ...  # and what else the block gives back' if several else 'x'}",
         ]
     return "\n".join(lines)
@@ -55,12 +55,12 @@ def _given(own: list[Parameter]) -> str:
     return "".join(", " + how.get(p.kind, "{0}").format(p.name) for p in own)
 
 
-def _takes(own: list[Parameter], *, join: bool) -> str:
-    """The arguments of a method that takes them, in brackets; with those of a forward pass where it takes a join."""
+def _takes(own: list[Parameter], *, of_stage: bool) -> str:
+    """The arguments of a method that takes them, in brackets; also those of the stage where asked."""
     first = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", "x")]
-    others = [p.replace(annotation=p.empty, default=_shown(p.default) if join else p.empty) for p in own]
+    others = [p.replace(annotation=p.empty, default=_shown(p.default) if of_stage else p.empty) for p in own]
     last = [p for p in others if p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD)]
-    added = [Parameter("join", Parameter.KEYWORD_ONLY, default=None)] if join else []
+    added = [Parameter("residual_add", Parameter.KEYWORD_ONLY, default=None)] if of_stage else []
     return str(inspect.Signature([*first, *(p for p in others if p not in last), *added, *last]))
 
 

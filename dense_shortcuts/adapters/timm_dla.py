@@ -8,8 +8,9 @@ from typing import Any
 from timm.models.dla import DlaBasic, DlaBottle2neck, DlaBottleneck
 from torch import Tensor, nn
 
-from ..nn.block import Branch, DenseBlock, Join, joined
-from ..nn.shortcut import InnerShortcut
+from ..nn.block import Branch, DenseBlock, in_stage
+from ..nn.inner_shortcut import InnerShortcut
+from ..nn.residual_add import ResidualAdd
 from .timm_res2net import DenseBottle2neck
 from .torchvision_resnet import DenseBasicBlock, DenseBottleneck
 
@@ -21,10 +22,10 @@ class _DenseDla(DenseBlock):
         return self.relu
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, shortcut: Tensor | None = None, children: Any = None, join: Join | None = None
+        self, x: Tensor, shortcut: Tensor | None = None, children: Any = None, residual_add: ResidualAdd | None = None
     ) -> Tensor:
         branch, norm = self.branch(x)
-        return joined(join)(branch, norm, x if shortcut is None else shortcut, self.activation())
+        return in_stage(residual_add)(branch, norm, x if shortcut is None else shortcut, self.activation())
 
 
 class DenseDlaBasic(_DenseDla, DlaBasic):

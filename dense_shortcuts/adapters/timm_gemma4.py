@@ -3,7 +3,7 @@
 from timm.models.gemma4_vit import Gemma4Block
 from torch import Tensor
 
-from ..nn.block import Join
+from ..nn.residual_add import ResidualAdd
 from .timm_positions import DenseSum
 
 
@@ -11,13 +11,18 @@ class DenseGemma4Block(DenseSum, Gemma4Block):
     tokens = True
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, cos: Tensor, sin: Tensor, attn_mask: Tensor | None = None, join: Join | None = None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attn_mask: Tensor | None = None,
+        residual_add: ResidualAdd | None = None,
     ) -> Tensor:
         branches = [
             lambda x: self.drop_path(self.norm2(self.attn(self.norm1(x), cos, sin, attn_mask=attn_mask))),
             lambda x: self.drop_path(self.norm4(self.mlp(self.norm3(x)))),
         ]
-        return self.joined_branches(x, join, *branches)
+        return self.add_branches(x, residual_add, *branches)
 
 
 BLOCKS = (DenseGemma4Block,)

@@ -5,7 +5,7 @@ from typing import Any
 from timm.models.lowformer import LowFormerBlock, ResidualBlock
 from torch import Tensor
 
-from ..nn.block import Join
+from ..nn.residual_add import ResidualAdd
 from .timm_positions import DenseSum
 
 
@@ -15,9 +15,9 @@ class DenseLowFormerBlock(DenseSum, LowFormerBlock):
     def out_channels(self) -> int:
         return int(self.local.main.point_conv.conv.out_channels)
 
-    def forward(self, x: Tensor, join: Join | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual_add: ResidualAdd | None = None) -> Tensor:
         layers = [layer for layer in (self.attn, self.mlp, self.local) if isinstance(layer, ResidualBlock)]
-        return self.joined_branches(x, join, *map(_branch, layers))
+        return self.add_branches(x, residual_add, *map(_branch, layers))
 
 
 def _branch(layer: Any) -> Any:

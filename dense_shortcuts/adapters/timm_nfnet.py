@@ -3,14 +3,15 @@
 from timm.models.nfnet import NormFreeBlock
 from torch import Tensor
 
-from ..nn.block import DenseBlock, Join, joined
+from ..nn.block import DenseBlock, in_stage
+from ..nn.residual_add import ResidualAdd
 
 
 class DenseNormFreeBlock(DenseBlock, NormFreeBlock):
     def out_channels(self) -> int:
         return int(self.conv3.out_channels)
 
-    def forward(self, x: Tensor, join: Join | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual_add: ResidualAdd | None = None) -> Tensor:
         hidden = self.act1(x) * self.beta
         identity = x if self.downsample is None else self.downsample(hidden)
 
@@ -26,7 +27,7 @@ class DenseNormFreeBlock(DenseBlock, NormFreeBlock):
         out = self.drop_path(out)
         if self.skipinit_gain is not None:
             out = out * self.skipinit_gain
-        return joined(join)(out * self.alpha, None, identity, None)
+        return in_stage(residual_add)(out * self.alpha, None, identity, None)
 
 
 BLOCKS = (DenseNormFreeBlock,)

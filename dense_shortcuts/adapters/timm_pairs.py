@@ -8,7 +8,8 @@ from timm.models.mvitv2 import MultiScaleBlock
 from timm.models.tnt import Block as TntBlock
 from torch import Tensor, nn
 
-from ..nn.block import DenseBlock, Join, join_two, joined
+from ..nn.block import DenseBlock, add_two_branches, in_stage
+from ..nn.residual_add import ResidualAdd
 from .timm_positions import DenseSum
 
 
@@ -26,8 +27,8 @@ class DenseMultiScaleBlock(DenseBlock, MultiScaleBlock):
     def out_channels(self) -> int:
         return int(self.dim_out)
 
-    def forward(self, x: Tensor, feat_size: Any, join: Join | None = None) -> Any:  # type: ignore[override]
-        join = joined(join)
+    def forward(self, x: Tensor, feat_size: Any, residual_add: ResidualAdd | None = None) -> Any:  # type: ignore[override]
+        residual_add = in_stage(residual_add)
         hidden = self.norm1(x)
         identity = x if self.shortcut_proj_attn is None else self.shortcut_proj_attn(hidden)
         identity = self._shortcut_pool(identity, feat_size)
@@ -38,7 +39,7 @@ class DenseMultiScaleBlock(DenseBlock, MultiScaleBlock):
         hidden = self.norm2(total)
         second = self.drop_path2(self.mlp(hidden))
         projected = None if self.shortcut_proj_mlp is None else self.shortcut_proj_mlp(hidden)
-        return join_two(join, first, second, total, identity, projected), feat_size
+        return add_two_branches(residual_add, first, second, total, identity, projected), feat_size
 
 
 class DenseEfficientViMBlock(DenseSum, EfficientViMBlock):
@@ -49,7 +50,7 @@ class DenseEfficientViMBlock(DenseSum, EfficientViMBlock):
     def out_channels(self) -> int:
         return int(self.alpha.shape[1])
 
-    def forward(self, x: Tensor, join: Join | None = None) -> Any:
+    def forward(self, x: Tensor, residual_add: ResidualAdd | None = None) -> Any:
         shares = self.alpha.sigmoid().view(4, -1, 1, 1)
         states = []
 
@@ -62,7 +63,7 @@ class DenseEfficientViMBlock(DenseSum, EfficientViMBlock):
             return lambda x: layers(x) - x if folded else self.drop_path(shares[n] * (layers(x) - x))
 
         first, third = share(0, self.dwconv1, self.fused), share(2, self.dwconv2, self.fused)
-        return self.joined_branches(x, join, first, share(1, mix), third, share(3, self.ffn)), states[0]
+        return self.add_branches(x, residual_add, first, share(1, mix), third, share(3, self.ffn)), states[0]
 
 
 class DenseTntBlock(DenseSum, TntBlock):
@@ -77,7 +78,7 @@ class DenseTntBlock(DenseSum, TntBlock):
         patches: Tensor = result[1]
         return patches
 
-    def forward(self, pixels: Tensor, patches: Tensor, join: Join | None = None) -> Any:  # type: ignore[override]
+    def forward(self, pixels: Tensor, patches: Tensor, residual_add: ResidualAdd | None = None) -> Any:  # type: ignore[override]
         pixels = pixels + self.drop_path(self.attn_in(self.norm_in(pixels)))
         pixels = pixels + self.drop_path(self.mlp_in(self.norm_mlp_in(pixels)))
 
@@ -94,7 +95,7 @@ class DenseTntBlock(DenseSum, TntBlock):
             lambda x: self.drop_path(self.attn_out(self.norm_out(x))),
             lambda x: self.drop_path(self.mlp(self.norm_mlp(x))),
         ]
-        return pixels, self.joined_branches(patches, join, *branches)
+        return pixels, self.add_branches(patches, residual_add, *branches)
 
 
 BLOCKS = (DenseMultiScaleBlock, DenseEfficientViMBlock, DenseTntBlock)

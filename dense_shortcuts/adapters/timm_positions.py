@@ -7,7 +7,8 @@ from timm.models.coat import SerialBlock
 from timm.models.davit import ChannelBlock, SpatialBlock, window_partition, window_reverse
 from torch import Tensor, nn
 
-from ..nn.block import DenseBlock, Join, joined
+from ..nn.block import DenseBlock, in_stage
+from ..nn.residual_add import ResidualAdd
 
 
 class DenseSum(DenseBlock):
@@ -24,17 +25,17 @@ class DenseSum(DenseBlock):
     def out_channels(self) -> int:
         return int(self.norm1.weight.shape[0])
 
-    def joined_branches(self, x: Tensor, join: Join | None, *branches: Any) -> Tensor:
+    def add_branches(self, x: Tensor, residual_add: ResidualAdd | None, *branches: Any) -> Tensor:
         """X_l of branches that each take the sum so far, the first one x."""
-        join, total, first = joined(join), x, None
+        residual_add, total, first = in_stage(residual_add), x, None
         for branch in branches:
             added = branch(total)
             total = added + total if self.branch_first else total + added
             first = added if first is None else first + added
-        if join.keep_identity:
-            return join(total, None, x, None, whole=True)
+        if residual_add.keep_identity:
+            return residual_add(total, None, x, None, whole=True)
         assert first is not None
-        return join(first, None, x, None)
+        return residual_add(first, None, x, None)
 
 
 class _DenseDaViT(DenseSum):
@@ -48,7 +49,7 @@ class _DenseDaViT(DenseSum):
         """For a map (N, C, H, W), as tokens (N, L, C)."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, join: Join | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual_add: ResidualAdd | None = None) -> Tensor:
         def position(encoding: Any) -> Any:
             return lambda x: encoding.act(encoding.proj(x))
 
@@ -58,7 +59,7 @@ class _DenseDaViT(DenseSum):
         branches = [position(self.cpe1), lambda x: as_map(self.attention(x)), position(self.cpe2)]
         if self.mlp is not None:
             branches.append(lambda x: as_map(self.drop_path2(self.mlp(self.norm2(x.flatten(2).transpose(1, 2))))))
-        return self.joined_branches(x, join, *branches)
+        return self.add_branches(x, residual_add, *branches)
 
 
 class DenseSpatialBlock(_DenseDaViT, SpatialBlock):
@@ -86,7 +87,7 @@ class DenseSerialBlock(DenseSum, SerialBlock):
 
     tokens = True
 
-    def forward(self, x: Tensor, size: tuple[int, int], join: Join | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, size: tuple[int, int], residual_add: ResidualAdd | None = None) -> Tensor:  # type: ignore[override]
         def position(x: Tensor) -> Tensor:
             images = x[:, 1:].transpose(1, 2).view(x.shape[0], x.shape[2], *size)
             return F.pad(self.cpe.proj(images).flatten(2).transpose(1, 2), (0, 0, 1, 0))
@@ -96,7 +97,7 @@ class DenseSerialBlock(DenseSum, SerialBlock):
             lambda x: self.drop_path(self.factoratt_crpe(self.norm1(x), size)),
             lambda x: self.drop_path(self.mlp(self.norm2(x))),
         ]
-        return self.joined_branches(x, join, *branches)
+        return self.add_branches(x, residual_add, *branches)
 
 
 BLOCKS = (DenseSpatialBlock, DenseChannelBlock, DenseSerialBlock)

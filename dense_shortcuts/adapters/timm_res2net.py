@@ -5,7 +5,7 @@ from timm.models.res2net import Bottle2neck
 from torch import Tensor, nn
 
 from ..nn.block import Branch, DenseBlock
-from ..nn.shortcut import InnerShortcut
+from ..nn.inner_shortcut import InnerShortcut
 from .timm_resnet import with_last_norm
 
 
@@ -30,13 +30,13 @@ class DenseBottle2neck(DenseBlock, Bottle2neck):
     def multi_scale(self, hidden: Tensor) -> Tensor:
         """The 3x3 of a bottleneck cut into pieces, each of which also takes the result of the piece before."""
         pieces = torch.split(hidden, self.width, 1)
-        term = self.inner.enter(hidden) if self.inner is not None else None
+        feature = self.inner.feature(hidden) if self.inner is not None else None
         outputs: list[Tensor] = []
         for i, (conv, bn) in enumerate(zip(self.convs, self.bns, strict=True)):
             piece = pieces[i] if i == 0 or self.is_first else outputs[-1] + pieces[i]
             piece = bn(conv(piece))
             if self.inner is not None:
-                piece = self.inner(piece, term, i * self.width)
+                piece = self.inner(piece, feature, i * self.width)
             outputs.append(self.relu(piece))
         if self.scale > 1:
             outputs.append(pieces[-1] if self.pool is None else self.pool(pieces[-1]))

@@ -6,7 +6,7 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 from ..nn.block import Branch, DenseBlock, widths_of_3x3
-from ..nn.shortcut import InnerShortcut
+from ..nn.inner_shortcut import InnerShortcut
 
 
 class DenseBasicBlock(DenseBlock, BasicBlock):
@@ -43,7 +43,7 @@ class DenseBottleneck(DenseBlock, Bottleneck):
 
         x = self.bn2(self.conv2(hidden))
         if self.inner is not None:
-            x = self.inner(x, self.inner.enter(hidden))
+            x = self.inner(x, self.inner.feature(hidden))
         x = self.act2(self.drop_block(x))
         x = self.aa(x)
 

@@ -7,7 +7,8 @@ from timm.models.vision_transformer_sam import Block as SamBlock
 from timm.models.vision_transformer_sam import window_partition, window_unpartition
 from torch import Tensor, nn
 
-from ..nn.block import DenseBlock, Join, joined
+from ..nn.block import DenseBlock, in_stage
+from ..nn.residual_add import ResidualAdd
 
 
 class _DenseWindows(DenseBlock):
@@ -26,16 +27,16 @@ class _DenseWindows(DenseBlock):
         """The MLP's branch for tokens (N, L, C)."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, join: Join | None = None) -> Tensor:
-        join = joined(join)
+    def forward(self, x: Tensor, residual_add: ResidualAdd | None = None) -> Tensor:
+        residual_add = in_stage(residual_add)
         first = self.attention(x)
 
         hidden = x + first
         second = self.mixed(hidden.flatten(1, 2)).reshape(x.shape)
 
-        if join.keep_identity:
-            return join(hidden + second, None, x, self.activation(), whole=True)
-        return join(first + second, None, x, self.activation())
+        if residual_add.keep_identity:
+            return residual_add(hidden + second, None, x, self.activation(), whole=True)
+        return residual_add(first + second, None, x, self.activation())
 
 
 class DenseSwinBlock(_DenseWindows, SwinTransformerBlock):

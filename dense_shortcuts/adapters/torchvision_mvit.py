@@ -5,7 +5,8 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision.models.video.mvit import MultiscaleBlock
 
-from ..nn.block import DenseBlock, Join, join_two, joined
+from ..nn.block import DenseBlock, add_two_branches, in_stage
+from ..nn.residual_add import ResidualAdd
 
 
 class DenseMultiscaleBlock(DenseBlock, MultiscaleBlock):
@@ -25,8 +26,8 @@ class DenseMultiscaleBlock(DenseBlock, MultiscaleBlock):
     def out_channels(self) -> int:
         return int(self.mlp[-2].out_features)
 
-    def forward(self, x: Tensor, thw: Any, join: Join | None = None) -> Any:  # type: ignore[override]
-        join = joined(join)
+    def forward(self, x: Tensor, thw: Any, residual_add: ResidualAdd | None = None) -> Any:  # type: ignore[override]
+        residual_add = in_stage(residual_add)
         hidden = self._normalised(self.norm1, x)
         first, new = self.attn(hidden, thw)
         first = self.stochastic_depth(first)
@@ -38,7 +39,7 @@ class DenseMultiscaleBlock(DenseBlock, MultiscaleBlock):
         hidden = self._normalised(self.norm2, total)
         projected = None if projection is None or self.proj_after_attn else projection(hidden)
         second = self.stochastic_depth(self.mlp(hidden))
-        return join_two(join, first, second, total, identity, projected), new
+        return add_two_branches(residual_add, first, second, total, identity, projected), new
 
     def _normalised(self, norm: nn.Module, x: Tensor) -> Tensor:
         found: Tensor = norm(x.transpose(1, 2)).transpose(1, 2) if self.needs_transposal else norm(x)

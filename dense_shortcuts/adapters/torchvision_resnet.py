@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from ..nn.block import Branch, DenseBlock, widths_of_3x3
-from ..nn.shortcut import InnerShortcut
+from ..nn.inner_shortcut import InnerShortcut
 
 
 class DenseBasicBlock(DenseBlock, BasicBlock):
@@ -40,7 +40,7 @@ class DenseBottleneck(DenseBlock, Bottleneck):
 
         x = self.bn2(self.conv2(hidden))
         if self.inner is not None:
-            x = self.inner(x, self.inner.enter(hidden))
+            x = self.inner(x, self.inner.feature(hidden))
         x = self.relu(x)
 
         return self.conv3(x), self.bn3

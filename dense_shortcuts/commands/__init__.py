@@ -1,7 +1,8 @@
 """The commands of `dsnet`: one file a subject, one dataclass a command, whose fields are its flags.
 
 A command is a frozen dataclass with a method `run(line)`, where `line` is the command as it was typed; its docstring is
-what `--help` says. What it needs is imported when it runs, so that `dsnet --help` stays quick.
+what `--help` says. What it needs is imported when it runs, so that `dsnet --help` costs no more than importing the
+package, which imports timm to register its networks.
 """
 
 from .bench import Bench, Info

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, field
 
-import tyro
-
 from ..experiments.bench.config import BenchConfig
 
 
@@ -11,7 +9,7 @@ from ..experiments.bench.config import BenchConfig
 class Bench:
     """Measure speed, memory and traffic of DSNets beside ResNets, DenseNets and the public form of dense shortcuts."""
 
-    config: tyro.conf.OmitArgPrefixes[BenchConfig] = field(default_factory=BenchConfig)
+    config: BenchConfig = field(default_factory=BenchConfig)
 
     def run(self, line: str) -> None:
         from ..experiments.bench.run import bench

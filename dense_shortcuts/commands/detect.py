@@ -4,20 +4,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from ..experiments.detect.config import DetectConfig, read_recipe
+from .arguments import Positional
 
 
 @dataclass(frozen=True)
 class DetectRun:
     """What `detect train` and `detect compare` take."""
 
-    config: tyro.conf.OmitArgPrefixes[DetectConfig] = field(default_factory=DetectConfig)
-    recipe: Path | None = None
-    """YAML file with settings; flags given beside it have the last word."""
+    recipe: str | None = None
+    """YAML file with settings, or the name of a recipe of the package; flags given beside it have the last word."""
     resume: Path | None = None
     """Folder of a run to go on with; nothing else is given beside it."""
+    config: DetectConfig = field(default_factory=DetectConfig)
 
     read_recipe = staticmethod(read_recipe)
 
@@ -55,7 +54,7 @@ class DetectCompare(DetectRun):
 class DetectEval:
     """Score a detector: the twelve figures of COCO, printed and written as JSON."""
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: Positional[Path]
     """A run's folder, or the model.safetensors in it."""
     data_dir: str | None = None
     """Folder of the data; None is the run's own."""
@@ -80,9 +79,9 @@ class DetectEval:
 class DetectPredict:
     """Draw what a detector finds in images, and write it in COCO's result format."""
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: Positional[Path]
     """A run's folder, or the model.safetensors in it."""
-    images: tyro.conf.Positional[tuple[Path, ...]]
+    images: Positional[tuple[Path, ...]]
     """Images, or folders of images."""
     threshold: float = 0.5
     """Lowest score of a box that is drawn."""

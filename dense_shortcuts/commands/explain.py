@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
+from .arguments import Positional
 
 
 @dataclass(frozen=True)
 class Cam:
     """Draw class activation maps of networks side by side, and score them where boxes are known."""
 
-    images: tyro.conf.Positional[tuple[Path, ...]]
+    images: Positional[tuple[Path, ...]]
     """Images, or folders of images."""
     models: str = "resnet50,dsnet50"
     """Networks, separated by commas: folders of trained networks (runs/NAME/stage-group), shipped, timm's models."""
@@ -40,7 +40,7 @@ class Cam:
 class Shortcuts:
     """Draw what a network learned to look back at: mean |w| of every pair, its spread, and its change in training."""
 
-    checkpoint: tyro.conf.Positional[str]
+    checkpoint: Positional[str]
     """A network's folder in a run, the model.safetensors in it, shipped, or a DSNet by name, which shows its start."""
     output: Path = Path("shortcuts.png")
     """The picture; the numbers go beside it as .json."""

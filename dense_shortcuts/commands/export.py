@@ -1,17 +1,18 @@
 """`dsnet export`: a trained network for other runtimes."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
+from .arguments import Positional
 
 
 @dataclass(frozen=True)
 class Export:
     """Write a trained network for another runtime, once that runtime agrees with PyTorch on real images."""
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: Positional[Path]
     """A network's folder in a run, or the model.safetensors in it; `shipped` is the network in the package."""
     to: Literal["onnx", "torch-export", "executorch", "openvino", "hub"]
     """Format; `hub` is a folder for the Hugging Face hub, with a model card."""
@@ -31,7 +32,7 @@ class Export:
 
         if self.to == "hub":
             folder = export.save_for_hub(self.checkpoint, self.output)
-            print(f"{folder}: upload it with `hf upload OWNER/NAME {folder}`")
+            print(f"{folder}: upload it with `hf upload OWNER/NAME {shlex.quote(str(folder))}`")
             return
         fields = {name: value for name, value in vars(self).items() if name != "checkpoint"}
         done = export.export(self.checkpoint, **fields)

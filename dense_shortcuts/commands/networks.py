@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
-import tyro
+from .arguments import Positional
 
 
 @dataclass(frozen=True)
 class Models:
     """List the DSNets."""
 
-    pattern: tyro.conf.Positional[str] = ""
+    pattern: Positional[str] = ""
     """A wildcard such as 'ds2*'."""
 
     def run(self, line: str) -> None:

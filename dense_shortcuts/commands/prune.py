@@ -4,20 +4,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from ..experiments.train.config import TuneConfig
+from .arguments import Positional
 
 
 @dataclass(frozen=True)
 class Prune:
     """Drop the shortcuts with the least weights of a trained network, and say what that changes."""
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: Positional[Path]
     """A network's folder in a run, or the model.safetensors in it; `shipped` is the network in the package."""
     keep: float
     """Share of the pairs (block, earlier map) that stay, ranked by mean |w| over the whole network."""
-    training: tyro.conf.OmitArgPrefixes[TuneConfig] = field(default_factory=TuneConfig)
+    training: TuneConfig = field(default_factory=TuneConfig)
 
     def run(self, line: str) -> None:
         from ..experiments.prune import prune
@@ -35,11 +34,11 @@ class Prune:
 class Renorm:
     """Give a trained network's dense shortcuts another norm, train it on, and say what that costs in accuracy."""
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: Positional[Path]
     """A network's folder in a run, or the model.safetensors in it; `shipped` is the network in the package."""
     norm: Literal["batch", "group", "layer", "instance"] = "batch"
     """The new norm."""
-    training: tyro.conf.OmitArgPrefixes[TuneConfig] = field(default_factory=lambda: TuneConfig(epochs=5))
+    training: TuneConfig = field(default_factory=lambda: TuneConfig(epochs=5))
 
     def run(self, line: str) -> None:
         from ..experiments.renorm import renorm

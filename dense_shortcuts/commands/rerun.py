@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
+from .arguments import Positional
 
 
 @dataclass(frozen=True)
 class Rerun:
     """Repeat a finished run from its folder and compare metrics and weights; bit-equal is what a CPU should give."""
 
-    folder: tyro.conf.Positional[Path]
+    folder: Positional[Path]
     """Folder of the run."""
     name: str | None = None
     """Name of the new folder beside it; None is the run's with -rerun."""

@@ -37,10 +37,11 @@ class Scaling:
     def run(self, line: str) -> None:
         import timm
 
+        from ..experiments.command import dsnet
         from ..experiments.train import scaling
 
         if not timm.is_model(self.model):
-            raise DenseShortcutError(f"unknown model {self.model!r}: `dsnet models` lists the DSNets.")
+            raise DenseShortcutError(f"unknown model {self.model!r}: `{dsnet('models')}` lists the DSNets.")
         found = scaling.messages(timm.create_model(self.model), sync_bn=self.sync_bn)
         cluster = scaling.Cluster(self.gpus_per_machine, self.inside, self.between, self.latency, self.price_per_hour)
         rows = scaling.estimates(

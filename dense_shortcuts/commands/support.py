@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
+from .arguments import Positional
 
 
 @dataclass(frozen=True)
 class Support:
     """Plan every network of timm and torchvision, plug into one of each architecture, and write down what works."""
 
-    pattern: tyro.conf.Positional[str] = "*"
+    pattern: Positional[str] = "*"
     """A wildcard of network names, such as 'resnet*'."""
     output: Path = Path("support")
     """Folder for the page, support.md, and what was seen as JSON lines; what is there already is not made anew."""

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
+from .arguments import Positional
 
 
 @dataclass(frozen=True)
@@ -14,11 +13,11 @@ class Sweep:
     Started again it goes on; started several times at once, the workers share the runs.
     """
 
-    file: tyro.conf.Positional[Path]
-    """YAML file with base, grid and seeds: docs/sweeps.md."""
+    file: Positional[Path]
+    """YAML file with base, grid and seeds (docs/sweeps.md), or the name of a sweep of the package."""
     data_dir: str | None = None
     """Folder of the data; None is the file's own."""
-    changes: Annotated[tuple[str, ...], tyro.conf.arg(name="set")] = ()
+    set: tuple[str, ...] = ()
     """Settings of the form epochs=2 that have the last word in every row."""
     output: Path = Path("runs")
     """Folder in which the sweep's folder is made."""
@@ -28,11 +27,13 @@ class Sweep:
     """Only say what is done."""
 
     def run(self, line: str) -> None:
+        from .. import recipes
         from ..experiments.sweep import run as sweeps
         from ..experiments.sweep.spec import read_sweep
 
-        asked = read_sweep(self.file, self.changes, self.data_dir)
-        folder = self.output / (self.name or self.file.stem)
+        file = recipes.find(self.file)
+        asked = read_sweep(file, self.set, self.data_dir)
+        folder = self.output / (self.name or file.stem)
         if self.status:
             sweeps.status(asked, folder)
         else:

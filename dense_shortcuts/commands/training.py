@@ -4,20 +4,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from ..experiments.train.config import DataName, TrainConfig, read_yaml
+from .arguments import Positional
 
 
 @dataclass(frozen=True)
 class Run:
     """What `compare` and `train` take."""
 
-    config: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
-    recipe: Path | None = None
-    """YAML file with settings; flags given beside it have the last word."""
+    recipe: str | None = None
+    """YAML file with settings, or the name of a recipe of the package; flags given beside it have the last word."""
     resume: Path | None = None
     """Folder of a run to go on with; nothing else is given beside it."""
+    config: TrainConfig = field(default_factory=TrainConfig)
 
     read_recipe = staticmethod(read_yaml)
 
@@ -52,7 +51,7 @@ class Train(Run):
 class Eval:
     """Score a checkpoint on the test images of its run, or on others with the same classes."""
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: Positional[Path]
     """A network's folder in a run, or the model.safetensors in it; `shipped` is the network in the package."""
     data: DataName | None = None
     """Source of the images; None is what it was trained on."""

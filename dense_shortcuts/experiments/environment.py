@@ -3,9 +3,6 @@
 import datetime
 import os
 import platform
-import re
-import shlex
-import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +12,7 @@ import torch
 
 from .. import ops
 from ..errors import DenseShortcutError
-from ..ops.dispatch import VARIABLE, own_backend
+from ..ops.backend import VARIABLE, own_backend
 
 PACKAGES = (
     "torch",
@@ -29,7 +26,6 @@ PACKAGES = (
     "pillow",
     "dense-shortcuts",
 )
-COMPILERS = ("c++", "g++", "clang++", "cl", "nvcc", "hipcc")
 
 
 def machine() -> dict[str, Any]:
@@ -105,24 +101,10 @@ def backends(device: str) -> dict[str, str]:
     return found
 
 
-def compilers() -> dict[str, str]:
-    """C++ and GPU compilers on the path, with what they say of their version."""
-    found = {}
-    for name in dict.fromkeys((os.environ.get("CXX") or "c++", *COMPILERS)):
-        program, *given = shlex.split(name)
-        if (path := shutil.which(program)) is not None:
-            option = [] if name == "cl" else ["--version"]
-            done = subprocess.run([path, *given, *option], capture_output=True, text=True, check=False)
-            lines = (done.stdout + done.stderr).splitlines()
-            found[name] = next((line for line in lines if re.search(r"\d\.\d", line)), "of unknown version")
-    return found
-
-
 def info() -> list[str]:
     """What `dsnet info` prints, line by line."""
     packages = ", ".join(f"{name} {found}" for name in PACKAGES if (found := installed(name)))
     lines = [f"python {platform.python_version()} on {platform.system()} {platform.machine()}", packages]
-    lines += [f"compiler {name}: {line}" for name, line in compilers().items()] or ["no C++ or GPU compiler found"]
     lines += [f"{device}: {name}" for device, name in devices().items()]
     return lines + [_backend_line(device) for device in devices()]
 

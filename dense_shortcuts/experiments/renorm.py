@@ -8,9 +8,10 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import DenseShortcutError
-from ..nn.norms import is_batch_norm
+from ..files import write_text
+from ..nn.affine_form import is_batch_norm
 from ..surgery.plug import dense_stages
-from .train.checkpoint import read_model, write_text
+from .train.checkpoint import read_model
 from .train.config import TuneConfig
 from .train.network import build_network
 from .train.run import checkpoint_folder

@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import DenseShortcutError
 from ..nn.connectivity import Sources
-from ..nn.shortcut import DenseShortcut, InnerShortcut
+from ..nn.inner_shortcut import InnerShortcut
+from ..nn.shortcut import DenseShortcut
 from ..nn.weighting import start_parameter, weigh
 
 SHORTCUTS = "shortcuts.jsonl"  # in a network's folder: a line for every epoch

@@ -1,20 +1,18 @@
 """The formats: how a graph is written to a file, and how the file is run again, by the format's own runtime."""
 
 import contextlib
-import importlib
 import io
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from ..errors import DenseShortcutError
+from ..extras import need
 
 Runner = Callable[[Tensor], Tensor]
 
@@ -30,7 +28,7 @@ class Format:
         suffix: of the file.
         write: writes a program to a path.
         load: what runs the file, from images (N, 3, H, W) to scores (N, classes).
-        libraries: what it needs, and how to install that.
+        libraries: the modules that it needs, of `extra`.
         beside: suffixes of files written beside it.
         largest: highest batch and side; None for any.
     """
@@ -39,7 +37,7 @@ class Format:
     write: Callable[[ExportedProgram, Path], None]
     load: Callable[[Path], Runner]
     libraries: tuple[str, ...] = ()
-    advice: str = "pip install 'dense-shortcuts[export]'"
+    extra: str = "export"
     beside: tuple[str, ...] = ()
     largest: tuple[int, int] | None = None
 
@@ -49,20 +47,8 @@ class Format:
         Raises:
             DenseShortcutError: one is not installed.
         """
-        for name in self.libraries:
-            needs(name, self.advice)
-
-
-def needs(module: str, advice: str = Format.advice) -> ModuleType:
-    """An optional library.
-
-    Raises:
-        DenseShortcutError: it is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise DenseShortcutError(f"this needs {module.split('.')[0]}, which is not installed: {advice}.") from error
+        if self.libraries:
+            need(f"a {self.suffix} file", self.extra, *self.libraries)
 
 
 def write_onnx(program: ExportedProgram, path: Path) -> None:
@@ -80,7 +66,8 @@ def write_onnx(program: ExportedProgram, path: Path) -> None:
 
 
 def load_onnx(path: Path) -> Runner:
-    runtime = needs("onnxruntime")
+    import onnxruntime as runtime
+
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -97,7 +84,8 @@ def load_torch(path: Path) -> Runner:
 
 
 def write_openvino(program: ExportedProgram, path: Path) -> None:
-    openvino = needs("openvino")
+    import openvino
+
     graph = path.with_suffix(".onnx")
     try:
         write_onnx(program, graph)
@@ -108,15 +96,18 @@ def write_openvino(program: ExportedProgram, path: Path) -> None:
 
 
 def load_openvino(path: Path) -> Runner:
-    core = needs("openvino").Core()
+    import openvino
+
+    core = openvino.Core()
     # Where a CPU has bf16 it would compute in that.
     compiled = core.compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return lambda images: torch.from_numpy(compiled(images.numpy())[0].copy())
 
 
 def write_executorch(program: ExportedProgram, path: Path) -> None:
-    exir = needs("executorch.exir")
-    xnnpack = needs("executorch.backends.xnnpack.partition.xnnpack_partitioner")
+    from executorch import exir
+    from executorch.backends.xnnpack.partition import xnnpack_partitioner as xnnpack
+
     known = {torch.ops.aten.var_mean.correction: _var_and_mean}
     program = program.run_decompositions({**torch.export.default_decompositions(), **known})
     lowered = exir.to_edge_transform_and_lower(program, partitioner=[xnnpack.XnnpackPartitioner()])
@@ -129,7 +120,9 @@ def _var_and_mean(x: Tensor, dim: Any, *, correction: Any, keepdim: bool = False
 
 
 def load_executorch(path: Path) -> Runner:
-    runtime = needs("executorch.runtime").Runtime.get()
+    from executorch.runtime import Runtime
+
+    runtime = Runtime.get()
     method = runtime.load_program(str(path)).load_method("forward")
     return lambda images: method.execute([images.contiguous()])[0]
 
@@ -156,8 +149,8 @@ FORMATS = {
         ".pte",
         write_executorch,
         load_executorch,
-        libraries=("executorch.exir", "executorch.runtime"),
-        advice="pip install 'dense-shortcuts[executorch]'",
+        libraries=("executorch",),
+        extra="executorch",
         largest=LARGEST,
     ),
     "openvino": Format(".xml", write_openvino, load_openvino, libraries=(*_ONNX, "openvino"), beside=(".bin",)),

@@ -11,7 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import DenseShortcutError
 from ..inference.fuse import fuse, is_fused
-from ..ops import form, moments
+from ..ops import moments
+from ..ops.affine import affine_from_moments
 from ..surgery.plug import dense_stages
 
 BATCH = 2  # a batch of one is special to tracers: dimensions of 1 broadcast, so they are taken for constants
@@ -79,8 +80,10 @@ def written_group_norm(
     x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
     """F.group_norm of a map (N, C, H, W), without a reshape of the map."""
-    rate, shift, _, _ = form(*moments(x), num_groups, eps, weight, bias)
-    return torch.addcmul(shift[:, :, None, None], x, rate[:, :, None, None])
+    scale, shift, _, _ = affine_from_moments(*moments(x), num_groups, eps)
+    scale, shift = (scale, shift) if weight is None else (scale * weight, shift * weight)
+    shift = shift if bias is None else shift + bias
+    return torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None])
 
 
 def warnings(model: nn.Module) -> list[str]:

@@ -9,10 +9,11 @@ from torch import nn
 
 from .. import shipped
 from ..errors import DenseShortcutError
-from ..experiments.train.checkpoint import CARD, WEIGHTS, crop_of, read_json, read_model, write_text
+from ..experiments.train.checkpoint import CARD, WEIGHTS, crop_of, read_model
 from ..experiments.train.config import TrainConfig
 from ..experiments.train.loop import METRICS, read_metrics
 from ..experiments.train.run import ENVIRONMENT, checkpoint_folder, run_config
+from ..files import read_json, write_text
 from ..models import list_models
 
 FILES = (WEIGHTS, CARD, "config.json", "README.md")

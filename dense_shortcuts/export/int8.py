@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .formats import INPUT, needs, quiet
+from .formats import INPUT, quiet
 from .graph import BATCH, any_size, capture
 
 OPERATORS = ["Conv", "Gemm", "MatMul"]  # the shortcuts' sums and statistics stay in float32
@@ -22,9 +22,9 @@ def quantise_onnx(source: Path, target: Path, calibration: Sequence[Tensor]) -> 
         source, target: files.
         calibration: batches of images, (N, 3, S, S) each.
     """
-    quantization = needs("onnxruntime.quantization")
+    from onnxruntime import quantization
 
-    class Reader(quantization.CalibrationDataReader):  # type: ignore[name-defined]
+    class Reader(quantization.CalibrationDataReader):
         def __init__(self) -> None:
             self.batches: Iterator[Tensor] = iter(calibration)
 
@@ -58,8 +58,9 @@ def quantise_torch(net: nn.Module, target: Path, calibration: Sequence[Tensor]) 
         target: file.
         calibration: batches of images, (N, 3, S, S) each.
     """
-    pt2e = needs("torchao.quantization.pt2e.quantize_pt2e")
-    x86 = needs("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
+    from torchao.quantization.pt2e import quantize_pt2e as pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
     quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
     side = calibration[0].shape[-1]
     with torch.no_grad(), warnings.catch_warnings(), quiet():

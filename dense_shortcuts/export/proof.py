@@ -82,6 +82,7 @@ def proven(net: nn.Module, images: Tensor, path: Path, form: Format) -> list[Che
         DenseShortcutError: a missing library, a network that cannot be traced, a runtime that differs. `path` is then
             as it was.
     """
+    form.check()
     program = capture(net, images.shape[-1], largest=form.largest)
     with all_or_nothing(path, form) as unproven:
         form.write(program, unproven)

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from .. import shipped
 from ..errors import DenseShortcutError
-from ..experiments.train.checkpoint import read_model, write_text
+from ..experiments.train.checkpoint import read_model
 from ..experiments.train.run import checkpoint_folder
+from ..extras import need
+from ..files import write_text
 from . import int8 as eight_bits
-from .formats import FORMATS, Runner, needs
+from .formats import FORMATS, Runner
 from .graph import inference_form, warnings
 from .images import PROOF, RunImages, batches, photographs, run_images, stack
 from .proof import BATCHES, Check, all_or_nothing, proven
@@ -89,8 +91,9 @@ def export(
         raise DenseShortcutError(f"int8 goes with {' and '.join(INT8)}, not with {to}: leave it out.")
     form = FORMATS[to]
     form.check()
+    need("an export", "train")
     if int8 and to == "torch-export":
-        needs("torchao")
+        need("int8", "export", "torchao")
     folder = checkpoint_folder(Path(checkpoint))
     if output is None and folder == shipped.folder():
         raise DenseShortcutError("the network of the package is no place for files: give --output.")

@@ -71,7 +71,7 @@ def _in_stages(model: nn.Module, seen: Seen) -> list[tuple[str, bool]]:
     for prefix, stage in model.named_modules():
         if not isinstance(stage, DenseStage):
             continue
-        rows = {n for row in stage.rows for n in range(row.first, row.stop)}
+        inside = {n for segment in stage.segments for n in range(segment.first, segment.stop)}
         for n, (name, block) in enumerate(zip(stage.block_names, stage.blocks, strict=True)):
             name = f"{prefix}.{name}".lstrip(".")
             if isinstance(block, DenseBlock):
@@ -81,7 +81,7 @@ def _in_stages(model: nn.Module, seen: Seen) -> list[tuple[str, bool]]:
                     and type(getattr(block, "downsample", None)) is nn.Sequential
                 ):
                     found.append((f"{name}.downsample", True))
-            elif n in rows or type(stage) is DenseStage:
+            elif n in inside or type(stage) is DenseStage:
                 found.append((name, False))
     return found
 
@@ -172,7 +172,7 @@ class _Tracer(torch.fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if isinstance(m, DenseBlock | TracedBlock):  # called by its stage
-            kwargs = {name: value for name, value in kwargs.items() if name != "join"}
+            kwargs = {name: value for name, value in kwargs.items() if name != "residual_add"}
         return super().call_module(m, forward, args, kwargs)
 
     def proxy(self, node: Node) -> torch.fx.Proxy:

@@ -4,15 +4,17 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..adapters import read
 from ..adapters.tracing.traced import Reading
 from ..errors import DenseShortcutError
-from ..nn.norms import has_affine_form, running_form, uses_running_statistics
+from ..nn.affine_form import has_affine_form, uses_running_stats
+from ..nn.connectivity import Segment
 from ..nn.shortcut import DenseShortcut
-from ..nn.stage import DenseStage, Row
+from ..nn.stage import DenseStage
+from ..ops.affine import affine_from_running
 from ..surgery.plug import dense_stages
 from .conv_bn import Seen, is_bare, watch
 
@@ -44,10 +46,10 @@ def fuse(model: nn.Module) -> nn.Module:
     for conv, norm in seen.pairs:
         _fold(fused, conv, norm, seen)
     for stage in dense_stages(fused).values():
-        for row in stage.rows:
-            for block in stage.blocks[row.first : row.stop]:
+        for segment in stage.segments:
+            for block in stage.blocks[segment.first : segment.stop]:
                 _trace_anew(block)
-            _fold_shortcut(stage, row, seen)
+            _fold_shortcut(stage, segment, seen)
         stage.fused = True
     return fused
 
@@ -70,7 +72,7 @@ def _trace_anew(block: Any) -> None:
 def _fold(model: nn.Module, conv: str, norm: str, seen: Seen) -> None:
     """Fold a batch norm into the convolution that it follows, where nothing else has to do with either."""
     before, after = model.get_submodule(conv), model.get_submodule(norm)
-    if type(before) is not nn.Conv2d or type(after) is not nn.BatchNorm2d or not uses_running_statistics(after):
+    if type(before) is not nn.Conv2d or type(after) is not nn.BatchNorm2d or not uses_running_stats(after):
         return
     if before.training or not (seen.is_own(before) and seen.is_own(after)):
         return
@@ -81,16 +83,16 @@ def _fold(model: nn.Module, conv: str, norm: str, seen: Seen) -> None:
 
 
 @torch.no_grad()
-def _fold_shortcut(stage: DenseStage, row: Row, seen: Seen) -> None:
+def _fold_shortcut(stage: DenseStage, segment: Segment, seen: Seen) -> None:
     """Scales of batch norms into the shortcut's weights, shifts into the bias of the branch's last convolution."""
-    shortcut = stage.shortcuts[row]
+    shortcut = stage.shortcuts[segment]
     if type(shortcut) is not DenseShortcut or not shortcut.normalised or stage.aggregate == "block":
         return
     if shortcut.weighting == "attention":  # its weights are no constants
         return
     norms = {i: norm for maps in shortcut.sources for i in maps if (norm := shortcut.norm(i)) is not None}
-    known = [has_affine_form(norm) and uses_running_statistics(norm) and is_bare(norm) for norm in norms.values()]
-    blocks = stage.blocks[row.first : row.stop]
+    known = [has_affine_form(norm) and uses_running_stats(norm) and is_bare(norm) for norm in norms.values()]
+    blocks = stage.blocks[segment.first : segment.stop]
     summing = shortcut.summing
     ends = [_end(blocks[k], seen) for k in summing]
     if not all(known) or None in ends:
@@ -98,12 +100,16 @@ def _fold_shortcut(stage: DenseStage, row: Row, seen: Seen) -> None:
     folded = []
     for k, end in zip(summing, ends, strict=True):
         weight = shortcut.weight(k)
-        forms = [running_form(norms[i], weight, "plain") for i in shortcut.sources[k]]
-        rates, shifts = (torch.cat(parts) for parts in zip(*forms, strict=True))
+        forms = [_running_form(norms[i]) for i in shortcut.sources[k]]
+        scales, shifts = (torch.cat(parts) for parts in zip(*forms, strict=True))
         end.bias.add_((weight * shifts).sum(0))
-        folded.append(nn.Parameter(weight * rates, requires_grad=False))
+        folded.append(nn.Parameter(weight * scales, requires_grad=False))
     shortcut.weights, shortcut.weighting = nn.ParameterList(folded), "channel"
     shortcut.norms = nn.ModuleList()
+
+
+def _running_form(norm: Any) -> tuple[Tensor, Tensor]:
+    return affine_from_running(norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
 
 
 def _end(block: Any, seen: Seen) -> Any:

@@ -104,11 +104,6 @@ def _plugged(host: Callable[..., nn.Module], **kwargs: Any) -> nn.Module:
     return plug_in(host(**kwargs), **options)
 
 
-def _host(**kwargs: Any) -> dict[str, Any]:
-    """timm's arguments of a host network; what a caller gives goes before them."""
-    return kwargs
-
-
 def _create(name: str, pretrained: bool, host: Callable[..., nn.Module] = ResNet, **kwargs: Any) -> nn.Module:
     stages = len(kwargs["layers"])
     return build_model_with_cfg(
@@ -123,124 +118,124 @@ def _create(name: str, pretrained: bool, host: Callable[..., nn.Module] = ResNet
 @register_model
 def dsnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DSNet-18: ResNet-18 with dense shortcuts."""
-    return _create("dsnet18", pretrained, **_host(block=BasicBlock, layers=(2, 2, 2, 2)) | kwargs)
+    return _create("dsnet18", pretrained, **dict(block=BasicBlock, layers=(2, 2, 2, 2)) | kwargs)
 
 
 @register_model
 def dsnet34(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DSNet-34: ResNet-34 with dense shortcuts."""
-    return _create("dsnet34", pretrained, **_host(block=BasicBlock, layers=(3, 4, 6, 3)) | kwargs)
+    return _create("dsnet34", pretrained, **dict(block=BasicBlock, layers=(3, 4, 6, 3)) | kwargs)
 
 
 @register_model
 def dsnet26(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DSNet-26: ResNet-26 (bottlenecks) with dense shortcuts."""
-    return _create("dsnet26", pretrained, **_host(block=Bottleneck, layers=(2, 2, 2, 2)) | kwargs)
+    return _create("dsnet26", pretrained, **dict(block=Bottleneck, layers=(2, 2, 2, 2)) | kwargs)
 
 
 @register_model
 def dsnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DSNet-50: ResNet-50 with dense shortcuts."""
-    return _create("dsnet50", pretrained, **_host(block=Bottleneck, layers=(3, 4, 6, 3)) | kwargs)
+    return _create("dsnet50", pretrained, **dict(block=Bottleneck, layers=(3, 4, 6, 3)) | kwargs)
 
 
 @register_model
 def dsnet101(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DSNet-101: ResNet-101 with dense shortcuts."""
-    return _create("dsnet101", pretrained, **_host(block=Bottleneck, layers=(3, 4, 23, 3)) | kwargs)
+    return _create("dsnet101", pretrained, **dict(block=Bottleneck, layers=(3, 4, 23, 3)) | kwargs)
 
 
 @register_model
 def dsnet152(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DSNet-152: ResNet-152 with dense shortcuts."""
-    return _create("dsnet152", pretrained, **_host(block=Bottleneck, layers=(3, 8, 36, 3)) | kwargs)
+    return _create("dsnet152", pretrained, **dict(block=Bottleneck, layers=(3, 8, 36, 3)) | kwargs)
 
 
 @register_model
 def dsnext50_32x4d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DSNeXt-50 32x4d: ResNeXt-50 32x4d with dense shortcuts."""
-    host = _host(block=Bottleneck, layers=(3, 4, 6, 3), cardinality=32, base_width=4)
+    host = dict(block=Bottleneck, layers=(3, 4, 6, 3), cardinality=32, base_width=4)
     return _create("dsnext50_32x4d", pretrained, **host | kwargs)
 
 
 @register_model
 def dsnext101_32x8d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DSNeXt-101 32x8d: ResNeXt-101 32x8d with dense shortcuts."""
-    host = _host(block=Bottleneck, layers=(3, 4, 23, 3), cardinality=32, base_width=8)
+    host = dict(block=Bottleneck, layers=(3, 4, 23, 3), cardinality=32, base_width=8)
     return _create("dsnext101_32x8d", pretrained, **host | kwargs)
 
 
 @register_model
 def wide_dsnet50_2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Wide DSNet-50-2: Wide ResNet-50-2 with dense shortcuts."""
-    host = _host(block=Bottleneck, layers=(3, 4, 6, 3), base_width=128)
+    host = dict(block=Bottleneck, layers=(3, 4, 6, 3), base_width=128)
     return _create("wide_dsnet50_2", pretrained, **host | kwargs)
 
 
 @register_model
 def se_dsnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SE-DSNet-50: SE-ResNet-50 with dense shortcuts; squeeze-excite stays in the residual branch."""
-    host = _host(block=Bottleneck, layers=(3, 4, 6, 3), block_args=dict(attn_layer="se"))
+    host = dict(block=Bottleneck, layers=(3, 4, 6, 3), block_args=dict(attn_layer="se"))
     return _create("se_dsnet50", pretrained, **host | kwargs)
 
 
 @register_model
 def ds2net50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DS2Net-50: DSNet-50 with a weighted shortcut inside each bottleneck as well."""
-    return _create("ds2net50", pretrained, **_host(block=Bottleneck, layers=(3, 4, 6, 3), inner=True) | kwargs)
+    return _create("ds2net50", pretrained, **dict(block=Bottleneck, layers=(3, 4, 6, 3), inner=True) | kwargs)
 
 
 @register_model
 def ds2net101(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DS2Net-101: DSNet-101 with a weighted shortcut inside each bottleneck as well."""
-    return _create("ds2net101", pretrained, **_host(block=Bottleneck, layers=(3, 4, 23, 3), inner=True) | kwargs)
+    return _create("ds2net101", pretrained, **dict(block=Bottleneck, layers=(3, 4, 23, 3), inner=True) | kwargs)
 
 
 @register_model
 def ds2net152(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DS2Net-152: DSNet-152 with a weighted shortcut inside each bottleneck as well."""
-    return _create("ds2net152", pretrained, **_host(block=Bottleneck, layers=(3, 8, 36, 3), inner=True) | kwargs)
+    return _create("ds2net152", pretrained, **dict(block=Bottleneck, layers=(3, 8, 36, 3), inner=True) | kwargs)
 
 
 @register_model
 def ds2res2net50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DS2Res2Net-50: Res2Net-50 26w 4s with dense shortcuts and weighted ones around each 3x3."""
-    host = _host(block=Bottle2neck, layers=(3, 4, 6, 3), base_width=26, block_args=dict(scale=4), inner=True)
+    host = dict(block=Bottle2neck, layers=(3, 4, 6, 3), base_width=26, block_args=dict(scale=4), inner=True)
     return _create("ds2res2net50", pretrained, **host | kwargs)
 
 
 @register_model
 def dsnet20(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DSNet-20 for 32x32 images: three stages of 3 blocks, 16, 32 and 64 maps wide."""
-    return _create("dsnet20", pretrained, cifar_resnet, **_host(block=BasicBlock, layers=(3, 3, 3)) | kwargs)
+    return _create("dsnet20", pretrained, cifar_resnet, **dict(block=BasicBlock, layers=(3, 3, 3)) | kwargs)
 
 
 @register_model
 def dsnet32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DSNet-32 for 32x32 images: three stages of 5 blocks, 16, 32 and 64 maps wide."""
-    return _create("dsnet32", pretrained, cifar_resnet, **_host(block=BasicBlock, layers=(5, 5, 5)) | kwargs)
+    return _create("dsnet32", pretrained, cifar_resnet, **dict(block=BasicBlock, layers=(5, 5, 5)) | kwargs)
 
 
 @register_model
 def dsnet56(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DSNet-56 for 32x32 images: three stages of 9 blocks, 16, 32 and 64 maps wide."""
-    return _create("dsnet56", pretrained, cifar_resnet, **_host(block=BasicBlock, layers=(9, 9, 9)) | kwargs)
+    return _create("dsnet56", pretrained, cifar_resnet, **dict(block=BasicBlock, layers=(9, 9, 9)) | kwargs)
 
 
 @register_model
 def dsnet110(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DSNet-110 for 32x32 images: three stages of 18 blocks, 16, 32 and 64 maps wide."""
-    return _create("dsnet110", pretrained, cifar_resnet, **_host(block=BasicBlock, layers=(18, 18, 18)) | kwargs)
+    return _create("dsnet110", pretrained, cifar_resnet, **dict(block=BasicBlock, layers=(18, 18, 18)) | kwargs)
 
 
 @register_model
 def dsnet29(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DSNet-29 for 32x32 images: three stages of 3 bottlenecks, 64, 128 and 256 maps wide (9n + 2, as ResNet-164)."""
-    return _create("dsnet29", pretrained, cifar_resnet, **_host(block=Bottleneck, layers=(3, 3, 3)) | kwargs)
+    return _create("dsnet29", pretrained, cifar_resnet, **dict(block=Bottleneck, layers=(3, 3, 3)) | kwargs)
 
 
 @register_model
 def dsnet50_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DSNet-50 for 32x32 images: ResNet-50's stages behind a 3x3 stem without pooling."""
-    host = _host(block=Bottleneck, layers=(3, 4, 6, 3), channels=(64, 128, 256, 512))
+    host = dict(block=Bottleneck, layers=(3, 4, 6, 3), channels=(64, 128, 256, 512))
     return _create("dsnet50_cifar", pretrained, cifar_resnet, **host | kwargs)

@@ -1,38 +1,62 @@
-"""What every adapter is made of."""
+"""What a block is to its stage: residual branch, last norm, projection shortcut, activation and layout."""
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..errors import DenseShortcutError
 from .hooks import observed
 
+if TYPE_CHECKING:
+    from .residual_add import ResidualAdd
+
 Branch = tuple[Tensor, nn.Module | None]
-Activation = Callable[[Tensor], Tensor] | None
 
 
-class Join(Protocol):
-    """What a stage makes of a block's parts (`stage.py`)."""
+class MapLayout(NamedTuple):
+    """How a block's maps are laid out.
 
-    keep_identity: bool
+    Attributes:
+        tokens: whether the channels are the last axis, as in (N, L, C) and (N, H, W, C); else they are the second.
+        volumes: whether there are three axes of positions; needed where torch.fx records, which does not know shapes.
+    """
 
-    def __call__(
-        self,
-        branch: Tensor,
-        norm: nn.Module | None,
-        identity: Tensor,
-        activation: Activation,
-        *,
-        whole: bool = False,
-        identity_norm: nn.Module | None = None,
-    ) -> Tensor:
-        """X_l from the branch, the norm still to be applied to it, the host's shortcut and what follows the add.
+    tokens: bool = False
+    volumes: bool = False
 
-        With `whole` the branch is the host's own sum, branch and shortcut together. `identity_norm` is still to be
-        applied to the host's shortcut.
+    def is_map(self, x: Tensor) -> bool:
+        """Whether x is (N, C, H, W) as it stands."""
+        return not self.tokens and self._axes(x) == 4
+
+    def as_map(self, x: Tensor) -> Tensor:
+        """A view as a map (N, C, H, W).
+
+        (N, C) becomes (N, C, 1, 1), a sequence (N, C, L) becomes (N, C, 1, L), a volume (N, C, D, H, W) becomes
+        (N, C, D H, W). Recorded tokens are all put into one axis, as those of (N, L, C).
         """
-        ...
+        if self.tokens and isinstance(x, Proxy):
+            return x.movedim(-1, 1).flatten(2).unsqueeze(2)
+        x = x.movedim(-1, 1) if self.tokens else x
+        axes = self._axes(x)
+        if axes == 2:
+            return x[:, :, None, None]
+        return x if axes == 4 else x.unsqueeze(2) if axes == 3 else x.flatten(2, 3)
+
+    def from_map(self, x: Tensor, like: Tensor) -> Tensor:
+        """A map in the form of `like`, one that `as_map` was given."""
+        if self.tokens and isinstance(like, Proxy):
+            return x.movedim(1, -1).reshape(like.shape)
+        axes = self._axes(like)
+        if axes == 5:
+            first = 1 if self.tokens else 2
+            x = x.unflatten(2, (like.shape[first], like.shape[first + 1]))
+        elif axes < 4:
+            x = x[:, :, 0, 0] if axes == 2 else x.squeeze(2)
+        return x.movedim(1, -1) if self.tokens else x
+
+    def _axes(self, x: Tensor) -> int:
+        return (5 if self.volumes else 4) if isinstance(x, Proxy) else x.ndim
 
 
 class DenseBlock:
@@ -111,29 +135,49 @@ class DenseBlock:
         first: Tensor = result[0] if isinstance(result, tuple) else result
         return first
 
-    def forward(self, x: Tensor, join: Join | None = None) -> Tensor:
-        """X_l from X_{l-1}, where join(branch, norm, identity, activation) is what the stage makes of them."""
+    def _dense_layout(self) -> MapLayout:
+        return MapLayout(self.tokens)
+
+    def forward(self, x: Tensor, residual_add: "ResidualAdd | None" = None) -> Tensor:
+        """X_l from X_{l-1}, where residual_add(branch, norm, identity, activation) is what the stage makes of them."""
         branch, norm = self.branch(x)
         identity, last = self.project_but_norm(x)
-        return joined(join)(branch, norm, identity, self.activation(), identity_norm=last)
+        return in_stage(residual_add)(branch, norm, identity, self.activation(), identity_norm=last)
 
 
-def joined(join: Join | None) -> Join:
+def layout_of(block: Any) -> MapLayout:
+    """How the maps of a plugged block are laid out."""
+    layout: MapLayout = block._dense_layout()
+    return layout
+
+
+def map_of(block: Any, result: Any) -> Tensor:
+    """X_l among what a plugged block gives back; of a traced block that is all."""
+    found: Tensor = block.map_of(result) if isinstance(block, DenseBlock) else result
+    return found
+
+
+def in_stage(residual_add: "ResidualAdd | None") -> "ResidualAdd":
     """The stage's part in a block's forward pass.
 
     Raises:
         DenseShortcutError: there is none, for the block was called by itself.
     """
-    if join is None:
+    if residual_add is None:
         raise DenseShortcutError(
             "a block of a dense stage was called by itself, without the stage's earlier maps: call the stage, or the "
             "callables that iterating over it gives."
         )
-    return join
+    return residual_add
 
 
-def join_two(
-    join: Join, first: Tensor, second: Tensor, total: Tensor, identity: Tensor, projected: Tensor | None
+def add_two_branches(
+    residual_add: "ResidualAdd",
+    first: Tensor,
+    second: Tensor,
+    total: Tensor,
+    identity: Tensor,
+    projected: Tensor | None,
 ) -> Tensor:
     """X_l of two branches in a row, attention and MLP.
 
@@ -146,9 +190,9 @@ def join_two(
         total, branch = total + second, first + second
     else:
         total, branch, identity = projected + second, second, projected
-    if join.keep_identity:
-        return join(total, None, identity, None, whole=True)
-    return join(branch, None, identity, None)
+    if residual_add.keep_identity:
+        return residual_add(total, None, identity, None, whole=True)
+    return residual_add(branch, None, identity, None)
 
 
 def widths_of_3x3(conv: nn.Conv2d) -> tuple[int, int] | None:

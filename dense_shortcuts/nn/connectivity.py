@@ -5,6 +5,7 @@ Blocks are counted by k = l - 1 from 0, so block k may sum the maps X_0 .. X_k.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 Sources = tuple[tuple[int, ...], ...]
 
@@ -12,6 +13,18 @@ PATTERNS: dict[str, Callable[[int], bool]] = {
     "all": lambda back: True,
     "powers": lambda back: back & (back - 1) == 0,  # 1, 2, 4, 8, ..: about log2 L maps a block
 }
+
+
+class Segment(NamedTuple):
+    """Blocks first .. stop - 1 of a container, residual ones whose maps share a shape, and the name of their shortcut.
+
+    A stage of a ResNet is one segment. Where other layers stand between the blocks, or the shape changes in the middle,
+    there are more.
+    """
+
+    first: int
+    stop: int
+    shortcut: str
 
 
 def sources(chosen: Sequence[bool], *, pattern: str = "all", window: int | None = None) -> Sources:

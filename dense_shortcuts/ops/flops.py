@@ -20,31 +20,17 @@ def _addcmul(first: Shape, x: Shape, scale: Shape, *_: Any, out_shape: Shape, **
     return 2 * math.prod(out_shape) if len(out_shape) == 4 else 0  # maps, not the arithmetic per channel
 
 
-def _block(addends: Any, branch: Any, affine: Any, fixed: Any, eps: float, maps: Any, *rest: Any, **_: Any) -> int:
-    weight, all_maps = rest[0], [*maps, branch, *addends]
-    numbers = math.prod(next(shape for shape in all_maps if shape is not None))
-    return 2 * numbers * (len(maps) * (weight is not None) + (branch is not None))
+def _dense_add(addends: Any, maps: list[Shape], *_: Any, **__: Any) -> int:
+    return 2 * math.prod((*addends, *maps)[0]) * len(maps)
 
 
-def _pull_block(
-    y: Shape, own: Any, grad: Any, grad_rate: Any, grad_shift: Any, later: Any, *rest: Any, **_: Any
-) -> int:
-    branch, maps = rest[2], rest[6]
-    statistics = grad_rate is not None or grad_shift is not None
-    # the later gradients and the statistics' own into G; a product with each map for its scale; G into the branch
-    return 2 * math.prod(y) * (len(later) + statistics + len(maps) + 3 * (branch is not None))
+def _pull(x: Shape, grad: Any, offset: Any, slope: Any, later: list[Shape], *rest: Any, **_: Any) -> int:
+    # the later gradients and that of the moments into G, and a product with each map for its scale
+    return 2 * math.prod(x) * (len(later) + (slope is not None) + len(rest[1]))
 
 
-def _pull_entered(x: Shape, own: Any, grad_rate: Any, grad_shift: Any, later: list[Shape], *_: Any, **__: Any) -> int:
-    return 2 * math.prod(x) * (len(later) + (grad_rate is not None or grad_shift is not None))
-
-
-def _mix(maps: list[Shape], scales: Shape, *_: Any, **__: Any) -> int:
+def _partial_sums(maps: list[Shape], links: Any, scales: Shape, *_: Any, **__: Any) -> int:
     return 2 * math.prod(maps[0]) * len(maps) * scales[0]
-
-
-def _ahead(maps: list[Shape], links: Any, scales: Shape, *_: Any, **__: Any) -> int:
-    return _mix(maps, scales)
 
 
 def _dots(grads: list[Shape], maps: list[Shape], *_: Any, **__: Any) -> int:
@@ -64,11 +50,9 @@ def register() -> None:
     """Tell PyTorch's counter about the registered operators."""
     operators = torch.ops.dense_shortcuts
     formulas: list[tuple[Any, Callable[..., int]]] = [
-        (operators.block, _block),
-        (operators.pull_block, _pull_block),
-        (operators.pull_entered, _pull_entered),
-        (operators.ahead, _ahead),
-        (operators.mix, _mix),
+        (operators.dense_add, _dense_add),
+        (operators.pull, _pull),
+        (operators.partial_sums, _partial_sums),
         (operators.dots, _dots),
     ]
     for operator, formula in formulas:

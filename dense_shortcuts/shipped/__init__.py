@@ -1,4 +1,4 @@
-"""The small trained network that comes with the package: DSNet-20 on CIFAR-100, from recipes/shipped.yaml.
+"""The small trained network that comes with the package: DSNet-20 on CIFAR-100, from the recipe `shipped`.
 
 It is laid out as a run's folder is, so that whatever reads one reads it: `dsnet eval shipped`.
 """

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from ..nn.shortcut import DenseShortcut, InnerShortcut
+from ..nn.inner_shortcut import InnerShortcut
+from ..nn.shortcut import DenseShortcut
 from ..nn.stage import DenseStage
 from ..nn.weighting import start_parameter
 from .plug import dense_stages, shortcut_parameters

@@ -13,10 +13,18 @@ from ..adapters import NoResidual, containers, has_adapter, read
 from ..adapters.example import example
 from ..adapters.tracing.trace import SEVERAL
 from ..errors import DenseShortcutError
-from ..nn.stage import Row
-from .loops import Held, feeds
+from ..nn.connectivity import Segment
+from .observe import Observation, Seen, is_list, observe
 
 _UNFED = "its container does not feed each block to the next"
+_UNFED_KNOWN = (
+    ", and does not give each block what the one before gave back: only blocks that feed one another, in an "
+    "nn.Sequential or an nn.ModuleList, can be plugged into"
+)
+_UNSEEN = (
+    "a list is plugged into only where the network is seen to feed each block to the next, and that could not be seen: "
+    "give an input that it takes, example=x"
+)
 _ALONE = "it stands in no sequence where each block feeds the next"
 _UNCERTAIN = (
     "it adds two branches, neither of which is its input as it is or has a name such as downsample, shortcut or skip"
@@ -29,13 +37,13 @@ class Found:
 
     Attributes:
         name: its module name in the network.
-        rows: rows of residual blocks.
+        segments: segments of residual blocks.
         blocks: by position, a reading of each block of the rows (`adapters.read`).
         names: the blocks' names in the container, all of them in order.
     """
 
     name: str
-    rows: tuple[Row, ...]
+    segments: tuple[Segment, ...]
     blocks: dict[int, Any]
     names: tuple[str, ...]
 
@@ -54,8 +62,12 @@ class Refused:
         return f"{self.container}.{self.name}".strip(".")
 
 
-def find_stages(model: nn.Module) -> tuple[list[Found], list[Refused]]:
+def find_stages(model: nn.Module, example: Any = None) -> tuple[list[Found], list[Refused]]:
     """Every container with rows of residual blocks, in the network's order, and the blocks that stay as they are.
+
+    Args:
+        model: the network.
+        example: what it may be run on, as `plug_in` takes it.
 
     Raises:
         DenseShortcutError: there is none, or one with a written adapter stands where it cannot be plugged into.
@@ -63,10 +75,11 @@ def find_stages(model: nn.Module) -> tuple[list[Found], list[Refused]]:
     found: list[Found] = []
     refused: list[Refused] = []
     inside: list[str] = []
+    observed = observe(model, example)
     for name, module in model.named_modules():
         if any(name.startswith(prefix) for prefix in inside) or isinstance(module, torch.jit.ScriptModule):
             continue
-        stage = _stage(model, name, module, refused)
+        stage = _stage(name, module, observed, refused)
         if stage is not None:
             found.append(stage)
             # a residual block of a row is one block, whatever it has inside
@@ -74,39 +87,36 @@ def find_stages(model: nn.Module) -> tuple[list[Found], list[Refused]]:
     if not found:
         raise DenseShortcutError(_nothing_found(model, refused))
     _check_unshared(model, found)
-    return found, [refusal for refusal in refused if refusal.container in {stage.name for stage in found}]
+    names = {stage.name for stage in found}
+    return found, [each for each in refused if each.container in names or each.reason.startswith(_UNSEEN)]
 
 
-def _stage(model: nn.Module, name: str, module: nn.Module, refused: list[Refused]) -> Found | None:
+def _stage(name: str, module: nn.Module, observed: Observation, refused: list[Refused]) -> Found | None:
     children = list(module.named_children())
     written = [child for _, child in children if has_adapter(type(child))]
-    if not written and not _may_be_container(module):
+    if not written and not isinstance(module, nn.Sequential | nn.ModuleList) and not containers.is_known(module):
         return None
     views: dict[int, Any] = {}
     for n, (child_name, child) in enumerate(children):
         try:
             if _may_be_block(child):
                 views[n] = read(child)
-        except NoResidual as reason:
-            refused.append(Refused(type(child), name, child_name, str(reason)))
-    rows = tuple(_rows(views, containers.cuts(model, name) or ()))
+        except NoResidual as error:
+            refused.append(Refused(type(child), name, child_name, str(error)))
+    seen = observed.containers.get(name, Seen())
+    rows = tuple(_rows(views, seen.unfed()))
     if not rows:
         return None
-    if not _is_sequence(model, name, module, {n for row in rows for n in range(row.first, row.stop)}):
-        if written:
-            raise DenseShortcutError(
-                f"{name or 'the network'} is a {type(module).__name__} that holds {type(written[0]).__name__} blocks: "
-                "only blocks in an nn.Sequential, where each feeds the next, can be plugged into."
-            )
+    unfed = _why_unfed(module, rows, len(list(_rows(views, set()))), seen, observed.failure)
+    if unfed and written:
+        holds = f"{name or 'the network'} is a {type(module).__name__} that holds {type(written[0]).__name__} blocks"
+        raise DenseShortcutError(f"{holds}{_UNFED_KNOWN if unfed == _UNFED else f': {unfed}'}.")
+    if unfed:
         block_name, block = children[next(iter(views))]
-        refused.append(Refused(type(block), name, block_name, _UNFED))
+        refused.append(Refused(type(block), name, block_name, unfed))
         return None
     kept = {n: view for n, view in views.items() if any(row.first <= n < row.stop for row in rows)}
     return Found(name, rows, kept, tuple(child_name for child_name, _ in children))
-
-
-def _may_be_container(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential | nn.ModuleList) or containers.is_known(module) or _runs_children(module)
 
 
 def _may_be_block(module: nn.Module) -> bool:
@@ -116,10 +126,11 @@ def _may_be_block(module: nn.Module) -> bool:
     own = type(module).__module__.startswith(("torch.nn.", "torch.ao."))
     if own or next(module.children(), None) is None:
         return False
-    return has_adapter(type(module)) or not (type(module).forward is nn.Sequential.forward or _runs_children(module))
+    runs = type(module).forward is nn.Sequential.forward or containers.runs_children(module)
+    return has_adapter(type(module)) or not runs
 
 
-def _rows(views: dict[int, Any], cuts: tuple[int, ...]) -> Iterator[Row]:
+def _rows(views: dict[int, Any], cuts: set[int]) -> Iterator[Segment]:
     """Cut the residual blocks of a container into rows that share a shape.
 
     A row begins with a block that projects its input, with the first block behind any other layer, and with those of
@@ -128,12 +139,12 @@ def _rows(views: dict[int, Any], cuts: tuple[int, ...]) -> Iterator[Row]:
     first: int | None = None
     count = 0
 
-    def row(stop: int) -> Iterator[Row]:
+    def row(stop: int) -> Iterator[Segment]:
         nonlocal count
         assert first is not None
         if any(views[n].is_certain() for n in range(first, stop)):
             count += 1
-            yield Row(first, stop, "shortcut" if count == 1 else f"shortcut{count}")
+            yield Segment(first, stop, "shortcut" if count == 1 else f"shortcut{count}")
 
     last = max(views, default=-1)
     for n in range(last + 2):
@@ -149,50 +160,25 @@ def _changes_width(views: dict[int, Any], n: int) -> bool:
     return views[n].out_channels() != views[n - 1].out_channels() or views[n].tokens != views[n - 1].tokens
 
 
-def _is_sequence(model: nn.Module, name: str, module: nn.Module, kept: set[int]) -> bool:
-    """Whether the blocks of a container at these positions are run one after the other, as far as sources show."""
-    if isinstance(module, nn.Sequential):
-        plain = type(module).forward is nn.Sequential.forward
-        return plain and False not in _verdicts(model, name, kept)
-    if isinstance(module, nn.ModuleList):
-        if containers.cuts(model, name) is not None:
-            return True
-        verdicts = _verdicts(model, name, kept)
-        return True in verdicts and False not in verdicts
-    return containers.is_known(module) or _runs_children(module)
+def _why_unfed(module: nn.Module, rows: tuple[Segment, ...], uncut: int, seen: Seen, failure: str) -> str:
+    """Why the blocks of a container are no sequence, as far as was seen; "" where they are one.
 
-
-def _runs_children(module: nn.Module) -> bool:
-    """Whether a module's own forward pass is a loop over its children."""
-    cls: Any = type(module)
-    return _own_code(cls) and feeds(cls, Held("children()")) is True
-
-
-def _verdicts(model: nn.Module, name: str, kept: set[int]) -> set[bool]:
-    """What the modules around a container, whose code is somebody's own, do with its blocks (`loops.feeds`)."""
-    parts, found = name.split("."), set()
-    for n in range(len(parts)):
-        owner: Any = type(model.get_submodule(".".join(parts[:n])))
-        if not _own_code(owner):
-            continue
-        inner = [_is_list(model.get_submodule(".".join(parts[:k]))) for k in range(n + 1, len(parts))]
-        depth = inner[::-1].index(False) if False in inner else len(inner)
-        if any(inner[: len(inner) - depth]):
-            continue  # a list of modules that have the container: nothing in it has a name of its own
-        path = ".".join(parts[n : len(parts) - depth])
-        count = len(model.get_submodule(name)._modules)
-        verdict = feeds(owner, Held(path, depth, frozenset(kept), count))
-        if verdict is not None:
-            found.add(verdict)
-    return found
-
-
-def _is_list(module: nn.Module) -> bool:
-    return isinstance(module, nn.ModuleList) or type(module).forward is nn.Sequential.forward
-
-
-def _own_code(cls: type[nn.Module]) -> bool:
-    return not cls.__module__.startswith("torch.")
+    Args:
+        module: the container.
+        rows: its rows, cut where a block is not given what the one before gave back.
+        uncut: how many rows there would be without these cuts.
+        seen: what the network did with its blocks.
+        failure: why the network could not be run, "" where it was.
+    """
+    if containers.is_known(module):
+        return ""
+    if not is_list(module):
+        return _UNFED
+    blocks = {n for row in rows for n in range(row.first, row.stop)}
+    if not seen.fired or (failure and not blocks <= set(seen.fired)):  # a stage looks again as it runs
+        return "" if isinstance(module, nn.Sequential) else f"{_UNSEEN} ({failure or 'it ran without these blocks'})"
+    alone = len(rows) > uncut + 1 and all(row.stop - row.first == 1 for row in rows)
+    return _UNFED if alone or seen.shares() or not blocks <= seen.called() else ""
 
 
 def _check_unshared(model: nn.Module, found: list[Found]) -> None:
@@ -223,7 +209,7 @@ def _nothing_found(model: nn.Module, refused: list[Refused]) -> str:
     one = next(refusal for refusal in near if refusal.cls is cls)
     if issubclass(cls, torch.jit.ScriptModule):  # whose code cannot be changed by any adapter
         return f"{name} has nothing to plug into. {one.where}: {one.reason}."
-    if one.reason in (_UNFED, _ALONE):
+    if one.reason.startswith((_UNFED, _ALONE, _UNSEEN)):
         return (
             f"{name} has nothing to plug into. {cls.__qualname__} at {one.where} is a residual block, but {one.reason}."
         )

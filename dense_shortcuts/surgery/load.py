@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import DenseShortcutError
-from ..nn.shortcut import DenseShortcut, InnerShortcut
+from ..files import read_tensors
+from ..nn.inner_shortcut import InnerShortcut
+from ..nn.shortcut import DenseShortcut
 
 _logger = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, shortcu
     """
     if shortcuts not in ("keep", "drop"):
         raise DenseShortcutError(f"unknown shortcuts={shortcuts!r}: choose 'keep' or 'drop'.")
-    state = dict(_read(Path(source)) if isinstance(source, str | Path) else source)
+    state = dict(read_tensors(Path(source))[0] if isinstance(source, str | Path) else source)
     _check_device(model)
     own = model.state_dict()
     extra = sorted(state.keys() - own.keys())
@@ -92,18 +94,6 @@ def _start_shortcuts(model: nn.Module) -> None:
             reset: Any = getattr(module, "reset_parameters", None)
             if reset is not None:
                 reset()
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise DenseShortcutError(f"{path} is not a file: give the path of a .safetensors checkpoint.")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise DenseShortcutError(f"{path} is not a whole safetensors file ({error}): save it again.") from error
 
 
 def shortcut_keys(model: nn.Module) -> set[str]:

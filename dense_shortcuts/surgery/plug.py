@@ -13,10 +13,11 @@ from .. import adapters
 from ..adapters import DenseBlock, containers
 from ..adapters import families as families  # whose blocks are known from here on
 from ..errors import DenseShortcutError
-from ..nn.connectivity import PATTERNS, sources
+from ..nn.connectivity import PATTERNS, Segment, sources
+from ..nn.inner_shortcut import InnerShortcut
 from ..nn.norms import NORMS, Norm
-from ..nn.shortcut import DenseShortcut, InnerShortcut
-from ..nn.stage import DenseStage, Row
+from ..nn.shortcut import DenseShortcut
+from ..nn.stage import DenseStage
 from ..nn.weighting import INITS
 from ..ops import BACKENDS
 from . import layer_groups
@@ -68,7 +69,7 @@ class StagePlan:
     """
 
     name: str
-    row: Row
+    row: Segment
     blocks: type[nn.Module]
     shortcut: DenseShortcut
     inner: dict[str, InnerShortcut]
@@ -126,7 +127,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(model: nn.Module, **options: Any) -> Plan:
+def plan(model: nn.Module, *, example: Any = None, **options: Any) -> Plan:
     """What `plug_in` with the same keywords would do, stage by stage; printing it gives a table. Changes nothing.
 
     Raises:
@@ -134,7 +135,7 @@ def plan(model: nn.Module, **options: Any) -> Plan:
         DenseShortcutError: an unknown name or number, a network with nothing to plug into or already plugged, a block
             class that is not understood, a group count that does not divide a width.
     """
-    return plan_options(model, _options(options))
+    return plan_options(model, _options(options), example)
 
 
 def _options(given: dict[str, Any]) -> Options:
@@ -146,14 +147,14 @@ def _options(given: dict[str, Any]) -> Options:
     return Options(**given)
 
 
-def plan_options(model: nn.Module, options: Options) -> Plan:
+def plan_options(model: nn.Module, options: Options, example: Any = None) -> Plan:
     """`plan` with the options in one piece."""
     _check_options(options)
     _check_model(model)
-    found, refused = find_stages(model)
+    found, refused = find_stages(model, example)
     chosen = _chosen_stages(found, options)
     _check_blocks(found, options.blocks)
-    rows = [(stage, row) for stage in chosen for row in stage.rows]
+    rows = [(stage, row) for stage in chosen for row in stage.segments]
     stages = [_plan_row(model, *place, options) for place in rows if any(_sources(model, *place, options))]
     if not stages:
         raise DenseShortcutError(
@@ -163,11 +164,12 @@ def plan_options(model: nn.Module, options: Options) -> Plan:
     if options.inner and not any(s.inner for s in stages):
         raise DenseShortcutError("inner=True (DS2) needs bottleneck blocks and this network has none: leave inner out.")
     names = {stage.name for stage in stages}
-    kept = tuple(refusal for refusal in refused if refusal.container in names)
+    others = {stage.name for stage in found} - names
+    kept = tuple(refusal for refusal in refused if refusal.container not in others)
     return Plan(tuple(stages), tuple(stage for stage in chosen if stage.name in names), kept, options)
 
 
-def _plan_row(model: nn.Module, stage: Found, row: Row, options: Options) -> StagePlan:
+def _plan_row(model: nn.Module, stage: Found, row: Segment, options: Options) -> StagePlan:
     container = model.get_submodule(stage.name)
     blocks = {stage.names[n]: stage.blocks[n] for n in range(row.first, row.stop)}
     devices = {str(p.device) for name in blocks for p in container.get_submodule(name).parameters()}
@@ -233,7 +235,7 @@ def _check_blocks(found: list[Found], blocks: Blocks) -> None:
             raise DenseShortcutError(f"there is no block {name!r} in the network's stages: {told}.")
 
 
-def _sources(model: nn.Module, stage: Found, row: Row, options: Options) -> tuple[tuple[int, ...], ...]:
+def _sources(model: nn.Module, stage: Found, row: Segment, options: Options) -> tuple[tuple[int, ...], ...]:
     """The maps that each block of a row sums; none where it is not chosen."""
     chosen = []
     for k, n in enumerate(range(row.first, row.stop)):
@@ -323,6 +325,7 @@ def plug_in(
     inner_start: float = 0.0,
     keep_identity: bool = False,
     backend: str = "auto",
+    example: Any = None,
 ) -> nn.Module:
     """The same network with dense shortcuts (DSNet), changed in place: weights, module names and hooks are kept.
 
@@ -348,6 +351,9 @@ def plug_in(
         keep_identity: keep the host's own shortcut beside the dense one. The network then starts as its host, unless
             `init`, `inner_start` or "dense_identity" says otherwise.
         backend: form of the operator: "auto", "plain" (PyTorch alone, any device), "cpu", "native" or "triton".
+        example: an input of the network, a tuple of its arguments or a dict of its keywords, of which shapes and dtypes
+            alone are used: the network is run on them without data to see what it does with its blocks. None makes
+            images of the size that the network names, or of a usual one.
 
     Returns:
         `model`.
@@ -373,7 +379,7 @@ def plug_in(
         keep_identity=keep_identity,
         backend=backend,
     )
-    planned = plan_options(model, options)
+    planned = plan_options(model, options, example)
     _match_hosts(model, planned)
     for stage in planned.found:
         _plug_stage(model.get_submodule(stage.name), stage, planned)
@@ -418,7 +424,7 @@ def unplug(model: nn.Module) -> nn.Module:
         raise DenseShortcutError("the network is fused for inference: unplug the one it was made from.")
     for stage in stages.values():
         blocks = stage.blocks
-        for row in stage.rows:
+        for row in stage.segments:
             for block in blocks[row.first : row.stop]:
                 adapters.unplug(block)
         stage.release()

@@ -8,7 +8,7 @@ from dense_shortcuts.experiments.bench.figures import exponent, extra_seconds, g
 from dense_shortcuts.experiments.bench.goals import GOALS, outcomes
 from dense_shortcuts.experiments.bench.measure import Result, Row
 from dense_shortcuts.experiments.bench.traffic import ShortcutBytes
-from dense_shortcuts.ops.dispatch import own_backend
+from dense_shortcuts.ops.backend import own_backend
 
 
 def row(name: str, train: list[float], peak: int = 100) -> Row:

@@ -13,6 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 
+from dense_shortcuts import recipes
 from dense_shortcuts.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -44,9 +45,8 @@ COMMANDS = [
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, clean_set) -> Iterator[Path]:
-    """A folder with the recipes, an image, and weights for --pretrained."""
+    """A folder with an image, and weights for --pretrained."""
     folder = tmp_path_factory.mktemp("docs")
-    (folder / "recipes").symlink_to(ROOT / "recipes")
     shutil.copy(clean_set / "val2017" / "000500.png", folder / "IMAGES")
     save_file(timm.create_model("tiny_backbone").state_dict(), folder / "host.safetensors")
     yield folder
@@ -87,14 +87,14 @@ def test_a_snippet_runs_as_it_stands(snippet, capsys):
     assert isinstance(names["body"], torch.nn.Module) and "(4, 8, 16, 32)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("detect-*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", sorted(recipes.FOLDER.glob("detect-*.yaml")), ids=lambda path: path.stem)
 def test_a_recipe_is_a_whole_configuration(recipe):
     from dense_shortcuts.experiments.detect.config import DetectConfig, read_recipe
 
     assert isinstance(read_recipe(recipe), DetectConfig)
-    assert f"recipes/{recipe.name}" in recipe.read_text()
+    assert f"--recipe {recipe.stem} " in recipe.read_text()
 
 
 def test_linked_and_named_files_are_there():
-    named = re.findall(r"\b(?:recipes|docs|tests)/[\w./-]+\.\w+", TEXT)
+    named = re.findall(r"\b(?:docs|tests)/[\w./-]+\.\w+", TEXT)
     assert named and [path for path in named if not (ROOT / path).is_file()] == []

@@ -20,10 +20,10 @@ from dense_shortcuts.experiments.detect.data import read_split
 from dense_shortcuts.experiments.detect.figures import TWELVE
 from dense_shortcuts.experiments.detect.loop import make_schedule
 from dense_shortcuts.experiments.detect.network import build_detector
-from dense_shortcuts.experiments.train.checkpoint import read_tensors
 from dense_shortcuts.experiments.train.config import read_fields
 from dense_shortcuts.experiments.train.loop import read_metrics
 from dense_shortcuts.experiments.train.rerun import unclocked
+from dense_shortcuts.files import read_tensors
 
 DETECTORS = ("fasterrcnn", "retinanet", "fcos", "maskrcnn")
 TINY = [
@@ -179,7 +179,7 @@ def test_an_interrupted_run_resumes_to_the_same_result(faulty_set, monkeypatch, 
     assert main(["detect", "train", "--resume", "runs/cut"]) == 0  # finished: prints and trains nothing again
     assert epochs == [0, 1, 1]
     error = refused(["detect", "compare", "--resume", "runs/cut"], capsys)
-    assert "was started by `dsnet detect train`" in error
+    assert "go on with `dsnet detect train --resume " in error
 
 
 def test_predict_draws_boxes_and_writes_results(made, clean_set, tmp_path, capsys):
@@ -327,7 +327,7 @@ def test_a_recipe_gives_the_defaults_and_flags_have_the_last_word():
         (["--lr", "0"], "--lr is 0.0: it must be above 0"),
         (["--sched", "multistep", "--milestones"], "needs --milestones"),
         (["--name", "a/b"], "not a plain folder name"),
-        (["--recipe", "missing.yaml"], "cannot read missing.yaml"),
+        (["--recipe", "missing.yaml"], "missing.yaml is no file and no recipe"),
         (["--resume", "nowhere"], "give no other flag beside it"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -339,7 +339,7 @@ def test_bad_input_is_one_sentence_with_code_2_and_leaves_nothing(arguments, mes
 
 def test_a_bad_command_or_flag_is_one_sentence_that_names_the_commands_own_help(capsys):
     assert "`dsnet detect train --help` lists" in refused(["detect", "train", "--epoch", "3"], capsys)
-    assert "expected one of {train, eval, predict, compare}" in refused(["detect"], capsys)
+    assert "required: COMMAND: `dsnet detect --help` lists what there is" in refused(["detect"], capsys)
     assert "nowhere is no run to resume" in refused(["detect", "train", "--resume", "nowhere"], capsys)
     assert "nowhere is no checkpoint" in refused(["detect", "eval", "nowhere"], capsys)
     Image.new("RGB", (8, 8)).save("image.png")

@@ -7,10 +7,11 @@ import tiny_network  # noqa: F401 (registers it)
 from hosts import randomise, randomise_parameters
 
 import dense_shortcuts as ds
-from dense_shortcuts.experiments.train.checkpoint import write_model, write_text
+from dense_shortcuts.experiments.train.checkpoint import write_model
 from dense_shortcuts.experiments.train.config import TrainConfig, write_yaml
 from dense_shortcuts.experiments.train.data import load_data
 from dense_shortcuts.experiments.train.network import build_network
+from dense_shortcuts.files import write_text
 
 
 @pytest.fixture

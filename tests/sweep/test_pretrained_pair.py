@@ -8,12 +8,13 @@ import pytest
 import torch
 from train.train_helpers import png, write_parquet
 
+from dense_shortcuts import recipes
 from dense_shortcuts.cli import main
 from dense_shortcuts.experiments.sweep.spec import read_sweep
-from dense_shortcuts.experiments.train.checkpoint import WEIGHTS, read_tensors
+from dense_shortcuts.experiments.train.checkpoint import WEIGHTS
 from dense_shortcuts.experiments.train.config import class_numbers, read_yaml
+from dense_shortcuts.files import read_tensors
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 PAIRS = {"pretrain-cpu": "pretrained-pair-cpu", "pretrain": "pretrained-pair"}
 TINY = {"limit_train": 4, "limit_test": 4, "batch_size": 4, "epochs": 1, "warmup_epochs": 0, "img_size": 8}
 TINY |= {"workers": 0, "tracker": "none", "model": "dsnet20", "lr": 1e-30, "weight_decay": 0.0, "precision": "no"}
@@ -21,7 +22,7 @@ TINY |= {"workers": 0, "tracker": "none", "model": "dsnet20", "lr": 1e-30, "weig
 
 @pytest.mark.parametrize("before", PAIRS)
 def test_the_pair_starts_from_what_the_pretraining_leaves_and_sees_other_classes(before):
-    pretraining, sweep = read_yaml(RECIPES / f"{before}.yaml"), read_sweep(RECIPES / f"{PAIRS[before]}.yaml")
+    pretraining, sweep = read_yaml(recipes.find(before)), read_sweep(recipes.find(PAIRS[before]))
     begun = [row.config for row in sweep.rows if row.config.weights]
     assert {config.weights for config in begun} == {f"{pretraining.output}/{pretraining.name}"}
     assert {(c.aggregate, c.keep_identity) for c in begun} == {("identity", False), ("stage", True), ("stage", False)}
@@ -37,23 +38,25 @@ def test_the_pair_starts_from_what_the_pretraining_leaves_and_sees_other_classes
 @pytest.mark.parametrize("before", PAIRS)
 def test_its_file_says_how_it_is_run(before):
     assert [command[:3] for command in commands(before)] == [
-        ["train", "--recipe", f"recipes/{before}.yaml"],
-        ["sweep", f"recipes/{PAIRS[before]}.yaml", "--data-dir"],
+        ["train", "--recipe", before],
+        ["sweep", PAIRS[before], "--data-dir"],
     ]
 
 
 def commands(before: str) -> list[list[str]]:
     """The arguments of dsnet in the pair's own comment."""
-    text = (RECIPES / f"{PAIRS[before]}.yaml").read_text()
+    text = recipes.find(PAIRS[before]).read_text()
     return [shlex.split(each) for each in re.findall(r"^#   (?:\w+=\w+ )?dsnet (.+)$", text, re.MULTILINE)]
 
 
-def test_the_commands_run_one_after_the_other_and_not_the_second_alone(capsys):
+def test_the_commands_run_one_after_the_other_and_not_the_second_alone(monkeypatch, capsys):
     pretrain, sweep = commands("pretrain-cpu")
-    Path("recipes").mkdir()
+    cut = Path("cut")
+    cut.mkdir()
     for name in ("pretrain-cpu", "pretrained-pair-cpu"):
-        text = (RECIPES / f"{name}.yaml").read_text()
-        Path(f"recipes/{name}.yaml").write_text(text.replace("seeds: [0, 1, 2]", "seeds: [0]"))
+        text = recipes.find(name).read_text()
+        (cut / f"{name}.yaml").write_text(text.replace("seeds: [0, 1, 2]", "seeds: [0]"))
+    monkeypatch.setattr(recipes, "FOLDER", cut)
     for part in ("train", "test"):
         write_parquet(Path("DIR"), part, [png(i, size=32) for i in range(8)], [0, 79, 33, 1, 80, 99, 81, 80])
     small = ["--set", *(f"{key}={value}" for key, value in TINY.items())]
@@ -65,7 +68,7 @@ def test_the_commands_run_one_after_the_other_and_not_the_second_alone(capsys):
     assert main([*pretrain, *flags]) == 0
     assert main([*sweep, *small]) == 0, capsys.readouterr().err
     host = read_tensors(Path("runs/pretrain-cpu/identity") / WEIGHTS)[0]
-    cells = read_sweep(Path("recipes/pretrained-pair-cpu.yaml")).cells()
+    cells = read_sweep(recipes.find("pretrained-pair-cpu")).cells()
     assert len(cells) == 7
     for cell in cells:
         (network,) = Path("runs/pretrained-pair-cpu", cell.key).glob(f"*/{WEIGHTS}")

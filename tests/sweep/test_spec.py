@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from sweep.conftest import BASE
 
-from dense_shortcuts import DenseShortcutError
+from dense_shortcuts import DenseShortcutError, recipes
 from dense_shortcuts.cli import main
 from dense_shortcuts.experiments.sweep.spec import read_sweep, slug
 
@@ -91,7 +91,7 @@ def test_a_wrong_setting_on_the_command_line_is_told(change):
         read_sweep(Path("s.yaml"), [change])
 
 
-SWEEPS = [path for path in sorted((ROOT / "recipes").glob("*.yaml")) if "\ngrid:" in path.read_text()]
+SWEEPS = [path for path in sorted(recipes.FOLDER.glob("*.yaml")) if "\ngrid:" in path.read_text()]
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)

@@ -74,7 +74,7 @@ def test_a_finished_sweep_runs_nothing_again_and_says_so(finished, capsys):
 
 def test_the_status_of_a_sweep_that_was_not_begun(capsys):
     assert main(["sweep", "s.yaml", "--status"]) == 2
-    assert "runs/s holds no sweep: begin it by `dsnet sweep s.yaml`" in capsys.readouterr().err
+    assert "runs/s holds no sweep: the same command without --status begins it." in capsys.readouterr().err
     assert not Path("runs").exists()
 
 

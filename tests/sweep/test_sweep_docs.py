@@ -11,7 +11,7 @@ import yaml
 from train.train_helpers import png, write_parquet
 
 import dense_shortcuts as ds
-from dense_shortcuts import shipped
+from dense_shortcuts import recipes, shipped
 from dense_shortcuts.cli import main
 from dense_shortcuts.commands import COMMANDS
 from dense_shortcuts.experiments.sweep.spec import read_sweep
@@ -30,14 +30,16 @@ def commands() -> list[str]:
 
 
 @pytest.fixture
-def place():
+def place(monkeypatch):
     """The recipes cut to two rows and one seed, generated images in DIR, and a finished run in runs/NAME."""
-    Path("recipes").mkdir()
-    for path in (ROOT / "recipes").glob("*.yaml"):
+    cut = Path("cut")
+    cut.mkdir()
+    for path in recipes.FOLDER.glob("*.yaml"):
         content = yaml.safe_load(path.read_text())
         if "grid" in content:
             content |= {"grid": content["grid"][:2], "seeds": content["seeds"][:1]}
-        (Path("recipes") / path.name).write_text(yaml.safe_dump(content))
+        (cut / path.name).write_text(yaml.safe_dump(content))
+    monkeypatch.setattr(recipes, "FOLDER", cut)
     for part in ("train", "test"):
         write_parquet(Path("DIR"), part, [png(i, size=32) for i in range(8)], list(range(8)))
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in TINY.items()]
@@ -57,16 +59,16 @@ def test_every_command_of_the_guide_runs(place, capsys):
 
 
 def test_commands_and_recipes_that_it_names_are_there():
-    for recipe in re.findall(r"recipes/[\w.-]+\.yaml", TEXT):
-        assert (ROOT / recipe).is_file()
+    named = re.findall(r"dsnet sweep ([\w-]+)|--recipe ([\w-]+)", TEXT)
+    assert {recipes.find("".join(each)).parent for each in named} == {recipes.FOLDER}
     for verb in re.findall(r"dsnet (\w+)", TEXT):
         assert verb in COMMANDS
 
 
 def test_the_file_that_it_shows_reads(place):
     shown = re.search(r"```yaml\n(.*?)```", TEXT, re.DOTALL)[1]
-    Path("recipes/shown.yaml").write_text(shown)
-    sweep = read_sweep(Path("recipes/shown.yaml"))
+    Path("shown.yaml").write_text(shown)
+    sweep = read_sweep(Path("shown.yaml"))
     assert [row.name for row in sweep.rows] == [
         "ResNet-50",
         "DSNet-50 norm=group",

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from dense_shortcuts import recipes
 from dense_shortcuts.experiments.train.config import read_yaml
 
 DSNET = Path(sys.executable).with_name("dsnet")
-RECIPE = Path(__file__).parents[2] / "recipes" / "cifar100-cpu.yaml"
+RECIPE = recipes.find("cifar100-cpu")
 
 
 @pytest.mark.accuracy

@@ -13,21 +13,18 @@ from safetensors import safe_open
 from torch import nn
 
 import dense_shortcuts as ds
-from dense_shortcuts import DenseShortcutError
-from dense_shortcuts.experiments.train import checkpoint
+from dense_shortcuts import DenseShortcutError, files
 from dense_shortcuts.experiments.train.checkpoint import (
     CARD,
     WEIGHTS,
     crop_of,
     load_all,
     read_model,
-    read_tensors,
     restore_training,
     training_state,
-    write_tensors,
-    write_text,
 )
 from dense_shortcuts.experiments.train.states import state_path
+from dense_shortcuts.files import read_tensors, write_tensors, write_text
 
 STATE = "state-0001.safetensors"
 
@@ -41,7 +38,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
         file.write_bytes(b"half of it")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    monkeypatch.setattr(files, "save_file", full_disk)
     with pytest.raises(DenseShortcutError, match=r"No space left .* free some space and go on"):
         write_tensors(path, {"x": torch.zeros(3)}, {"epoch": 2})
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [STATE]

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,9 +16,10 @@ from train_helpers import png, write_parquet
 from dense_shortcuts import DenseShortcutError
 from dense_shortcuts.cli import main, parse
 from dense_shortcuts.commands import COMMANDS
-from dense_shortcuts.experiments.train.checkpoint import WEIGHTS, read_tensors
+from dense_shortcuts.experiments.train.checkpoint import WEIGHTS
 from dense_shortcuts.experiments.train.loop import read_metrics
 from dense_shortcuts.experiments.train.rerun import unclocked
+from dense_shortcuts.files import read_tensors
 
 DSNET = Path(sys.executable).with_name("dsnet")
 NETWORKS = ("identity", "stage-group")
@@ -100,10 +102,25 @@ def test_compare_leaves_table_curves_configuration_metrics_and_checkpoints():
         [name, "epoch", f"{epoch}/3"] for name in NETWORKS for epoch in (1, 2, 3)
     ]
     assert table["verdict"] in " ".join(done.stdout.split())
-    assert lines[-1].startswith("next: dsnet compare ")
+    assert lines[-1] == "next: dsnet compare --recipe runs/a/config.yaml --seed 1 --name a-seed-1"
+    assert lines[-2] == "with CIFAR-100 in a folder DIR: dsnet compare --recipe cifar100-cpu --data-dir DIR"
     assert done.stderr == ""
     environment = json.loads((run / "environment.json").read_text())
     assert environment["packages"]["timm"] and environment["seed"] == 0 and environment["command"] == "compare"
+
+
+def test_the_command_that_a_run_prints_as_the_next_step_runs_where_it_was_printed(tmp_path):
+    """From a folder with a blank, with the environment's commands not on the path, and for a lone host too."""
+    place = tmp_path / "a place"
+    place.mkdir()
+    outside = os.environ | {"PATH": os.defpath}
+    settings = [*TINY, "--epochs=1", "--aggregate=identity", "--output=my runs", "--name=h"]
+    command = shlex.join([str(DSNET), "train", *settings])
+    for name in ("h-seed-1", "h-seed-2"):
+        done = subprocess.run(command, shell=True, cwd=place, env=outside, capture_output=True, text=True, check=True)
+        command = done.stdout.splitlines()[-1].removeprefix("next: ")
+        assert command.endswith(f" --name {name}")
+    assert {path.name for path in (place / "my runs").iterdir()} == {"h", "h-seed-1"}
 
 
 def is_learned(key: str) -> bool:
@@ -185,7 +202,7 @@ def test_a_run_folder_that_exists_is_refused_and_untouched(capsys):
         (["train", "--name", "a/b"], "not a plain folder name"),
         (["train", "--data", "cifar100"], "--data-dir DIR"),
         (["train", "--data", "imagefolder", "--data-dir", "nowhere"], "nowhere is not a folder"),
-        (["train", "--recipe", "missing.yaml"], "cannot read missing.yaml"),
+        (["train", "--recipe", "missing.yaml"], "missing.yaml is no file and no recipe: "),
         (["train", "--resume", "nowhere"], "nowhere is no run to resume"),
         (["train", "--resume", "nowhere", "--lr", "1"], "give no other flag beside it"),
         (["eval", "nowhere"], "nowhere is no checkpoint"),
@@ -204,14 +221,19 @@ def test_bad_input_is_one_sentence_with_code_2_and_leaves_nothing(arguments, mes
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["train", "--norm", "grup"], "invalid choice 'grup' for argument '--norm'"),
-        (["train", "--epochs", "many"], "error parsing --epochs: invalid literal for int() with base 10: 'many'"),
-        (["train", "--epoch", "3"], "unrecognized options: --epoch, 3: did you mean --epochs? `dsnet train --help`"),
-        (["compare", "--lr"], "missing value for argument '--lr'"),
+        (["train", "--norm", "grup"], "argument --norm: 'grup' is none of group, batch, layer, instance, none, auto: "),
+        (["train", "--epochs", "many"], "argument --epochs: 'many' is not a whole number: `dsnet train --help`"),
+        (["train", "--lr", "high"], "argument --lr: 'high' is not a number: "),
+        (["train", "--inner", "yes"], "argument --inner: 'yes' is not True or False: "),
+        (["train", "--epoch", "3"], "unrecognized arguments: --epoch 3 (did you mean --epochs?): `dsnet train --help`"),
+        (["train", "--batch_size=3"], "unrecognized arguments: --batch_size=3 (did you mean --batch-size?): "),
+        (["compare", "--lr"], "argument --lr: expected one argument"),
         (["compare", "--recipe"], "argument --recipe: expected one argument"),
-        (["eval"], "missing from dsnet eval: PATH"),
-        (["trian"], "unrecognized options: trian: `dsnet --help`"),
-        ([], "expected one of {" + ", ".join(COMMANDS) + "}"),
+        (["eval"], "the following arguments are required: CHECKPOINT: `dsnet eval --help`"),
+        (["prune", "shipped"], "the following arguments are required: --keep: "),
+        (["info", "more"], "unrecognized arguments: more: `dsnet info --help`"),
+        (["trian"], "argument COMMAND: invalid choice: 'trian' (choose from "),
+        ([], "the following arguments are required: COMMAND: `dsnet --help`"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -219,14 +241,37 @@ def test_a_flag_that_cannot_be_read_is_one_sentence_with_code_2(arguments, sente
     assert refused(arguments, capsys).startswith(f"dsnet: error: {sentence}")
 
 
-def test_a_refusal_is_the_same_sentence_on_a_terminal_where_tyro_draws_in_colour():
+@pytest.mark.parametrize("word", COMMANDS)
+def test_every_command_has_help(word, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([word, "--help"])
+    assert not caught.value.code and capsys.readouterr().out.startswith(f"usage: dsnet {word} ")
+
+
+def test_flags_of_every_kind_are_read():
+    command = parse(["train", "--inner", "True", "--no-channels-last", "--clip-grad", "None", "--layers", "2", "3"])
+    config = command.config
+    assert (config.inner, config.channels_last, config.clip_grad, config.layers) == (True, False, None, (2, 3))
+    bench = parse(["bench", "--models", "a", "b", "--what", "infer", "--output", "x"]).config
+    assert (bench.models, bench.what, bench.output) == (("a", "b"), ("infer",), Path("x"))
+    seen = parse(["cam", "a.png", "b.png", "--pretrained", "--draw", "2"])
+    assert (seen.images, seen.pretrained, seen.draw) == ((Path("a.png"), Path("b.png")), True, 2)
+    assert parse(["models"]).pattern == "" and parse(["models", "ds2*"]).pattern == "ds2*"
+    assert parse(["renorm", "shipped"]).training.epochs == 5
+    assert parse(["prune", "shipped", "--keep", "1"]).training.epochs == 0
+    assert parse(["renorm", "shipped", "--epochs", "2"]).training.epochs == 2
+    sweep = parse(["sweep", "s.yaml", "--set", "epochs=2", "lr=0.1"])
+    assert (sweep.file, sweep.set) == (Path("s.yaml"), ("epochs=2", "lr=0.1"))
+
+
+def test_a_refusal_is_the_same_sentence_on_a_terminal():
     terminal, end = pty.openpty()
     done = subprocess.run([DSNET, "train", "--epoch", "3"], stdout=end, stderr=subprocess.PIPE, text=True)
     for descriptor in (terminal, end):
         os.close(descriptor)
     assert done.returncode == 2
     assert done.stderr == (
-        "dsnet: error: unrecognized options: --epoch, 3: did you mean --epochs? "
+        "dsnet: error: unrecognized arguments: --epoch 3 (did you mean --epochs?): "
         "`dsnet train --help` lists what there is.\n"
     )
 
@@ -268,7 +313,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_its_keys(finished, capsys
     weights_file = Path("runs/a/stage-group/model.safetensors")
     weights_file.write_bytes(weights_file.read_bytes()[:5000])
     assert "is not a whole safetensors file" in refused(["eval", "runs/a/stage-group"], capsys)
-    assert "was started by `dsnet compare`" in refused(["train", "--resume", "runs/a"], capsys)
+    assert "go on with `dsnet compare --resume runs/a`" in refused(["train", "--resume", "runs/a"], capsys)
 
 
 def test_a_broken_saved_configuration_is_told_on_resume(finished, capsys):

@@ -1,16 +1,15 @@
 """The configuration: YAML both ways, and one sentence for each thing that is wrong."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 
-from dense_shortcuts import DenseShortcutError
+from dense_shortcuts import DenseShortcutError, recipes
 from dense_shortcuts.experiments.train.config import TrainConfig, read_yaml, write_yaml
 
 RECIPES = [
     path
-    for path in sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+    for path in sorted(recipes.FOLDER.glob("*.yaml"))
     if "\ngrid:" not in path.read_text()  # that is a sweep's file
     and not path.name.startswith("detect")
 ]

@@ -16,15 +16,16 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from dense_shortcuts import DenseShortcutError
+from dense_shortcuts import DenseShortcutError, recipes
 from dense_shortcuts.cli import parse
 from dense_shortcuts.experiments.train import loop
-from dense_shortcuts.experiments.train.checkpoint import WEIGHTS, read_tensors
+from dense_shortcuts.experiments.train.checkpoint import WEIGHTS
 from dense_shortcuts.experiments.train.data import load_data
 from dense_shortcuts.experiments.train.loop import make_loader, placed, prepare
 from dense_shortcuts.experiments.train.network import build_network
 from dense_shortcuts.experiments.train.processes import average_statistics, make_accelerator
 from dense_shortcuts.experiments.train.states import newest_whole, read_predicted, read_shapes, saved_states
+from dense_shortcuts.files import read_tensors
 
 # Each is to give the same curve over any number of processes.
 SAME = {
@@ -227,7 +228,7 @@ def test_the_slurm_script_begins_a_run_and_goes_on_with_it(tmp_path, begun):
         (tmp_path / "runs" / "dsnet50-imagenet").mkdir(parents=True)
         (tmp_path / "runs" / "dsnet50-imagenet" / "config.yaml").touch()
     slurm = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]"}
-    script = Path(__file__).parents[2] / "recipes" / "slurm.sbatch"
+    script = recipes.FOLDER / "slurm.sbatch"
     done = subprocess.run(
         ["bash", script],
         env=slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DATA": "imagenet", "RUNS": str(tmp_path / "runs")},

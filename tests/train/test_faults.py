@@ -14,9 +14,9 @@ import torch
 from process_helpers import Group, tiny
 from torch import distributed as dist
 
-from dense_shortcuts import DenseShortcutError
+from dense_shortcuts import DenseShortcutError, files
 from dense_shortcuts.cli import main
-from dense_shortcuts.experiments.train import checkpoint, loop, run, states
+from dense_shortcuts.experiments.train import loop, run, states
 from dense_shortcuts.experiments.train.config import TrainConfig, write_yaml
 from dense_shortcuts.experiments.train.log import RUN_LOG
 from dense_shortcuts.experiments.train.loop import METRICS, read_metrics
@@ -45,9 +45,9 @@ LATER = [
     (loop, "append_line", "before", 2),
     (loop, "append_line", "after", 2),
     (loop, "save_state", "after", 2),
-    (checkpoint, "save_file", "before", 2),
-    (checkpoint, "save_file", "middle", 2),
-    (checkpoint, "sync_folder", "before", 3),
+    (files, "save_file", "before", 2),
+    (files, "save_file", "middle", 2),
+    (files, "sync_folder", "before", 3),
     (states, "forget", "before", 2),
     (states, "forget", "after", 2),
 ]
@@ -179,18 +179,18 @@ def test_a_disk_that_fills_costs_nothing_that_was_saved(recipe, whole, tmp_path)
 
 def test_a_disk_that_fills_within_the_librarys_own_writing_is_told_too(tmp_path, monkeypatch):
     def full(tensors, file, metadata):
-        raise checkpoint.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise files.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(DenseShortcutError, match=r"no room to write .*: what was saved before is whole"):
-        checkpoint.write_tensors(tmp_path / "a", {}, {})
+        files.write_tensors(tmp_path / "a", {}, {})
     with monkeypatch.context() as patch, pytest.raises(DenseShortcutError, match=r"no room to write .*metrics"):
         patch.setattr(os, "fsync", lambda descriptor: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
         loop.append_line(tmp_path / METRICS, "{}")
-    other = checkpoint.SafetensorError("Error while serializing: Permission denied (os error 13)")
-    with pytest.raises(checkpoint.SafetensorError), checkpoint.told_when_full(tmp_path):
+    other = files.SafetensorError("Error while serializing: Permission denied (os error 13)")
+    with pytest.raises(files.SafetensorError), files.told_when_full(tmp_path):
         raise other
-    with pytest.raises(OSError, match="I/O error"), checkpoint.told_when_full(tmp_path):
+    with pytest.raises(OSError, match="I/O error"), files.told_when_full(tmp_path):
         raise OSError(errno.EIO, "I/O error")
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 import dense_shortcuts as ds
 from dense_shortcuts import DenseShortcutError
 from dense_shortcuts.experiments.train import loop
-from dense_shortcuts.experiments.train.checkpoint import CARD, WEIGHTS, read_tensors
+from dense_shortcuts.experiments.train.checkpoint import CARD, WEIGHTS
 from dense_shortcuts.experiments.train.config import TrainConfig
 from dense_shortcuts.experiments.train.data import load_data
 from dense_shortcuts.experiments.train.display import Display
@@ -28,6 +28,7 @@ from dense_shortcuts.experiments.train.network import (
 from dense_shortcuts.experiments.train.processes import make_accelerator
 from dense_shortcuts.experiments.train.rerun import unclocked
 from dense_shortcuts.experiments.train.states import state_path
+from dense_shortcuts.files import read_tensors
 from dense_shortcuts.nn.norms import TokenNorm
 
 

@@ -15,12 +15,13 @@ from safetensors.torch import save_file
 from dense_shortcuts import DenseShortcutError
 from dense_shortcuts.cli import main
 from dense_shortcuts.experiments.train import loop
-from dense_shortcuts.experiments.train.checkpoint import WEIGHTS, read_json, read_tensors
+from dense_shortcuts.experiments.train.checkpoint import WEIGHTS
 from dense_shortcuts.experiments.train.config import TrainConfig, read_yaml
 from dense_shortcuts.experiments.train.fingerprint import file_fingerprint
 from dense_shortcuts.experiments.train.network import build_network
 from dense_shortcuts.experiments.train.pretrained import start_from, weights_file
 from dense_shortcuts.experiments.train.rerun import differences
+from dense_shortcuts.files import read_json, read_tensors
 
 TINY = [
     *("--model=dsnet20", "--img-size=8", "--crop-padding=1", "--limit-train=64", "--limit-test=30"),

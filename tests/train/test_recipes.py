@@ -9,6 +9,7 @@ from test_data_sources import write_images
 from timm.loss import BinaryCrossEntropy
 from train_helpers import png
 
+from dense_shortcuts import recipes
 from dense_shortcuts.cli import main
 from dense_shortcuts.experiments.train.config import read_yaml
 from dense_shortcuts.experiments.train.data import load_data
@@ -16,10 +17,9 @@ from dense_shortcuts.experiments.train.loop import read_metrics
 from dense_shortcuts.experiments.train.network import build_network, make_loss, make_optimizer, network_label
 from dense_shortcuts.models import list_models
 
-ROOT = Path(__file__).parents[2]
 RECIPES = [
     path
-    for path in sorted((ROOT / "recipes").glob("*.yaml"))
+    for path in sorted(recipes.FOLDER.glob("*.yaml"))
     if "model" in (settings := yaml.safe_load(path.read_text())) and "detector" not in settings
 ]
 TINY = [
@@ -61,7 +61,7 @@ def test_a_recipe_trains_at_a_tiny_size(path, folders, tmp_path, monkeypatch, ca
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_says_how_it_is_run_and_names_a_registered_network(path):
     assert re.search(
-        rf"^#   dsnet (compare|train) --recipe recipes/{path.name} --data-dir DIR$", path.read_text(), re.MULTILINE
+        rf"^#   dsnet (compare|train) --recipe {path.stem} --data-dir DIR$", path.read_text(), re.MULTILINE
     )
     assert read_yaml(path).model in list_models()
 
@@ -69,7 +69,7 @@ def test_a_recipe_says_how_it_is_run_and_names_a_registered_network(path):
 def test_the_a3_recipe_is_what_the_paper_has(folders):
     import dataclasses
 
-    config = read_yaml(ROOT / "recipes" / "imagenet-a3.yaml")
+    config = read_yaml(recipes.find("imagenet-a3"))
     model = build_network(dataclasses.replace(config, model="dsnet26"), 10)
     optimizer = make_optimizer(config, model)
     assert type(optimizer).__name__ == "Lamb" and {g["weight_decay"] for g in optimizer.param_groups} == {0.02, 0.0}
@@ -78,4 +78,4 @@ def test_the_a3_recipe_is_what_the_paper_has(folders):
     assert (mix.mixup_alpha, mix.cutmix_alpha, mix.label_smoothing) == (0.1, 1.0, 0.0)
     data = load_data(dataclasses.replace(config, data_dir=str(folders / "imagefolder")).resolved())
     assert data.train[(0, 0)][0].shape == (3, 160, 160) and data.test[(0, 0)][0].shape == (3, 224, 224)
-    assert read_yaml(ROOT / "recipes" / "imagenet-a2.yaml").aug_repeats == 3
+    assert read_yaml(recipes.find("imagenet-a2")).aug_repeats == 3

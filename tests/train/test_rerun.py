@@ -11,12 +11,13 @@ from PIL import Image
 
 from dense_shortcuts import DenseShortcutError
 from dense_shortcuts.cli import main
-from dense_shortcuts.experiments.train.checkpoint import WEIGHTS, read_json, read_tensors, write_tensors
+from dense_shortcuts.experiments.train.checkpoint import WEIGHTS
 from dense_shortcuts.experiments.train.config import TrainConfig
 from dense_shortcuts.experiments.train.data import load_data
 from dense_shortcuts.experiments.train.data.images import Arrays, Files
 from dense_shortcuts.experiments.train.fingerprint import fingerprint, fingerprints
 from dense_shortcuts.experiments.train.rerun import compared, differences, rerun
+from dense_shortcuts.files import read_json, read_tensors, write_tensors
 
 TINY = [
     *("--model=dsnet20", "--img-size=8", "--crop-padding=1", "--limit-train=64", "--limit-test=20"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dense_shortcuts import DenseShortcutError
+from dense_shortcuts import DenseShortcutError, extras
 from dense_shortcuts.experiments.train import tracking
 
 
@@ -43,17 +43,16 @@ def test_a_resumed_run_drops_what_tensorboard_was_shown_of_later_epochs(tiny, tm
 def test_none_leaves_no_file_and_the_default_is_tensorboard_where_it_is_installed(tiny, fit, tmp_path, monkeypatch):
     fit(tiny(tracker="none", epochs=1), tmp_path / "run" / "network")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"network"}
-    assert tracking.chosen_tracker(tiny()) == ("tensorboard" if tracking.find_spec("tensorboard") else "none")
-    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    assert tracking.chosen_tracker(tiny()) == ("tensorboard" if tracking.is_installed("tensorboard") else "none")
+    monkeypatch.setattr(tracking, "is_installed", lambda name: False)
     assert tracking.chosen_tracker(tiny()) == "none"
 
 
-@pytest.mark.parametrize(
-    ("name", "advice"), [("tensorboard", "'dense-shortcuts[track]'"), ("wandb", "wandb"), ("trackio", "trackio")]
-)
-def test_a_tracker_that_is_not_installed_is_told(name, advice, tiny, monkeypatch):
-    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
-    with pytest.raises(DenseShortcutError, match=re.escape(f"--tracker {name} needs `pip install {advice}`.")):
+@pytest.mark.parametrize(("name", "extra"), [("tensorboard", "track"), ("wandb", "wandb"), ("trackio", "trackio")])
+def test_a_tracker_that_is_not_installed_is_told(name, extra, tiny, monkeypatch):
+    monkeypatch.setattr(extras, "is_installed", lambda name: False)
+    sentence = f"--tracker {name} needs {name}: pip install 'dense-shortcuts[{extra}]'."
+    with pytest.raises(DenseShortcutError, match=re.escape(sentence)):
         tracking.chosen_tracker(tiny(tracker=name))
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ...errors import DenseShortcutError
-from ...nn.block import Join, joined
+from ...nn.block import MapLayout, in_stage
+from ...nn.residual_add import ResidualAdd
 from .probe import Layout, probe
 from .trace import RELU, Call, NoResidual, Parts, Piece, frozen, state_of, trace
 
@@ -87,16 +88,20 @@ class TracedBlock:
 
     _dense_trace: Trace
 
-    def forward(self, x: Tensor, *args: Any, join: Join | None = None, **kwargs: Any) -> Tensor:
-        join, traced = joined(join), self._dense_trace
+    def forward(self, x: Tensor, *args: Any, residual_add: ResidualAdd | None = None, **kwargs: Any) -> Tensor:
+        residual_add, traced = in_stage(residual_add), self._dense_trace
         inputs, settings = _arguments(traced.host, args, kwargs)
         parts = traced.of(self, Call(tuple(inputs), settings), x, *inputs.values())
         after = _after(self, parts.after)
-        if join.keep_identity:
+        if residual_add.keep_identity:
             total, identity = parts.whole.call(self, x, *inputs.values())
-            return join(total, None, identity, after, whole=True)
+            return residual_add(total, None, identity, after, whole=True)
         branch, identity = parts.split.call(self, x, *inputs.values())
-        return join(branch, _submodule(self, parts.norm), identity, after)
+        return residual_add(branch, _submodule(self, parts.norm), identity, after)
+
+    def _dense_layout(self) -> MapLayout:
+        layout = self._dense_trace.layout
+        return MapLayout(layout.tokens, len(layout.shape) == 5)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; the forward pass may depend on it, unless it is a mode or numbers, and is traced anew."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...ops.dispatch import own_backend
+from ...ops.backend import own_backend
 from .config import BenchConfig
 from .figures import memory_ratio, speed_ratio
 from .measure import Result

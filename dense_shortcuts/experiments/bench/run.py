@@ -5,12 +5,12 @@ import datetime
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 
 from ...errors import DenseShortcutError
+from ...extras import need
 from ..environment import machine
 from . import report
 from .config import BenchConfig
@@ -18,6 +18,9 @@ from .figures import growths
 from .goals import outcomes
 from .measure import Result, compare
 from .models import comparisons
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 RESULTS, TABLES, PLOT = "results.json", "tables.md", "plot.png"
 
@@ -32,6 +35,9 @@ def bench(config: BenchConfig, command: str) -> Path:
     Raises:
         DenseShortcutError: bad input of any kind, or a folder that exists.
     """
+    need("`dsnet bench`", "train")
+    from rich.console import Console
+
     device = choose_device(config)
     config = config.resolved(device.type)
     planned, refusals = comparisons(config, device.type)
@@ -104,7 +110,7 @@ def closing_tables(config: BenchConfig, about: dict[str, Any], results: Sequence
     return {"goals": report.goal_cells(outcomes(results, config, about["device"], about["threads"]))}
 
 
-def show(result: Result, device: torch.device, console: Console) -> None:
+def show(result: Result, device: torch.device, console: "Console") -> None:
     """A comparison's tables, and what was left out of it."""
     console.print(report.rich_table(report.speed_cells(result), report.title(result)))
     console.print(report.rich_table(report.cost_cells(result, device.type), ""))

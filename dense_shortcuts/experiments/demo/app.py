@@ -12,7 +12,9 @@ from PIL import Image
 
 from ... import shipped
 from ...errors import DenseShortcutError
+from ...extras import need
 from ...surgery.plug import unplug
+from ..command import dsnet
 from ..explain.cam import METHODS, cam_maps, find_layer
 from ..explain.networks import Network, probabilities, read_network, top, view
 from ..explain.picture import overlay
@@ -43,12 +45,9 @@ def serve(runs: Path, port: int | None, *, browser: bool = False, wait: bool = T
     Raises:
         DenseShortcutError: gradio or grad-cam is not installed, or the port is taken.
     """
+    need("the page", "demo")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read as gradio is imported
-    try:
-        import gradio
-        import pytorch_grad_cam  # noqa: F401 (missing, it is to be missed now and not at the first image)
-    except ImportError as error:
-        raise DenseShortcutError(f"the page needs {error.name}: pip install 'dense-shortcuts[demo]'.") from error
+    import gradio
     from starlette.middleware import Middleware
 
     page = build(gradio, runs)
@@ -202,7 +201,7 @@ def curves_tab(gradio: Any, runs: Path) -> None:
     """Accuracy and loss by epoch of two runs."""
     names = sources.curves(runs)
     if not names:
-        gradio.Markdown(f"No run in `{runs}` yet: `dsnet compare` makes one.")
+        gradio.Markdown(f"No run in `{runs}` yet: `{dsnet('compare', '--output', runs)}` makes one.")
         return
     with gradio.Row():
         first = gradio.Dropdown(names, value=names[0], label="First run")
@@ -224,7 +223,7 @@ def speed_tab(gradio: Any, runs: Path) -> None:
     """The comparisons of a benchmark."""
     names = sources.benchmarks(runs)
     if not names:
-        gradio.Markdown(f"No benchmark in `{runs}` yet: `dsnet bench` makes one.")
+        gradio.Markdown(f"No benchmark in `{runs}` yet: `{dsnet('bench', '--output', runs / 'bench')}` makes one.")
         return
     chosen = gradio.Dropdown(names, value=names[0], label="Benchmark")
     button = gradio.Button("Show figures", variant="primary")

@@ -10,9 +10,11 @@ from PIL import Image, ImageOps
 
 from ... import shipped
 from ...errors import DenseShortcutError
+from ...files import read_json
 from ...models import list_models
 from ..bench.run import RESULTS
-from ..train.checkpoint import CARD, read_json
+from ..command import dsnet
+from ..train.checkpoint import CARD
 from ..train.data.images import IMAGE_ERRORS
 from ..train.loop import METRICS, read_metrics
 
@@ -69,7 +71,7 @@ def comparisons(folder: Path) -> list[dict[str, Any]]:
     """The comparisons that a benchmark wrote."""
     found = read_json(folder / RESULTS).get("comparisons")
     if not isinstance(found, list) or not found:
-        raise DenseShortcutError(f"{folder.name} has no finished comparison: run dsnet bench again.")
+        raise DenseShortcutError(f"{folder.name} has no finished comparison: `{dsnet('bench')}` makes one.")
     return found
 
 

@@ -22,7 +22,6 @@ from torch.utils.data import Dataset
 from ...errors import DenseShortcutError
 from ..train.data.images import IMAGE_ERRORS, first_line
 from ..train.data.transformed import seeded
-from .extra import mask_tools
 
 Sample = tuple[Tensor, dict[str, Any]]
 
@@ -352,7 +351,9 @@ def read_image(path: Path | None) -> Tensor:
 
 def mask_of(box: Box, size: tuple[int, int]) -> np.ndarray:
     """The (H, W) uint8 mask of an annotation, as COCO's tools draw it."""
-    tools, segmentation = mask_tools(), box.segmentation
+    from faster_coco_eval.core import mask as tools
+
+    segmentation = box.segmentation
     if isinstance(segmentation, list):
         polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
         code = tools.merge(tools.frPyObjects(polygons, *size))

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...errors import DenseShortcutError
-from ..train.checkpoint import atomic, write_text
+from ...files import atomic, write_text
 from ..train.run import checkpoint_folder
 from .data import read_image
 from .loop import read_detector

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...extras import need
 from .data import Coco, Picture, has_mask, truth
-from .extra import mask_tools
 
 # Name in files, torchmetrics' name, IoU, area and detections an image of each figure, in COCO's order.
 TWELVE = (
@@ -36,9 +36,9 @@ class Meter:
     """
 
     def __init__(self, kind: str = "bbox", *, by_class: bool = False) -> None:
+        need("scoring detections", "detect")
         from torchmetrics.detection import MeanAveragePrecision
 
-        mask_tools()  # says which library is missing
         # One kind a metric: with both, torchmetrics would put its own areas in place of the file's.
         self.metric: MeanAveragePrecision = MeanAveragePrecision(
             box_format="xywh",

@@ -12,17 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from ...errors import DenseShortcutError
-from ..train.checkpoint import (
-    CARD,
-    WEIGHTS,
-    load_all,
-    read_json,
-    read_tensors,
-    restore_training,
-    training_state,
-    write_tensors,
-    write_text,
-)
+from ...files import read_json, read_tensors, write_tensors, write_text
+from ..train.checkpoint import CARD, WEIGHTS, load_all, restore_training, training_state
 from ..train.config import read_fields
 from ..train.data import EpochSampler, batches, mixed_seed
 from ..train.display import Display

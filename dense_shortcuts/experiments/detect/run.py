@@ -8,24 +8,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 
 from ...errors import DenseShortcutError
+from ...extras import need
+from ...files import atomic, read_json, write_text
+from ..command import dsnet
 from ..environment import machine
-from ..train.checkpoint import CARD, atomic, read_json, write_text
+from ..train.checkpoint import CARD
 from ..train.display import Display
 from ..train.loop import METRICS, make_accelerator, read_metrics
 from ..train.network import make_optimizer, network_label, twin
 from ..train.run import CONFIG, ENVIRONMENT, RunInterrupted, checkpoint_folder, default_name, make_folder
 from .config import DetectConfig, read_recipe
 from .data import Coco, Picture, read_split, report, trainable
-from .extra import mask_tools
 from .figures import TWELVE, twelve_lines
 from .loop import MASKS, read_detector, score, train_detector, train_loader
 from .network import build_detector
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from rich.console import Console
 
 FIGURES, FAULTS = "figures.json", "data.json"
 TRAIN, COMPARE = "detect train", "detect compare"
@@ -58,9 +60,10 @@ def resume(folder: Path, command: str) -> Path:
     if not (folder / CONFIG).is_file():
         raise DenseShortcutError(f"{folder} is no run to resume, for it has no {CONFIG}: give the folder of a run.")
     about = read_json(folder / ENVIRONMENT)
-    if about.get("command") != command:
+    began = about["command"]
+    if began != command:
         raise DenseShortcutError(
-            f"{folder} was started by `dsnet {about.get('command')}`: resume it with that command."
+            f"{folder} was started otherwise: go on with `{dsnet(*began.split(), '--resume', folder)}`."
         )
     config = read_recipe(folder / CONFIG)
     if command == COMPARE:
@@ -78,6 +81,8 @@ def execute(config: DetectConfig, resumed: Path | None) -> Path:
     if accelerator.is_main_process and resumed is None:
         make_folder(folder, config, environment(config, TRAIN))
     accelerator.wait_for_everyone()
+    from rich.console import Console
+
     console = Console(quiet=not accelerator.is_main_process)
     for line in heading(config, data, folder, accelerator.device):
         console.print(line, highlight=False, soft_wrap=True)
@@ -89,7 +94,7 @@ def execute(config: DetectConfig, resumed: Path | None) -> Path:
 
 
 def fit(
-    config: DetectConfig, model: Any, data: Data, folder: Path, accelerator: "Accelerator", console: Console
+    config: DetectConfig, model: Any, data: Data, folder: Path, accelerator: "Accelerator", console: "Console"
 ) -> None:
     """Train unless that is done, and leave figures, curves and faults in the folder."""
     for note in model.backbone.body.notes:
@@ -121,7 +126,7 @@ def load_data(config: DetectConfig) -> Data:
     Raises:
         DenseShortcutError: see `data.read_coco` and `data.trainable`; categories that differ between the splits.
     """
-    mask_tools()  # says which library is missing before anything is begun
+    need("scoring detections", "detect")
     folder, masks = Path(str(config.data_dir)), config.detector == MASKS
     train_set, val = read_split(folder, "train", config.limit_train), read_split(folder, "val", config.limit_val)
     if train_set.categories != val.categories:
@@ -170,7 +175,7 @@ def summary(row: dict[str, Any]) -> str:
     return f"AP {row['val_AP']:.3f}, AP50 {row['val_AP50']:.3f}{masks}"
 
 
-def print_figures(figures: dict[str, Any], console: Console) -> None:
+def print_figures(figures: dict[str, Any], console: "Console") -> None:
     """The twelve figures, of boxes and of masks where there are some, and AP by class."""
     for prefix, what in (("", "boxes"), ("segm_", "masks")):
         if f"{prefix}AP" not in figures:
@@ -229,6 +234,8 @@ def compare(config: DetectConfig, seeds: Sequence[int], resumed: Path | None = N
     if accelerator.is_main_process and resumed is None:
         make_folder(folder, config, environment(config, COMPARE, seeds=list(seeds)))
     accelerator.wait_for_everyone()
+    from rich.console import Console
+
     console = Console(quiet=not accelerator.is_main_process)
     for line in heading(config, data, folder, accelerator.device):
         console.print(line, highlight=False, soft_wrap=True)
@@ -296,6 +303,8 @@ def evaluate(
             f"has {', '.join(coco.names)}: give --data-dir of the same categories."
         )
     accelerator = accelerator_for(config)
+    from rich.console import Console
+
     console = Console(quiet=not accelerator.is_main_process)
     for line in report(coco.faults, split):
         console.print(line, highlight=False, soft_wrap=True)

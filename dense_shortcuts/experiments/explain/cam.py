@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import DenseShortcutError
+from ...extras import need
 from ...nn.stage import DenseStage
 from .layout import Layout, find_layout
 
@@ -96,8 +97,8 @@ def cam_maps(
     name, module = find_layer(model, layer)
     above = name.rpartition(".")[0]
     parent = model.get_submodule(above)
-    places = parent.places() if isinstance(parent, DenseStage) else []
-    if method == "ablationcam" and any(place.block is module and place.shortcut is not None for place in places):
+    contexts = parent.contexts() if isinstance(parent, DenseStage) else []
+    if method == "ablationcam" and any(c.block is module and c.shortcut is not None for c in contexts):
         raise DenseShortcutError(
             f"ablationcam takes a layer out, and {name} is a block that shares its maps with others: "
             f"take {above or 'another layer'}."
@@ -160,12 +161,9 @@ class _Score:
 
 
 def _camera(name: str, channels_last: bool = False) -> Any:
-    try:
-        import pytorch_grad_cam
-    except ImportError as error:
-        raise DenseShortcutError(
-            "class activation maps need grad-cam: pip install 'dense-shortcuts[explain]'."
-        ) from error
+    need("a class activation map", "explain")
+    import pytorch_grad_cam
+
     made = getattr(pytorch_grad_cam, name)
     if name == "AblationCAM":  # whose default layer is one for all, and would keep the last maps
         from functools import partial

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...adapters import has_tokens
 from ...errors import DenseShortcutError
+from ...nn.block import layout_of
 from ...surgery.plug import dense_stages
 
 
@@ -113,5 +113,5 @@ def _says_last(model: nn.Module, layer: str) -> bool:
         return False
     for name, stage in dense_stages(model).items():
         if f"{layer}.".startswith(f"{name}." if name else ""):
-            return has_tokens(stage[stage.rows[0].first])
+            return layout_of(stage[stage.segments[0].first]).tokens
     return getattr(model, "output_fmt", None) == "NHWC"

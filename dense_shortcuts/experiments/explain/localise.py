@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import DenseShortcutError
-from ..train.checkpoint import read_json
+from ...files import read_json
 
 
 @dataclass(frozen=True)

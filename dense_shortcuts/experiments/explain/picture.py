@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..train.checkpoint import atomic
+from ...files import atomic
 
 if TYPE_CHECKING:
     from .run import Object, Seen

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
 
 from ...errors import DenseShortcutError
-from ..train.checkpoint import write_text
+from ...extras import need
+from ...files import write_text
 from ..train.data.images import IMAGE_ERRORS, first_line
 from . import picture
 from .cam import cam_maps, find_layer, methods
@@ -20,6 +20,7 @@ from .localise import Box, Score, mask_of, paired, read_boxes, score, summary
 from .networks import Network, class_place, probabilities, read_network, top, view
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -77,6 +78,9 @@ def cam(
     Raises:
         DenseShortcutError: bad input of any kind; nothing is written then.
     """
+    need("`dsnet cam`", "train")
+    from rich.console import Console
+
     console = Console()
     if output.suffix.lower() != ".png":
         raise DenseShortcutError(f"--output {output} must end in .png.")
@@ -235,7 +239,7 @@ def localisation(
     return found
 
 
-def tell(report: dict[str, Any], labels: Sequence[str], console: Console) -> None:
+def tell(report: dict[str, Any], labels: Sequence[str], console: "Console") -> None:
     """Print the scores with their n, then the comparisons."""
     n = report["localisation"][0]["networks"][0]["n"]
     console.print(

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from ... import shipped
 from ...errors import DenseShortcutError
-from ..train.checkpoint import atomic, write_text
+from ...extras import need
+from ...files import atomic, write_text
 from ..weight_log import SHORTCUTS, Rows, Summary, read_record, start_summary, weight_summary
 from .networks import read_network
 
@@ -67,6 +67,7 @@ def shortcuts(checkpoint: str, output: Path, line: str) -> Path:
     Raises:
         DenseShortcutError: no such network, or one without shortcut weights.
     """
+    need("`dsnet shortcuts`", "train")
     if output.suffix.lower() != ".png":
         raise DenseShortcutError(f"--output {output} must end in .png.")
     found = read_shortcuts(checkpoint)
@@ -74,10 +75,9 @@ def shortcuts(checkpoint: str, output: Path, line: str) -> Path:
     draw(output, found)
     written = output.with_suffix(".json")
     write_text(written, json.dumps({"command": line, **as_json(found)}, indent=2) + "\n")
-    console = Console()
     for stage in found.stages:
-        console.print(told(stage), highlight=False, soft_wrap=True)
-    console.print(f"heat maps: {output}, numbers: {written}", highlight=False, soft_wrap=True)
+        print(told(stage))
+    print(f"heat maps: {output}, numbers: {written}")
     return written
 
 

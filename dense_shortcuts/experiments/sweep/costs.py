@@ -14,9 +14,9 @@ from timm.models.resnet import ResNet
 from torch import nn
 
 from ...errors import DenseShortcutError
+from ...files import read_json, write_text
 from ..environment import machine
 from ..profiling import peak_bytes
-from ..train.checkpoint import read_json, write_text
 from ..train.config import TrainConfig
 from ..train.measure import images_at_once, multiply_adds, parameters, training_step
 from ..train.network import build_network

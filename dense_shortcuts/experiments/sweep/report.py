@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..train.checkpoint import atomic, write_text
+from ...files import atomic, write_text
 from ..train.loop import METRICS, read_metrics
 from ..train.network import network_label
 from ..train.report import mebibytes, millions

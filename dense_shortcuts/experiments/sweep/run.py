@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from ...errors import DenseShortcutError
+from ...extras import need
 from ..train.config import TrainConfig
 from ..train.data import load_data
 from ..train.loop import METRICS, read_metrics
@@ -29,8 +29,10 @@ def sweep(asked: Sweep, folder: Path) -> None:
         folder: the sweep's folder; made if it is not there.
 
     Raises:
-        DenseShortcutError: bad input of any kind, or runs that failed; all others were run before.
+        DenseShortcutError: a missing library, bad input of any kind, or runs that failed; all others were run before.
     """
+    need("a sweep", "sweep")
+    need("a sweep", "train")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise DenseShortcutError("a sweep's workers are separate processes: start `dsnet sweep` once for each GPU.")
     for row in asked.rows:  # weights that are not there are told before hours of other rows
@@ -43,15 +45,14 @@ def sweep(asked: Sweep, folder: Path) -> None:
         settled = with_budgets(asked, folder, classes)
     store = Store(folder, settled.cells())
     store.enqueue()
-    console = Console(highlight=False, soft_wrap=True)
     while (claim := store.claim()) is not None:
         done = sum(state == "done" for state, _ in store.states().values())
-        console.print(f"\n{claim.cell.row}, seed {claim.cell.seed} ({done} of {len(store.cells)} done)")
+        print(f"\n{claim.cell.row}, seed {claim.cell.seed} ({done} of {len(store.cells)} done)")
         work(claim, folder)
     with store.lock:
         if any(state == "done" for state, _ in store.states().values()):
             report.write(settled, folder, saved_costs(settled, folder, classes), store.states())
-            console.print(f"\ntable, figures and plot: {folder}")
+            print(f"\ntable, figures and plot: {folder}")
     show(settled, folder, store)
     failed = {key: note for key, (state, note) in store.states().items() if state == "failed"}
     if failed:
@@ -89,10 +90,11 @@ def status(asked: Sweep, folder: Path) -> None:
     """Print where each run stands; starts and changes nothing.
 
     Raises:
-        DenseShortcutError: the sweep was not begun.
+        DenseShortcutError: a missing library, or a sweep that was not begun.
     """
+    need("a sweep", "sweep")
     if not (folder / DATABASE).is_file():
-        raise DenseShortcutError(f"{folder} holds no sweep: begin it by `dsnet sweep {asked.path}`.")
+        raise DenseShortcutError(f"{folder} holds no sweep: the same command without --status begins it.")
     show(asked, folder, Store(folder, asked.cells()))
 
 

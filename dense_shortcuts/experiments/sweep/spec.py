@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from ... import recipes
 from ...errors import DenseShortcutError
 from ..train.config import TrainConfig, from_settings, read_settings
 
@@ -93,9 +94,11 @@ def read_sweep(path: Path, changes: Sequence[str] = (), data_dir: str | None = N
 
 
 def read_base(base: Any, path: Path) -> dict[str, Any]:
-    """The settings that all rows share: a mapping, or the name of a recipe beside the sweep's file, less its seed."""
+    """The settings that all rows share: a mapping, or a recipe beside the file or in the package, less its seed."""
     if isinstance(base, str):
-        return {key: value for key, value in read_settings(path.parent / base).items() if key not in ELSEWHERE}
+        beside = path.parent / base
+        settings = read_settings(recipes.find(beside if beside.is_file() else base))
+        return {key: value for key, value in settings.items() if key not in ELSEWHERE}
     if not isinstance(base, dict):
         raise DenseShortcutError(f"{path} needs `base:`, the settings that all rows share or a recipe's file name.")
     return base

@@ -161,12 +161,9 @@ def open_study(folder: Path) -> "optuna.Study":
     """The study in a folder's database, made if there is none.
 
     Raises:
-        DenseShortcutError: Optuna is not installed, or the database is broken.
+        DenseShortcutError: the database is broken.
     """
-    try:
-        import optuna
-    except ImportError as error:
-        raise DenseShortcutError("a sweep needs Optuna: pip install 'dense-shortcuts[sweep]'.") from error
+    import optuna
     from sqlalchemy.exc import DatabaseError
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from ...errors import DenseShortcutError
+from ..command import dsnet
 
 Config = TypeVar("Config")
 DATA_FOLDER_VARIABLE = "DENSE_SHORTCUTS_DATA"
@@ -374,7 +375,7 @@ def write_yaml(config: Any) -> str:
 
 
 def _advice(near: list[str]) -> str:
-    return f"did you mean {near[0]!r}" if near else "remove it (`dsnet train --help` lists the keys)"
+    return f"did you mean {near[0]!r}" if near else f"remove it (`{dsnet('train', '--help')}` lists the keys)"
 
 
 def _reason(error: Exception) -> str:

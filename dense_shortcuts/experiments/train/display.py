@@ -3,10 +3,11 @@
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
 
 REFRESH_SECONDS = 0.2  # reading the loss waits for the accelerator, so it is not done at every step
 
@@ -23,8 +24,14 @@ class Display:
     """
 
     def __init__(
-        self, labels: Sequence[str], epochs: int, console: Console, summary: Callable[[dict[str, Any]], str] = accuracy
+        self,
+        labels: Sequence[str],
+        epochs: int,
+        console: "Console",
+        summary: Callable[[dict[str, Any]], str] = accuracy,
     ) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn
+
         self.console, self.epochs, self.summary = console, epochs, summary
         self.live = console.is_terminal and not console.quiet
         self.width = max(len(label) for label in labels)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ...errors import DenseShortcutError
+from ...files import told_when_full, write_text
 from ..weight_log import SHORTCUTS, record
-from .checkpoint import restore_training, told_when_full, training_state, write_model, write_text
+from .checkpoint import restore_training, training_state, write_model
 from .config import TrainConfig
 from .data import Data, EpochSampler, batches, epochs_of, make_loader, mixed_seed
 from .data.stream import StreamShare

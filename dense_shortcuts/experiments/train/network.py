@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ...errors import DenseShortcutError
 from ...surgery.param_groups import decayed_parameters
+from ..command import dsnet
 from .config import TrainConfig
 
 if TYPE_CHECKING:
@@ -68,7 +69,9 @@ def _near_models(name: str) -> str:
     import timm
 
     near = difflib.get_close_matches(name, timm.list_models(), n=3)
-    return f"did you mean {', '.join(near)}" if near else "`dsnet models` lists the DSNets, timm.list_models() the rest"
+    if near:
+        return f"did you mean {', '.join(near)}"
+    return f"`{dsnet('models')}` lists the DSNets, timm.list_models() the rest"
 
 
 def network_label(config: TrainConfig) -> str:

@@ -7,8 +7,9 @@ from typing import Any
 from torch import nn
 
 from ...errors import DenseShortcutError
+from ...files import read_tensors
 from ...surgery.load import load
-from .checkpoint import WEIGHTS, read_tensors
+from .checkpoint import WEIGHTS
 
 _logger = logging.getLogger(__name__)
 

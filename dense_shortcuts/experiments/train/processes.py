@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from ...errors import DenseShortcutError
-from ...nn.norms import affine_form
+from ...extras import need
+from ...nn.affine_form import affine_form
 from ...nn.shortcut import DenseShortcut
 from ...nn.stage import DenseStage
 from .config import TrainConfig
@@ -24,8 +25,10 @@ def make_accelerator(config: TrainConfig) -> "Accelerator":
     """Accelerate's view of device, precision and processes.
 
     Raises:
-        DenseShortcutError: the device cannot do this precision, or the batch does not divide among the processes.
+        DenseShortcutError: a missing library, a device that cannot do this precision, or a batch that does not divide
+            among the processes.
     """
+    need("training", "train")
     from accelerate import Accelerator
     from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs
 
@@ -91,7 +94,7 @@ class SyncBatchNormOnCPU(nn.SyncBatchNorm):
         if not self.training:
             return super().forward(input)
         mean, variance = input.mean((2, 3)), input.var((2, 3), correction=0)
-        scale, shift = affine_form(self, (mean, variance, mean, variance), input, "plain")
+        scale, shift = affine_form(self, mean, variance, input)
         return input * scale[:, :, None, None].to(input.dtype) + shift[:, :, None, None].to(input.dtype)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .checkpoint import atomic
+from ...files import atomic
 
 if TYPE_CHECKING:
     from rich.table import Table

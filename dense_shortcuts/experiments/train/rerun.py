@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from ...errors import DenseShortcutError
-from .checkpoint import CARD, WEIGHTS, read_json, read_tensors, write_text
+from ...files import read_json, read_tensors, write_text
+from ..command import dsnet
+from .checkpoint import CARD, WEIGHTS
 from .config import read_yaml
 from .loop import METRICS, read_metrics
 from .network import network_label
@@ -46,7 +48,7 @@ def rerun(folder: Path, name: str | None = None, line: str = "") -> tuple[Path, 
     for label in labels:
         if not (folder / label / CARD).is_file():
             raise DenseShortcutError(
-                f"{folder / label} is not finished: go on with `dsnet {before['command']} --resume {folder}` first."
+                f"{folder / label} is not finished: go on with `{dsnet(before['command'], '--resume', folder)}` first."
             )
     torch.set_num_threads(before["threads"])  # sums depend on it
     again = folder.with_name(name or f"{folder.name}-rerun")

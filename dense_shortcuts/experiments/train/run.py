@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 
 from ... import ops, shipped
 from ...errors import DenseShortcutError
+from ...files import read_json, write_text
+from ..command import dsnet
 from ..environment import machine
 from . import report
-from .checkpoint import CARD, WEIGHTS, read_json, read_model, write_text
+from .checkpoint import CARD, WEIGHTS, read_model
 from .config import TrainConfig, read_yaml, write_yaml
 from .data import Data, load_data
 from .display import Display
@@ -33,6 +34,7 @@ from .tracking import chosen_tracker
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from rich.console import Console
 
 
 class RunInterrupted(KeyboardInterrupt):
@@ -83,7 +85,7 @@ def resume(folder: Path, command: str) -> Path:
         raise DenseShortcutError(f"{folder} is no run to resume, for it has no {CONFIG}: give the folder of a run.")
     began = read_json(folder / ENVIRONMENT).get("command")
     if began != command:
-        raise DenseShortcutError(f"{folder} was started by `dsnet {began}`: resume it with that command.")
+        raise DenseShortcutError(f"{folder} was started otherwise: go on with `{dsnet(began, '--resume', folder)}`.")
     return execute(read_yaml(folder / CONFIG), command, resumed=folder)
 
 
@@ -136,6 +138,8 @@ def train_and_report(
     config: TrainConfig, networks: Sequence[TrainConfig], data: Data, folder: Path, accelerator: "Accelerator"
 ) -> None:
     """Train each network that is not finished, then measure, compare and print."""
+    from rich.console import Console
+
     labels = [network_label(each) for each in networks]
     console = Console(quiet=not accelerator.is_main_process)
     console.print(heading(config, data, labels, folder, accelerator.device), highlight=False, soft_wrap=True)
@@ -172,7 +176,7 @@ def make_folder(folder: Path, config: Any, about: dict[str, Any]) -> None:
     """Make a run's folder with its configuration, whole or not at all; one that exists is refused and left alone."""
     if folder.exists():
         raise DenseShortcutError(
-            f"{folder} exists already: choose another --name, or go on with it by --resume {folder}."
+            f"{folder} exists already: choose another --name, or go on with it by --resume {shlex.quote(str(folder))}."
         )
     begun = folder.with_name(f".{folder.name}.tmp")
     try:
@@ -211,7 +215,7 @@ def finish(
     data: Data,
     folder: Path,
     device: torch.device,
-    console: Console,
+    console: "Console",
 ) -> None:
     """Measure what the trained networks cost, write table and curves, and say who won."""
     labels = [network_label(each) for each in networks]
@@ -234,7 +238,11 @@ def finish(
     console.print(note, style="dim", highlight=False)
     console.print(f"\ntable, curves, metrics and checkpoints: {folder}", highlight=False, soft_wrap=True)
     console.print(sentence or f"{rows[0]['test_top1']:.2f} % accuracy.", style="bold", highlight=False)
-    console.print(f"next: {next_command(config, folder, labels[-1])}", highlight=False, soft_wrap=True)
+    if config.data == "digits":
+        real = dsnet("compare", "--recipe", "cifar100-cpu", "--data-dir", "DIR")
+        console.print(f"with CIFAR-100 in a folder DIR: {real}", highlight=False, markup=False, soft_wrap=True)
+    again = next_command(config, folder, "compare" if len(networks) == 2 else "train")
+    console.print(f"next: {again}", highlight=False, markup=False, soft_wrap=True)
 
 
 def measured_rows(
@@ -257,14 +265,11 @@ def measured_rows(
     return rows
 
 
-def next_command(config: TrainConfig, folder: Path, label: str) -> str:
-    """What to try after this run."""
-    if config.data != "digits":
-        return f"dsnet compare --recipe {shlex.quote(str(folder / CONFIG))} --seed {config.seed + 1} --name NAME"
-    recipe = Path("recipes/cifar100-cpu.yaml")
-    if recipe.is_file():
-        return f"dsnet compare --recipe {recipe} --data-dir DIR"
-    return "dsnet compare --data cifar100 --data-dir DIR --limit-train 5000 --limit-test 2000"
+def next_command(config: TrainConfig, folder: Path, command: str) -> str:
+    """The same run with the next seed: one seed does not tell a gain from luck."""
+    seed = config.seed + 1
+    name = f"{folder.name.removesuffix(f'-seed-{config.seed}')}-seed-{seed}"
+    return dsnet(command, "--recipe", folder / CONFIG, "--seed", seed, "--name", name)
 
 
 def evaluate(checkpoint: Path, **given: Any) -> dict[str, Any]:

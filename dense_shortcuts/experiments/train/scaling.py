@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ...errors import DenseShortcutError
-from ...nn.norms import is_batch_norm
+from ...nn.affine_form import is_batch_norm
 from ...nn.shortcut import DenseShortcut
 
 GRADIENT_BYTES = 4  # float32, also under mixed precision: DDP exchanges gradients in the dtype of the weights

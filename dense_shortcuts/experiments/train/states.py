@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ...errors import DenseShortcutError
-from .checkpoint import read_json, read_tensors, sync_folder, tensor_shapes, told_when_full, write_tensors, write_text
+from ...files import read_json, read_tensors, sync_folder, tensor_shapes, told_when_full, write_tensors, write_text
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -1,18 +1,17 @@
 """Trackers by Accelerate beside metrics.jsonl: TensorBoard, Weights & Biases, Trackio."""
 
 import dataclasses
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import DenseShortcutError
+from ...extras import is_installed, need
 from .config import TrainConfig
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
 FOLDER, PROJECT = "tensorboard", "dense-shortcuts"
-INSTALLS = {"tensorboard": "'dense-shortcuts[track]'", "wandb": "wandb", "trackio": "trackio"}
+EXTRA = {"tensorboard": "track", "wandb": "wandb", "trackio": "trackio"}
 
 
 def chosen_tracker(config: TrainConfig) -> str:
@@ -22,9 +21,9 @@ def chosen_tracker(config: TrainConfig) -> str:
         DenseShortcutError: the named one is not installed.
     """
     if config.tracker is None:
-        return "tensorboard" if find_spec("tensorboard") else "none"
-    if config.tracker != "none" and not find_spec(config.tracker):
-        raise DenseShortcutError(f"--tracker {config.tracker} needs `pip install {INSTALLS[config.tracker]}`.")
+        return "tensorboard" if is_installed("tensorboard") else "none"
+    if config.tracker != "none":
+        need(f"--tracker {config.tracker}", EXTRA[config.tracker])
     return config.tracker
 
 

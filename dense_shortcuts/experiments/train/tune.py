@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from ...errors import DenseShortcutError
@@ -64,6 +63,8 @@ def tune(model: nn.Module, config: TrainConfig, data: Data, how: TuneConfig, *, 
     if not how.epochs:
         write_model(folder, config, data, model.state_dict())
         return Tuned(folder, config.data, len(data.test), start, start)
+    from rich.console import Console
+
     try:
         with Display([network_label(config)], how.epochs, Console()) as display:
             train_network(config, data, folder, display, model)

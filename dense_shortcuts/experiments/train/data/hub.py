@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ....errors import DenseShortcutError
+from ....extras import need
 from ..config import TrainConfig
 from .broken import BrokenImages
 from .images import check_labels, decode, existing_folder, first_line, sample
@@ -66,10 +67,9 @@ def load_stream(config: TrainConfig) -> tuple[HubStream, int, HubImages, tuple[s
         DenseShortcutError: no `datasets` library, no such files or data set, no such columns, a length that nobody
             knows.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise DenseShortcutError("--data streaming needs `pip install 'dense-shortcuts[data]'`.") from error
+    need("--data streaming", "data", "datasets")
+    import datasets
+
     datasets.disable_progress_bars()
     if config.hub is not None:
         train = opened(config.hub, split=split_of(config.hub, "train"), streaming=True)

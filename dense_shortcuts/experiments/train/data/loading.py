@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ....errors import DenseShortcutError
+from ....extras import need
 from ..config import STREAMS, TrainConfig
 from .broken import BrokenImages
 from .cifar import load_cifar
@@ -58,6 +59,7 @@ def load_data(config: TrainConfig) -> Data:
     Raises:
         DenseShortcutError: missing or empty folder, unreadable file or image, missing column, label out of range.
     """
+    need("reading images", "train")
     mean, std = channels(config)
     assert config.interpolation is not None
     transforms = train_transform(config, mean, std), eval_transform(config, mean, std)

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ....errors import DenseShortcutError
+from ....extras import need
 from ..config import TrainConfig
 from .images import check_labels, decode, existing_folder, first_line, free_bytes, sample
 
@@ -113,10 +114,9 @@ def braces(pattern: str) -> list[str]:
     """
     if "{" not in pattern:
         return [pattern]
-    try:
-        from braceexpand import braceexpand
-    except ImportError as error:
-        raise DenseShortcutError("braces in a pattern need `pip install 'dense-shortcuts[data]'`.") from error
+    need("a pattern with braces", "data", "braceexpand")
+    from braceexpand import braceexpand
+
     try:
         return list(braceexpand(pattern))
     except ValueError as error:

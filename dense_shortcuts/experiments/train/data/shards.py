@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ....errors import DenseShortcutError
+from ....extras import need
 from ..config import TrainConfig
 from .broken import BrokenImages
 from .images import BrokenImage, check_labels, class_list, decode, existing_folder, sample
@@ -87,10 +88,7 @@ def load_shards(config: TrainConfig) -> tuple[ShardStream, int, ShardImages, tup
     Raises:
         DenseShortcutError: no `webdataset` library, no shards, an epoch without a length, no classes.
     """
-    try:
-        import webdataset  # noqa: F401 (asked for here, used in worker processes)
-    except ImportError as error:
-        raise DenseShortcutError("--data webdataset needs `pip install 'dense-shortcuts[data]'`.") from error
+    need("--data webdataset", "data", "webdataset")
     folder = existing_folder(config.data_dir, "--data webdataset")
     files = {part: part_files(folder, config, part, ".tar") for part in PARTS}
     for path in files["train"]:

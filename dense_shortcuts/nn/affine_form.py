@@ -1,0 +1,197 @@
+"""What a norm computes, as N(x) = scale * x + shift with statistics that are taken once a map.
+
+That is N of the equations, and the last norm of a residual branch with its affine parameters.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.fx
+from torch import Tensor, nn
+
+from ..ops.affine import affine_from_moments, affine_from_running, pool
+
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)  # a tuple, for the compiler of PyTorch 2.9 does not know A | B
+_KNOWN = (nn.GroupNorm, *BATCH_NORMS, nn.InstanceNorm2d)
+
+
+def has_affine_form(norm: nn.Module) -> bool:
+    """Whether `affine_form` supports this module; any other norm is called as it stands."""
+    return type(norm) in _KNOWN and not (isinstance(norm, nn.InstanceNorm2d) and norm.track_running_stats)
+
+
+def is_fusable(norm: nn.Module) -> bool:
+    """Whether the last norm of a residual branch may be part of the sum: batch norm on one process."""
+    return type(norm) in BATCH_NORMS and not _is_synchronised(norm)
+
+
+@contextlib.contextmanager
+def frozen_statistics(*modules: nn.Module) -> Iterator[None]:
+    """Batch norms in these modules normalise as ever but leave their running statistics and counters as they are.
+
+    A forward pass that is run a second time to recompute activations would otherwise count its batch twice.
+    """
+    norms = [
+        norm
+        for module in modules
+        for norm in module.modules()
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training and norm.track_running_stats
+    ]
+    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    try:
+        for norm, _, counter in kept:
+            norm.momentum = 0.0
+            norm.num_batches_tracked = None if counter is None else counter.clone()
+        yield
+    finally:
+        for norm, momentum, counter in kept:
+            norm.momentum, norm.num_batches_tracked = momentum, counter
+
+
+def is_batch_norm(norm: nn.Module | None) -> bool:
+    """Whether statistics are over the batch, so that the affine form is the same for all its images."""
+    return isinstance(norm, BATCH_NORMS)
+
+
+def is_per_image(norm: nn.Module | None) -> bool:
+    """Whether the norm has an affine form of its own for each image."""
+    return norm is not None and has_affine_form(norm) and not is_batch_norm(norm)
+
+
+def needs_moments(norm: nn.Module | None) -> bool:
+    """Whether the affine form takes the moments of the map: not that of batch norm in eval mode."""
+    return norm is not None and not uses_running_stats(norm)
+
+
+def uses_running_stats(norm: Any) -> bool:
+    """Whether the norm normalises by its running statistics alone: batch norm in eval mode."""
+    tracked = is_batch_norm(norm) and not norm.training
+    return tracked and norm.running_mean is not None and norm.running_var is not None
+
+
+def affine_form(norm: nn.Module, mean: Tensor, var: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """scale and shift with norm(x) = scale * x + shift; in training, batch norm updates its running statistics.
+
+    Args:
+        norm: a module for which `has_affine_form` holds.
+        mean, var: moments of x, (N, C) each; not read where `needs_moments` does not hold.
+        x: the map, (N, C, H, W).
+
+    Returns:
+        scale and shift, (1, C) for batch norm and (N, C) for the others, in float32 (float64 for a float64 map).
+
+    Raises:
+        ValueError: the norm has another number of channels than the map.
+    """
+    assert isinstance(norm.eps, float)
+    width = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features
+    if not isinstance(x, torch.fx.Proxy) and x.shape[1] != width:
+        raise ValueError(f"a norm of {width} channels was given a map of {x.shape[1]} channels.")
+    weight, bias = _tensor(norm.weight), _tensor(norm.bias)
+    if uses_running_stats(norm):
+        return _running_form(x, _tensor(norm.running_mean), _tensor(norm.running_var), norm.eps, weight, bias)
+    if isinstance(norm, BATCH_NORMS):
+        scale, shift = _batch_form(norm, mean, var, _count(x))
+    else:
+        groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else norm.num_features
+        scale, shift = affine_from_moments(mean, var, _tensor(groups), norm.eps)[:2]
+    if weight is not None:
+        scale, shift = scale * weight.to(scale.dtype), shift * weight.to(shift.dtype)
+    return scale, shift if bias is None else shift + bias.to(shift.dtype)
+
+
+def _batch_form(norm: nn.Module, mean: Tensor, var: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
+    """scale and shift without affine parameters, (1, C), of batch norm by this batch."""
+    assert isinstance(norm, BATCH_NORMS)
+    if _is_synchronised(norm):
+        mean, var, count = _across_processes(norm, mean, var, count)
+    if isinstance(count, int) and count == 0:  # zeros, since the mean of nothing is NaN and would reach gradients
+        scale = shift = mean = var = mean.sum(0, keepdim=True)
+    else:
+        scale, shift, mean, var = affine_from_moments(mean, var, None, norm.eps)
+    if not (norm.training and norm.track_running_stats):
+        return scale, shift
+    buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+    return _update_running(scale, mean, var, count, norm.momentum, *buffers), shift
+
+
+@torch.fx.wrap
+def _count(x: Tensor) -> int:
+    """Values of each channel that batch norm normalises over."""
+    count = x.shape[0] * x.shape[2] * x.shape[3]
+    if count == 1:  # as F.batch_norm does
+        raise ValueError("Expected more than 1 value per channel when training, got one image of one pixel")
+    return count
+
+
+def _tensor(value: Any) -> Any:
+    """A norm's parameter or buffer, which may be None; PyTorch annotates these as modules too."""
+    return value
+
+
+@torch.fx.wrap  # one node of a traced graph, whose buffers stay buffers
+def _running_form(
+    x: Tensor, mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    # x is taken only so that a trace has something to hang the node on: it would fold the buffers into constants else
+    return affine_from_running(mean, var, eps, weight, bias)
+
+
+@torch.fx.wrap
+def _update_running(
+    scale: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    count: int | Tensor,
+    momentum: float | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+) -> Tensor:
+    """One step of the running statistics by a batch's mean and biased variance, both (1, C), over `count` values.
+
+    Gives `scale` back as it is: a traced graph would drop a step whose result nobody takes.
+    """
+    if running_mean is None or running_var is None or num_batches_tracked is None:
+        return scale
+    num_batches_tracked.add_(1)
+    if isinstance(count, int) and count == 0:
+        return scale
+    dtype = running_mean.dtype
+    # momentum=None asks for the cumulative average, as in PyTorch
+    step: float | Tensor = 1.0 / num_batches_tracked.to(dtype) if momentum is None else momentum
+    unbiased = (var[0].detach() * (count / (count - 1))).to(dtype)
+    running_mean.lerp_(mean[0].detach().to(dtype), step)
+    running_var.lerp_(unbiased, step)
+    return scale
+
+
+def _is_synchronised(norm: nn.Module) -> bool:
+    return isinstance(norm, nn.SyncBatchNorm) and norm.training and _world_size(norm) > 1
+
+
+def _world_size(norm: nn.SyncBatchNorm) -> int:
+    return dist.get_world_size(norm.process_group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def _across_processes(
+    norm: nn.BatchNorm2d | nn.SyncBatchNorm, mean: Tensor, var: Tensor, count: int | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Moments over the batches of all processes, which may differ in size; gradients cross the processes too.
+
+    Returns:
+        mean and variance, both (1, C), and the number of values a channel has.
+    """
+    from torch.distributed.nn.functional import all_reduce
+
+    group = _tensor(norm.process_group) or dist.group.WORLD
+    # a process without images takes part with zeros that weigh nothing: a mean over none would be NaN for all
+    mean, var = pool(mean, var, 0) if count else (mean.sum(0, keepdim=True), var.sum(0, keepdim=True))
+    total = mean.new_tensor(float(count))
+    dist.all_reduce(total, group=group)
+    share = count / total.clamp(min=1)
+    joint = all_reduce(mean * share, group=group)
+    return joint, all_reduce((var + (mean - joint).square()) * share, group=group), total

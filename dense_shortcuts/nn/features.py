@@ -1,0 +1,101 @@
+"""A finished map as later sums use it, and what a stage keeps from block to block."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from ..ops import functional
+from .affine_form import affine_form, has_affine_form, needs_moments
+
+
+class Feature(NamedTuple):
+    """A map as sums use it: N(X) = scale * map + shift, the statistics taken once.
+
+    map is (N, C, H, W); scale and shift are (1 or N, C), or None where the map is used as it stands. links are those of
+    the operator, two tensors for each later sum in turn (`ops/autograd.py`); none on the plain path.
+    """
+
+    map: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
+    links: Sequence[Tensor] = ()
+
+
+def make_feature(
+    norm: nn.Module | None,
+    x: Tensor,
+    *,
+    num_consumers: int,
+    per_image: bool,
+    backend: str,
+    inner_norm: nn.Module | None = None,
+) -> Feature:
+    """x, (N, C, H, W), as later sums use it: by its statistics where the norm has an affine form, else by calling it.
+
+    With `inner_norm` it is N(inner_norm(x)): an affine form of x too, whose moments follow from those of x, so one
+    reading of x serves both norms.
+    """
+    if norm is not None and not has_affine_form(norm):
+        x, norm = norm(x), None
+    stats = functional.feature_stats(
+        x,
+        statistics=needs_moments(norm) or needs_moments(inner_norm),
+        num_consumers=num_consumers,
+        per_image=per_image,
+        backend=backend,
+    )
+    if inner_norm is None or norm is None:
+        return as_feature(norm, x, stats)
+    inner = affine_form(inner_norm, stats.mean, stats.var, x)
+    scale, shift, mean, var = inner[0], inner[1], stats.mean, stats.var
+    if needs_moments(norm):
+        mean, var = scale * mean + shift, scale.square() * var
+    outer = affine_form(norm, mean, var, x)
+    return Feature(x, outer[0] * scale, outer[0] * shift + outer[1], stats.links)
+
+
+def as_feature(norm: nn.Module | None, x: Tensor, stats: functional.Stats | functional.Added) -> Feature:
+    """A map whose moments and links are at hand."""
+    if norm is None:
+        return Feature(x, None, None, stats.links)
+    form = affine_form(norm, stats.mean, stats.var, x)
+    return Feature(x, form[0], form[1], stats.links)  # by index: a traced graph cannot unpack
+
+
+class StageState(NamedTuple):
+    """What a stage keeps from block to block.
+
+    Attributes:
+        features: its maps X_0 .. X_{l-1}.
+        partial_sums: in a deep stage, a sum (N, C, H, W) for each block of the group under way (`tiling.py`).
+        group_links: the links from each group of maps to the later groups of blocks.
+        last: what the block before gave back, and the version that its memory had then.
+    """
+
+    features: tuple[Feature, ...] = ()
+    partial_sums: Any = None
+    group_links: tuple[Any, ...] = ()
+    last: tuple[Tensor, int] | None = None
+
+    def add(self, feature: Feature) -> "StageState":
+        return self._replace(features=(*self.features, feature))
+
+    def after(self, x: Tensor) -> "StageState":
+        """The same behind a block that gave back x."""
+        if type(x) is not Tensor or is_compiling():
+            return self
+        return self._replace(last=(x, -1 if x.is_inference() else x._version))
+
+    def follows(self, x: Tensor) -> bool:
+        """Best-effort check that x is the previous block's unmodified output."""
+        if self.last is None:
+            return True
+        last, version = self.last
+        if x is not last:
+            if type(x) is not Tensor or x.is_meta or is_compiling():
+                return True
+            if x.data_ptr() != last.data_ptr() or x.shape != last.shape or x.stride() != last.stride():
+                return False
+        return version == -1 or x.is_inference() or x._version == version

@@ -1,0 +1,55 @@
+"""The weighted shortcut inside a bottleneck (DS2)."""
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from .features import Feature, make_feature
+from .norms import Norm, make_norm
+
+
+class InnerShortcut(nn.Module):
+    """v * N(H_1), added to the branch inside a bottleneck before its second activation (DS2).
+
+    Args:
+        channels: width of H_1.
+        weighted: how many of its first channels pass a 3x3 and get a weight (all but Res2Net's last piece).
+        norm, groups: N, see `make_norm`.
+        start: v at the start; at 0 DS2 equals DS.
+        backend: form of the operator, see `ops.choose`.
+
+    Attributes:
+        weight: v, (weighted,).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        weighted: int,
+        *,
+        norm: Norm = "group",
+        groups: int | None = None,
+        start: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.start, self.backend = start, backend
+        self.weight = nn.Parameter(torch.full((weighted,), start))
+        self.norm = make_norm(norm, channels, groups)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set v to its start again."""
+        self.weight.fill_(self.start)
+
+    def feature(self, hidden: Tensor) -> Feature:
+        """H_1, (N, channels, H, W), with the statistics of its norm."""
+        return make_feature(self.norm, hidden, num_consumers=0, per_image=False, backend=self.backend)
+
+    def forward(self, branch: Tensor, feature: Feature, start: int = 0) -> Tensor:
+        """branch + v * N(H_1) for the channels from `start` on that the branch, (N, C, H, W), stands for."""
+        part = slice(start, start + branch.shape[1])
+        scales, bias = self.weight[None, None, part].to(ops.accumulation_dtype(branch.dtype)), None
+        if feature.scale is not None and feature.shift is not None:
+            scales, bias = scales * feature.scale[:, part], scales[0] * feature.shift[:, part]
+        return ops.dense_add([branch], [feature.map[:, part]], scales, bias, backend=self.backend)

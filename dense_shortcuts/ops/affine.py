@@ -1,0 +1,80 @@
+"""Per-channel arithmetic around the passes: from moments to N(x) = scale * x + shift, and on to a_i and b.
+
+Tensors here are small, (N, C) at most. All of it is plain differentiable PyTorch, so autograd writes the gradients and
+torch.compile fuses it.
+
+Source: with a = w / sigma and b = -sum w * mu / sigma, a sum of DS (Sec. 3) is one affine combination of maps.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .backends.reference import accumulation_dtype
+
+
+def pool(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Moments of a union of equally large sets (law of total variance), without the cancellation of E[x^2] - E[x]^2."""
+    pooled = mean.mean(dim, keepdim=True)
+    between = mean - pooled
+    return pooled, torch.addcmul(var, between, between).mean(dim, keepdim=True)
+
+
+def affine_from_moments(
+    mean: Tensor, var: Tensor, groups: int | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """scale and shift with N(x) = scale * x + shift, for a norm whose statistics pool the channels' own.
+
+    Args:
+        mean, var: `reference.moments` of x, both (N, C).
+        groups: number of groups of channels that are normalised together; None pools each channel over the batch.
+        eps: added to the variance.
+
+    Returns:
+        scale and shift, (N, C), or (1, C) over the batch; the pooled mean and biased variance, (N, groups) or (1, C).
+    """
+    if groups is None:
+        pooled, variance = pool(mean, var, 0)
+        invstd = torch.rsqrt(variance + eps)
+        return invstd, -pooled * invstd, pooled, variance
+    sets = (mean.shape[0], groups, mean.shape[1] // groups)
+    pooled, variance = pool(mean.reshape(sets), var.reshape(sets), 2)
+    invstd = torch.rsqrt(variance + eps)
+    scale, shift = (x.expand(sets).reshape(mean.shape) for x in (invstd, -pooled * invstd))
+    return scale, shift, pooled.flatten(1), variance.flatten(1)
+
+
+def affine_from_running(
+    mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """scale and shift, (1, C), of a batch norm by its running statistics, (C,), with its affine parameters, if any.
+
+    They are computed at each use, since the buffers may change in between.
+    """
+    dtype = accumulation_dtype(mean.dtype)
+    scale = torch.rsqrt(var.to(dtype) + eps)
+    scale = scale if weight is None else scale * weight.to(dtype)
+    shift = -mean.to(dtype) * scale if bias is None else torch.addcmul(bias.to(dtype), mean.to(dtype), scale, value=-1)
+    return scale[None], shift[None]
+
+
+def sum_coeffs(
+    weight: Tensor | None, scales: Sequence[Tensor], shifts: Sequence[Tensor]
+) -> tuple[Tensor | None, Tensor | None]:
+    """a_i and b of a weighted sum of normalised maps: a_i = w_i * scale_i and b = sum_i w_i * shift_i.
+
+    Args:
+        weight: w, (maps, 1 or N, C); None for ones.
+        scales, shifts: of each map, (1 or N, C); none where maps are used as they are.
+
+    Returns:
+        a, (maps, 1 or N, C), or None for ones; b, (1 or N, C), or None for zero.
+    """
+    if weight is None:
+        return None, None
+    weight = weight.to(accumulation_dtype(weight.dtype))
+    if not scales:
+        return weight, None
+    scale, shift = (torch.stack(torch.broadcast_tensors(*each)) for each in (scales, shifts))
+    return weight * scale, (weight * shift).sum(0)

@@ -1,0 +1,118 @@
+"""Which back end runs the operator: chosen once a call, before autograd; a named one never falls back."""
+
+import importlib
+import importlib.util
+import logging
+import os
+from functools import cache
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+from torch.compiler import is_compiling, is_exporting
+
+from ..errors import DenseShortcutError
+from .backends import native
+
+BACKENDS = ("auto", "plain", "native", "triton")
+VARIABLE = "DENSE_SHORTCUTS_BACKEND"
+
+_logger = logging.getLogger(__name__)
+
+
+def choose(x: Tensor, wanted: str = "auto", *, tiled: bool = False) -> str:
+    """The back end for a map: "plain", "native" or "triton".
+
+    Args:
+        x: a feature map, (N, C, H, W).
+        wanted: "auto" or a back end by name; the environment variable DENSE_SHORTCUTS_BACKEND, unless it is empty,
+            overrides "auto".
+        tiled: whether some maps are summed ahead for several blocks, which the plain form does not do.
+
+    Raises:
+        DenseShortcutError: unknown name, or a named back end that cannot run here, or not on such a map or in such a
+            transform. An empty map needs no kernel: it takes the plain form under any name.
+    """
+    named = (os.environ.get(VARIABLE) or "auto") if wanted == "auto" else wanted
+    if named not in BACKENDS:
+        where = f" in {VARIABLE}" if wanted == "auto" else ""
+        raise DenseShortcutError(f"unknown back end {named!r}{where}: choose one of {', '.join(BACKENDS)}.")
+    transformed = _are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if named == "plain" or (named == "auto" and (transformed or _is_recording())):
+        return "plain"
+    if transformed:
+        raise DenseShortcutError(
+            f"the back end {named!r} has no rules for torch.func's transforms and forward-mode gradients: "
+            "choose 'auto' or 'plain'."
+        )
+    device = x.device.type
+    fault = None if named == "auto" else unusable(named, device, x.dtype)
+    if fault is not None:
+        raise DenseShortcutError(f"the back end {named!r} cannot run here ({fault}): choose 'auto' or 'plain'.")
+    if named == "auto" and device == "cpu" and is_compiling() and not tiled:
+        return "plain"  # whose passes Inductor makes one, without a call of Python for each block
+    chosen = _automatic(device, x.dtype) if named == "auto" else named
+    return chosen if x.numel() else "plain"
+
+
+@cache
+def kernels(backend: str) -> Any:
+    """The module of a back end's kernels, imported when first used: triton is not everywhere."""
+    return importlib.import_module(f".backends.{'reference' if backend == 'plain' else backend}", __package__)
+
+
+def own_backend(device: str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
+    """The back end that "auto" takes for maps on a device type, and why."""
+    name = "native" if device in ("cpu", "meta") else "triton"
+    fault = unusable(name, device, dtype)
+    if fault is not None:
+        return "plain", fault
+    return name, f"kernels {native.library()[1]}" if name == "native" else "kernels by Triton"
+
+
+@torch.compiler.assume_constant_result  # looking for the library cannot be part of a compiled graph
+def unusable(backend: str, device: str, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why a back end cannot work on maps of this device type and dtype; None where it can."""
+    if backend == "plain":
+        return None
+    if dtype not in native.KINDS:
+        return f"maps are in {dtype}"
+    if backend == "triton":
+        return _without_triton(device)
+    if device not in ("cpu", "meta"):
+        return f"maps are on {device}"
+    if native.supports(dtype):
+        return None
+    built, reason = native.library()
+    return reason if built is None else f"the compiler of the kernels does not know {dtype}"
+
+
+def _without_triton(device: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device == "cuda" and torch.version.hip is None:
+        return None
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"Triton kernels are for NVIDIA GPUs, and maps are on {'ROCm' if torch.version.hip else device}"
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _automatic(device: str, dtype: torch.dtype) -> str:
+    own, reason = own_backend(device, dtype)
+    level = logging.INFO if own != "plain" else logging.WARNING
+    _logger.log(level, "dense shortcuts on %s in %s use the %s back end: %s", device, dtype, own, reason)
+    return own
+
+
+def _is_recording() -> bool:
+    """Whether a graph for other runtimes is being recorded, where operators of our own would not be known."""
+    return torch.jit.is_tracing() or _is_exporting()
+
+
+@torch.compiler.assume_constant_result  # in code that PyTorch 2.9 compiles it would always be true
+def _is_exporting() -> bool:
+    return bool(is_exporting())

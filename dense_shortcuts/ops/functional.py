@@ -1,0 +1,210 @@
+"""The operator as modules and users call it: one function whatever the back end.
+
+What `torch.fx.wrap` marks is recorded as one call, so that a traced graph chooses its back end as it runs, as the
+network itself does. Modules call these functions as attributes of this file, where torch.fx sees them.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import Tensor, is_grad_enabled, nn
+
+from ..errors import DenseShortcutError
+from . import autograd, tiled
+from .backend import choose
+from .backends import reference
+from .backends.reference import accumulation_dtype
+
+Links = Sequence[Tensor]
+
+
+class Stats(NamedTuple):
+    """Moments of a map, (N, C) each, or (0,) where they were not asked for, and the links of later sums to it."""
+
+    mean: Tensor
+    var: Tensor
+    links: Links
+
+
+class Added(NamedTuple):
+    """A sum y (N, C, H, W), and what `Stats` has of it."""
+
+    map: Tensor
+    mean: Tensor
+    var: Tensor
+    links: Links
+
+
+def dense_add(
+    addends: Sequence[Tensor],
+    maps: Sequence[Tensor],
+    scales: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    activation: Callable[[Tensor], Tensor] | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """s(sum of addends + b + sum_i a_i * X_i), differentiable in all of them, in one pass over each map.
+
+    Args:
+        addends: maps that are added as they stand, such as the residual branch F_l, each (N, C, H, W).
+        maps: maps that are scaled, such as the finished X_0 .. X_{l-1}, each (N, C, H, W). There is at least one addend
+            or map, and all have one shape.
+        scales: a_i, (len(maps), 1 or N, C); None adds the maps as they are.
+        bias: b, (1 or N, C); None for zero.
+        activation: s; None for none. ReLU, as a module or a function, joins the pass.
+        backend: "auto", "plain" (PyTorch alone, any device), "native" or "triton", see `backend.choose`.
+
+    Returns:
+        (N, C, H, W) in the dtype of the first addend, or without addends of the first map; the sum itself is kept in
+        float32 or better.
+
+    Raises:
+        ValueError: shapes that do not go together.
+        DenseShortcutError: a named back end that cannot run here.
+
+    Source: the affine form of DS, a = w / sigma and b = -sum w * mu / sigma (docs/paper-map.md).
+    """
+    relu = is_relu(activation)
+    y = _dense_add(addends, maps, scales, bias, relu, backend)
+    return y if relu or activation is None else activation(y)
+
+
+@torch.fx.wrap
+def _dense_add(
+    addends: Sequence[Tensor],
+    maps: Sequence[Tensor],
+    scales: Tensor | None,
+    bias: Tensor | None,
+    relu: bool,
+    backend: str,
+) -> Tensor:
+    first = (*addends, *maps)[0]
+    _check(first, addends, maps, scales, bias)
+    backend = choose(first, backend)
+    per_image = scales is not None and scales.shape[1] > 1
+    options: dict[str, Any] = {"statistics": False, "num_consumers": 1, "per_image": per_image, "backend": backend}
+    links = [feature_stats(x, **options).links for x in maps]
+    return add_features(addends, maps, links, scales, bias, relu=relu, backend=backend).map
+
+
+def is_relu(activation: Callable[[Tensor], Tensor] | None) -> bool:
+    """Whether an activation is ReLU, which the kernels compute."""
+    return type(activation) is nn.ReLU or activation in (F.relu, torch.relu)
+
+
+@torch.fx.wrap
+def add_features(
+    addends: Sequence[Tensor],
+    maps: Sequence[Tensor],
+    links: Sequence[Links],
+    scales: Tensor | None,
+    bias: Tensor | None,
+    *,
+    relu: bool = False,
+    statistics: bool = False,
+    num_consumers: int = 0,
+    per_image: bool = False,
+    backend: str,
+) -> Added:
+    """`dense_add` with what later sums need of its result.
+
+    Args:
+        addends, maps, scales, bias: as in `dense_add`.
+        links: the link of each map to this sum, two tensors; nothing on the plain path and where gradients are off.
+        relu: whether s is ReLU, else there is none.
+        statistics: whether the moments of the result are wanted.
+        num_consumers: number of later sums that read the result, each of which takes a link.
+        per_image: whether the scales of these sums have a row for each image, else one.
+        backend: "auto", or what `choose` gave.
+
+    Raises:
+        DenseShortcutError: gradients are on, but a map was made while they were off.
+    """
+    first = (*addends, *maps)[0]
+    backend = choose(first, backend)
+    if backend == "plain":
+        return Added(*reference.join(addends, maps, scales, bias, relu, statistics), ())
+    recorded = is_grad_enabled()
+    if recorded and not all(links):
+        raise DenseShortcutError(
+            "a stage ran in part without gradients, so its shortcuts would get none: run it whole under one mode "
+            "(for activation checkpointing, with use_reentrant=False)."
+        )
+    if scales is None:
+        scales = first.new_ones((len(maps), 1, first.shape[1]), dtype=accumulation_dtype(first.dtype))
+    flat = [t for link in links for t in link] if recorded else []
+    consumers = num_consumers if recorded else 0
+    rows = first.shape[0] if per_image else 1
+    return Added(*autograd.dense_add(addends, maps, flat, scales, bias, relu, statistics, consumers, rows, backend))
+
+
+@torch.fx.wrap
+def feature_stats(x: Tensor, *, statistics: bool, num_consumers: int, per_image: bool, backend: str) -> Stats:
+    """Moments and links of a map (N, C, H, W) that no sum made; arguments as in `add_features`."""
+    backend, recorded = choose(x, backend), is_grad_enabled()
+    if backend == "plain" and statistics:
+        return Stats(*reference.moments(x), ())
+    if backend == "plain" or (not statistics and not recorded):
+        return Stats(x.new_empty(0), x.new_empty(0), ())
+    rows = x.shape[0] if per_image else 1
+    return Stats(*autograd.feature_stats(x, statistics, num_consumers if recorded else 0, rows, backend))
+
+
+@torch.fx.wrap
+def group_links(x: Tensor, links: Sequence[Links], counts: Sequence[int], *, per_image: bool, backend: str) -> Links:
+    """Links from a group of maps, of which x (N, C, H, W) is the last, to later groups of `counts` blocks each.
+
+    For each later group there is a tensor a block and one for the scales; `partial_sums` takes those of one group from
+    every earlier call. There are none where no gradient is asked for.
+    """
+    flat = [t for link in links for t in link]
+    if not flat or not is_grad_enabled():
+        return []
+    found: Links = tiled.group_links(x, flat, counts, x.shape[0] if per_image else 1, choose(x, backend))
+    return found
+
+
+@torch.fx.wrap
+def partial_sums(
+    maps: Sequence[Tensor],
+    links: Sequence[Links],
+    scales: Tensor | None,
+    *,
+    blocks: int,
+    sizes: Sequence[int],
+    backend: str,
+) -> Sequence[Tensor]:
+    """sum_i scales[j, i] * maps[i] for each block j of a group, every map read once.
+
+    Args:
+        maps: those finished before the group, each (N, C, H, W).
+        links: this group's part of what each earlier `group_links` gave.
+        scales: (blocks, len(maps), 1 or N, C); None for ones.
+        blocks: number of blocks of the group.
+        sizes: number of maps of each earlier `group_links`.
+        backend: "auto", or what `choose` gave.
+    """
+    x, backend = maps[0], choose(maps[0], backend)
+    if scales is None:
+        scales = x.new_ones((blocks, len(maps), 1, x.shape[1]), dtype=accumulation_dtype(x.dtype))
+    if backend == "plain":
+        return reference.mix(maps, scales)
+    sums: Sequence[Tensor] = tiled.partial_sums(maps, [t for each in links for t in each], scales, sizes, backend)
+    return sums
+
+
+def _check(
+    first: Tensor, addends: Sequence[Tensor], maps: Sequence[Tensor], scales: Tensor | None, bias: Tensor | None
+) -> None:
+    shapes = {tuple(x.shape) for x in (*addends, *maps)}
+    if len(shapes) > 1 or first.ndim != 4:
+        raise ValueError(f"the maps of a sum must have one shape (N, C, H, W), not {', '.join(map(str, shapes))}.")
+    rows = {(1, first.shape[1]), (first.shape[0], first.shape[1])}
+    if scales is not None and (scales.shape[0] != len(maps) or tuple(scales.shape[1:]) not in rows):
+        raise ValueError(f"scales of shape {tuple(scales.shape)} do not fit: give ({len(maps)}, 1 or N, C).")
+    if bias is not None and tuple(bias.shape) not in rows:
+        raise ValueError(f"a bias of shape {tuple(bias.shape)} does not fit: give (1 or N, C).")
