@@ -64,7 +64,7 @@ def python(core: Path, *arguments: str, folder: Path) -> subprocess.CompletedPro
     """A process without site-packages, started in a folder."""
     return subprocess.run(
         [sys.executable, "-S", *arguments],
-        env=os.environ | {"PYTHONPATH": str(core), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": str(core)},
         cwd=folder,
         capture_output=True,
         text=True,

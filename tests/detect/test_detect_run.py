@@ -22,6 +22,7 @@ from dense_shortcuts.experiments.detect.loop import make_schedule
 from dense_shortcuts.experiments.detect.network import build_detector
 from dense_shortcuts.experiments.train.config import read_fields
 from dense_shortcuts.experiments.train.loop import read_metrics
+from dense_shortcuts.experiments.train.rerun import unclocked
 from dense_shortcuts.files import read_tensors
 
 DETECTORS = ("fasterrcnn", "retinanet", "fcos", "maskrcnn")
@@ -39,7 +40,6 @@ LEARNS = [
     "--lr=0.03",
     "--clip-grad=10",
 ]
-CLOCKED = ("seconds", "images_per_second", "data_wait_share")
 
 
 @pytest.fixture(autouse=True)
@@ -55,10 +55,6 @@ def made(tmp_path_factory, faulty_set) -> Path:
     where = ["--output", str(folder), "--name", "run", "--data-dir", str(faulty_set)]
     assert main(["detect", "train", *LEARNS, *where]) == 0
     return folder / "run"
-
-
-def unclocked(rows: list[dict]) -> list[dict]:
-    return [{k: v for k, v in row.items() if not k.endswith(CLOCKED)} for row in rows]
 
 
 def refused(arguments: list[str], capsys) -> str:

@@ -23,7 +23,7 @@ def fresh_accelerate():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny():
     """Makes a configuration of a second or so: 96 digits of 8x8, two epochs of three steps."""
 
@@ -44,11 +44,12 @@ def tiny():
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def fit():
     """Trains one network in a folder and gives its metrics."""
 
     def run(config: TrainConfig, folder: Path) -> list[dict]:
+        AcceleratorState._reset_state(reset_partial_state=True)
         folder.mkdir(parents=True, exist_ok=True)
         config = config.resolved()
         display = Display([network_label(config)], config.epochs, Console(quiet=True))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_data_sources import write_images
 from torch.utils.data import DataLoader
-from train_helpers import number_image, numbers_in, png, unclocked, write_shard
+from train_helpers import number_image, numbers_in, png, write_shard
 
 from dense_shortcuts import DenseShortcutError
 from dense_shortcuts.cli import main
@@ -16,6 +16,7 @@ from dense_shortcuts.experiments.train.data import BrokenImage, load_data, make_
 from dense_shortcuts.experiments.train.data.broken import BrokenImages
 from dense_shortcuts.experiments.train.data.stream import StreamShare
 from dense_shortcuts.experiments.train.loop import batches, read_metrics
+from dense_shortcuts.experiments.train.rerun import unclocked
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torchvision import transforms
-from train_helpers import png, unclocked, write_parquet
+from train_helpers import png, write_parquet
 
 from dense_shortcuts import DenseShortcutError
 from dense_shortcuts.experiments.train.config import TrainConfig
@@ -13,6 +13,7 @@ from dense_shortcuts.experiments.train.data import loading as loading_module
 from dense_shortcuts.experiments.train.data.device import DeviceImages, crops, first_numbers
 from dense_shortcuts.experiments.train.data.transformed import TransformedImages, seeded
 from dense_shortcuts.experiments.train.loop import batches
+from dense_shortcuts.experiments.train.rerun import unclocked
 
 
 def epoch_of(config: TrainConfig, epoch: int, *, training: bool) -> tuple[torch.Tensor, torch.Tensor]:

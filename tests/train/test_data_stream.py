@@ -8,7 +8,7 @@ import torch
 from process_helpers import Group
 from test_data_sources import write_images
 from torch.utils.data import DataLoader
-from train_helpers import number_image, numbers_in, unclocked, write_shard
+from train_helpers import number_image, numbers_in, write_shard
 
 from dense_shortcuts import DenseShortcutError
 from dense_shortcuts.experiments.train import loop
@@ -18,6 +18,7 @@ from dense_shortcuts.experiments.train.data import hub as hub_module
 from dense_shortcuts.experiments.train.data.stream import Place, StreamShare
 from dense_shortcuts.experiments.train.loop import batches
 from dense_shortcuts.experiments.train.processes import make_accelerator
+from dense_shortcuts.experiments.train.rerun import unclocked
 
 IMAGES = 48
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from process_helpers import Group, tiny
 from torch import distributed as dist
-from train_helpers import unclocked
 
 from dense_shortcuts import DenseShortcutError, files
 from dense_shortcuts.cli import main
@@ -21,7 +20,9 @@ from dense_shortcuts.experiments.train import loop, run, states
 from dense_shortcuts.experiments.train.config import TrainConfig, write_yaml
 from dense_shortcuts.experiments.train.log import RUN_LOG
 from dense_shortcuts.experiments.train.loop import METRICS, read_metrics
+from dense_shortcuts.experiments.train.rerun import unclocked
 from dense_shortcuts.experiments.train.states import saved_states, state_path
+from dense_shortcuts.experiments.weight_log import SHORTCUTS, read_record
 
 LABEL = "stage-group"
 RECIPE = tiny(epochs=10, lr=0.2, deterministic=True, drop_path=0.2, mixup=0.2, ema_decay=0.9, limit_test=20)
@@ -102,8 +103,10 @@ def quick_report(monkeypatch):
 
 
 def results(folder: Path) -> tuple:
-    rows = unclocked(read_metrics(folder / LABEL / METRICS))
-    return rows, {path.name: path.read_bytes() for path in (folder / LABEL).glob("*.safetensors")}
+    """Metrics, the record of the shortcuts, and the names of all files, of weights and states with their bytes."""
+    network = folder / LABEL
+    files = {path.name: path.suffix == ".safetensors" and path.read_bytes() for path in network.iterdir()}
+    return unclocked(read_metrics(network / METRICS)), read_record(network / SHORTCUTS), files
 
 
 def test_a_run_killed_twenty_times_at_random_moments_ends_as_if_it_had_not_been(recipe, tmp_path):

@@ -1,15 +1,12 @@
-"""The loop: it learns, it repeats, it goes on where it stopped, and every switch is seen to act."""
+"""The loop: it learns, it repeats, and every switch is seen to act."""
 
-import json
 import math
 
 import numpy as np
 import pytest
 import timm
 import torch
-from accelerate.state import AcceleratorState
 from rich.console import Console
-from train_helpers import unclocked
 
 import dense_shortcuts as ds
 from dense_shortcuts import DenseShortcutError
@@ -29,14 +26,16 @@ from dense_shortcuts.experiments.train.network import (
     twin,
 )
 from dense_shortcuts.experiments.train.processes import make_accelerator
+from dense_shortcuts.experiments.train.rerun import unclocked
 from dense_shortcuts.experiments.train.states import state_path
-from dense_shortcuts.experiments.weight_log import SHORTCUTS, read_record
 from dense_shortcuts.files import read_tensors
 from dense_shortcuts.nn.norms import TokenNorm
 
 
-class Stop(BaseException):
-    """Stands for a process that ends on the spot."""
+@pytest.fixture(scope="module")
+def base(tiny, fit, tmp_path_factory) -> list[dict]:
+    """The metrics of one epoch with no switch changed."""
+    return fit(tiny(epochs=1), tmp_path_factory.mktemp("base"))
 
 
 def test_a_short_run_learns_the_digits(fit, tmp_path):
@@ -59,55 +58,6 @@ def test_worker_processes_change_no_result(tiny, fit, tmp_path):
     settings = {"drop_path": 0.2, "cutmix": 1.0, "auto_augment": "rand-m5"}
     runs = [fit(tiny(workers=workers, **settings), tmp_path / str(workers)) for workers in (0, 2)]
     assert unclocked(runs[0]) == unclocked(runs[1])
-
-
-@pytest.mark.parametrize("moment", ["after the line", "in the state", "after the state", "before the card"])
-def test_a_run_that_ended_at_any_moment_goes_on_to_the_same_result(tiny, fit, tmp_path, monkeypatch, moment):
-    config = tiny(epochs=3, drop_path=0.2, mixup=0.2, ema_decay=0.9)
-    expected = fit(config, tmp_path / "whole")
-
-    def stopping(name, when):
-        original, calls = getattr(loop, name), []
-
-        def wrapped(*args, **kwargs):
-            calls.append(1)
-            if len(calls) == when:
-                raise Stop
-            return original(*args, **kwargs)
-
-        return wrapped
-
-    if moment == "in the state":
-        before = loop.write_state
-
-        def half(path, tensors, about, accelerator):
-            if about["epoch"] == 2:
-                path.with_name(f".{path.name}.tmp").write_bytes(b"half")
-                raise Stop
-            before(path, tensors, about, accelerator)
-
-        monkeypatch.setattr(loop, "write_state", half)
-    else:
-        name, when = {
-            "after the line": ("save_state", 2),
-            "after the state": ("train_epoch", 3),
-            "before the card": ("write_model", 1),
-        }[moment]
-        monkeypatch.setattr(loop, name, stopping(name, when))
-    with pytest.raises(Stop):
-        fit(config, tmp_path / "stopped")
-    monkeypatch.undo()
-    assert not (tmp_path / "stopped" / CARD).exists()
-
-    resumed = fit(config, tmp_path / "stopped")
-    assert unclocked(resumed) == unclocked(expected) and [row["epoch"] for row in resumed] == [1, 2, 3]
-    states = [state_path(tmp_path, epoch).name for epoch in (2, 3)]
-    for name in (WEIGHTS, *states):
-        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    names = {path.name for path in (tmp_path / "stopped").iterdir()}
-    assert names == {CARD, METRICS, WEIGHTS, SHORTCUTS, *states}
-    records = [read_record(tmp_path / folder / SHORTCUTS) for folder in ("stopped", "whole")]
-    assert records[0] == records[1] and [row["epoch"] for row in records[0]] == [1, 2, 3]
 
 
 def test_a_metrics_line_cut_short_is_dropped_and_one_broken_in_the_middle_is_told(tmp_path):
@@ -277,10 +227,8 @@ def test_smoothing_and_mixup_give_the_losses_of_their_definitions():
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_every_training_switch_changes_the_result(tiny, fit, tmp_path, change):
-    base = fit(tiny(epochs=1), tmp_path / "base")
-    AcceleratorState._reset_state()
-    with_change = fit(tiny(epochs=1, **change), tmp_path / "changed")
+def test_every_training_switch_changes_the_result(base, tiny, fit, tmp_path, change):
+    with_change = fit(tiny(epochs=1, **change), tmp_path)
     assert math.isfinite(with_change[0]["test_loss"])
     assert unclocked(base) != unclocked(with_change)
 
@@ -299,7 +247,7 @@ def test_bf16_runs_the_network_in_bfloat16(tiny, fit, tmp_path, monkeypatch):
     assert seen and set(seen) == {torch.bfloat16}
 
 
-def test_gradient_checkpointing_recomputes_and_changes_no_result(tiny, fit, tmp_path, monkeypatch):
+def test_gradient_checkpointing_recomputes_and_changes_no_result(base, tiny, fit, tmp_path, monkeypatch):
     import timm.models.resnet as host
 
     calls = []
@@ -310,12 +258,12 @@ def test_gradient_checkpointing_recomputes_and_changes_no_result(tiny, fit, tmp_
         return original(*args, **kwargs)
 
     monkeypatch.setattr(host, "checkpoint_seq", counted)
-    plain = fit(tiny(epochs=1), tmp_path / "plain")
+    fit(tiny(epochs=1, limit_train=32), tmp_path / "plain")
     assert not calls
     checkpointed = fit(tiny(epochs=1, grad_checkpointing=True), tmp_path / "checkpointed")
     assert calls
     # The recomputed forward pass updates batch norm's running statistics a second time, so tests may differ.
-    assert checkpointed[0]["train_loss"] == pytest.approx(plain[0]["train_loss"], rel=1e-4)
+    assert checkpointed[0]["train_loss"] == pytest.approx(base[0]["train_loss"], rel=1e-4)
 
 
 def test_channels_last_reaches_the_network(tiny, fit, tmp_path, monkeypatch):
@@ -403,12 +351,6 @@ def test_without_a_terminal_each_epoch_is_one_plain_line(capsys):
         display.epoch(row | {"train_data_wait_share": 0.1})
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 and lines[0].startswith("stage-group  epoch 1/2  300 images/s  loss 2.000  accuracy 33.30 %")
-
-
-def test_metrics_are_json_lines(tiny, fit, tmp_path):
-    fit(tiny(), tmp_path)
-    lines = (tmp_path / METRICS).read_text().splitlines()
-    assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
 
 
 def test_binary_cross_entropy_counts_each_class_and_takes_mixed_targets_above_the_threshold_as_1():

@@ -1,4 +1,4 @@
-"""Generated images, metrics without what a clock says, and images as a configuration loads or refuses them."""
+"""Generated images, and images as a configuration loads or refuses them."""
 
 import io
 import tarfile
@@ -14,13 +14,6 @@ from PIL import Image
 from dense_shortcuts import DenseShortcutError
 from dense_shortcuts.experiments.train.config import TrainConfig
 from dense_shortcuts.experiments.train.data import Data, load_data
-
-CLOCKED = ("seconds", "images_per_second", "data_wait_share")
-
-
-def unclocked(rows: list[dict]) -> list[dict]:
-    """Metrics without what a clock says."""
-    return [{key: value for key, value in row.items() if not key.endswith(CLOCKED)} for row in rows]
 
 
 def png(seed: int, size: int = 8) -> bytes:
