@@ -56,7 +56,7 @@ def dense_add(
         scales: the coefficients a_i, (len(maps), 1 or N, C); None for ones.
         bias: b, (1 or N, C); None for zero.
         activation: s; None for none. ReLU, as a module or a function, is part of the pass.
-        backend: "auto", "plain" (PyTorch alone, any device), "native" or "triton", see `backend.choose`.
+        backend: "auto", "plain" (PyTorch only, any device), "native" or "triton", see `backend.choose`.
 
     Returns:
         (N, C, H, W) in the dtype of the first addend, or of the first map if there are no addends; the sum is
