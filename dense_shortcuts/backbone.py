@@ -1,6 +1,7 @@
-"""A backbone in the shape that detection toolboxes expect: out_indices, frozen_stages, norm_eval, a tuple of maps.
+"""A backbone with the interface of detection toolboxes: out_indices, frozen_stages, norm_eval, a tuple of maps.
 
-It needs none of them. Any network that timm gives with features_only works: a DSNet, a host, or a host plugged in here.
+It needs no such toolbox, and accepts any network that timm builds with features_only: a DSNet, a host, or a host
+that is plugged in here.
 """
 
 import inspect
@@ -27,27 +28,27 @@ class Backbone(nn.Module):
     """Feature maps of a timm network, from fine to coarse.
 
     Args:
-        model: a timm name, or a ready features_only network, of which all but dense shortcuts counts as loaded. Its
-            levels are as they are, so that `out_indices` and `finest` go with a name only, and so does `pretrained`.
-        out_indices: levels to give, counted as timm does in `feature_info` (0 is the stem of a ResNet); None gives the
-            last level of each stride from `finest` on, or of all where fewer than two are so coarse.
-        finest: smallest stride that None takes.
-        frozen_stages: -1 freezes nothing, 0 the stem, 1 the stem and the first stage, and so on. Only parameters and
-            modes of what was loaded are frozen: what starts fresh, such as dense shortcuts, goes on training.
-        norm_eval: batch norms whose statistics were loaded go by them in training too.
-        pretrained: timm's pretrained weights.
-        weights: a .safetensors file with weights of this network, or of its host, in place of timm's.
-        **options: keywords of `plug_in`. A network that is not a DSNet is plugged in where any is given, a ready one in
-            place; `aggregate` may also be "identity", the host.
+        model: a timm name, or a features_only network, in which everything but dense shortcuts counts as loaded. The
+            levels of a network are fixed, so `out_indices`, `finest` and `pretrained` require a name.
+        out_indices: levels to return, numbered as in timm's `feature_info` (0 is the stem of a ResNet); None means the
+            last level of each stride from `finest` on, or of every stride if fewer than two are that coarse.
+        finest: smallest stride for out_indices=None.
+        frozen_stages: -1 freezes nothing, 0 the stem, 1 the stem and the first stage, and so on. This concerns loaded
+            parameters and modules only: what is newly initialised, such as dense shortcuts, keeps training.
+        norm_eval: whether batch norms with loaded statistics use these in training too.
+        pretrained: whether to load timm's pretrained weights.
+        weights: a .safetensors file with weights of this network or of its host, instead of timm's.
+        **options: keywords of `plug_in`. With any of them, a network that is not a DSNet is plugged in, and a given
+            network is changed in place; `aggregate` may also be "identity", for the host.
 
     Attributes:
-        channels, reductions: width and stride of each map that `forward` gives.
-        loaded: the names in the state dict of `features` that did not start fresh.
-        notes: sentences that say what was loaded, frozen and left training; they are logged too.
+        channels, reductions: number of channels and stride of each map that `forward` returns.
+        loaded: the state-dict keys of `features` that were loaded.
+        notes: sentences on what was loaded, what is frozen and what still trains; they are logged too.
 
     Raises:
-        DenseShortcutError: an unknown name, level or stage, a network that gives no feature maps, weights of another
-            network, or what `plug_in` refuses.
+        DenseShortcutError: an unknown name, level or stage, a network without feature maps, weights of another network,
+            or an error of `plug_in`.
         TypeError: an unknown keyword.
     """
 
@@ -70,8 +71,8 @@ class Backbone(nn.Module):
         else:
             if out_indices is not None or finest != 4 or pretrained:
                 raise DenseShortcutError(
-                    "out_indices, finest and pretrained choose what is built by a name, and a ready network was given: "
-                    "leave them out, or give them to timm.create_model."
+                    "out_indices, finest and pretrained require the name of a model, and a ready network was given: "
+                    "leave them out, or pass them to timm.create_model."
                 )
             features = _checked_features(model)
             _set_shortcuts(features, options)
@@ -82,7 +83,7 @@ class Backbone(nn.Module):
         self.channels_last_axis = str(getattr(features, "output_fmt", "")).endswith("NHWC")
         if any(b <= a for a, b in zip(self.reductions, self.reductions[1:], strict=False)):
             raise DenseShortcutError(
-                f"the levels {features.feature_info.out_indices} have the strides {self.reductions}, which must grow: "
+                f"the levels {features.feature_info.out_indices} have strides {self.reductions}, which must grow: "
                 "choose other out_indices."
             )
         self.loaded: frozenset[str] = frozenset()
@@ -95,27 +96,27 @@ class Backbone(nn.Module):
         if frozen_stages >= 0:
             self._freeze()
         if norm_eval and not any(self._is_loaded(name) for name in self._batch_norms()):
-            self._say("norm_eval holds no batch norm, for no statistics were loaded")
+            self._say("norm_eval holds no batch norm, because no statistics were loaded")
         for note in self.notes:
             _logger.info("%s", note)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Maps (N, C_i, H / r_i, W / r_i) of images (N, 3, H, W), r_i being `reductions[i]`."""
+        """Feature maps (N, C_i, H / r_i, W / r_i) of images (N, 3, H, W), where r_i is `reductions[i]`."""
         maps = self.features(x)
         return tuple(m.permute(0, 3, 1, 2) if self.channels_last_axis else m for m in maps)
 
     def train(self, mode: bool = True) -> "Backbone":
-        """Training mode for all but what is frozen, and batch norms where norm_eval holds them."""
+        """Set training mode, except for frozen modules, and for batch norms if norm_eval holds them."""
         super().train(mode)
         if mode:
             held = [name for name in self.frozen if self._is_loaded(name)]
             held += [name for name in self._batch_norms() if self.norm_eval and self._is_loaded(name)]
             for name in held:
-                self.features.get_submodule(name).training = False  # not eval(), which would reach fresh children
+                self.features.get_submodule(name).training = False  # not eval(), which would reach new children
         return self
 
     def _freeze(self) -> None:
-        """No gradients for the loaded parameters of the frozen modules."""
+        """Turn gradients off for the loaded parameters of the frozen modules."""
         named = {
             f"{name}.{parameter}": p
             for name in self.frozen
@@ -130,7 +131,7 @@ class Backbone(nn.Module):
             self._say(f"{len(fresh)} tensors of the frozen stages were not loaded and stay trainable: {shown}")
 
     def _is_loaded(self, name: str) -> bool:
-        """Whether nothing that a module itself holds started fresh; an empty one goes with what is around it."""
+        """Whether all own parameters and buffers of a module were loaded; one without any follows its surroundings."""
         module = self.features.get_submodule(name)
         own = {f"{name}.{k}" for k in [*module._parameters, *module._buffers]}
         own &= self.features.state_dict().keys()
@@ -146,13 +147,13 @@ class Backbone(nn.Module):
         self.notes.append(f"backbone: {note}")
 
     def _load(self, tensors: Mapping[str, Tensor], where: str) -> frozenset[str]:
-        """Load what a file has for this network; the names that were found. What has no place is told, not refused,
-        for a backbone has no classifier and may lack late stages."""
+        """Load what a file has for this network; returns the keys found. Other tensors are noted, not an error,
+        because a backbone has no classifier and may lack late stages."""
         own = {flat(key): key for key in self.features.state_dict()}
         found = {own[flat(key)]: tensor for key, tensor in tensors.items() if flat(key) in own}
         left = sorted(key for key in tensors if flat(key) not in own)
         stages = {flat(name) for name, module in self.features.named_modules() if isinstance(module, nn.Module)}
-        # A shortcut's key in a stage that is here but has no such shortcut: the weights are of another plan.
+        # Shortcut keys in a stage of this network that has no such shortcut mean that the weights are of another plan.
         owners = {key: re.split(r"\.shortcut\d*\.", key) for key in left}
         unplaced = [key for key, parts in owners.items() if len(parts) > 1 and flat(parts[0]) in stages]
         fresh = load(self.features, found | {key: tensors[key] for key in unplaced})
@@ -173,16 +174,16 @@ def create_features(
     pretrained: bool = False,
     **options: Any,
 ) -> nn.Module:
-    """timm's features_only network of a name, plugged in where `options` has keywords of `plug_in`.
+    """timm's features_only network of a name, plugged in if `options` has keywords of `plug_in`.
 
     Raises:
-        DenseShortcutError: a name that timm does not know, a level that the network does not have, no pretrained
-            weights, or what `plug_in` refuses.
+        DenseShortcutError: a name unknown to timm, a level that the network does not have, missing pretrained weights,
+            or an error of `plug_in`.
     """
     import timm
 
     if not timm.is_model(name):
-        raise DenseShortcutError(f"unknown model {name!r}: timm.list_models() lists what there is.")
+        raise DenseShortcutError(f"unknown model {name!r}: timm.list_models() lists all names.")
     ours, host = name in list_models(), options.get("aggregate") == "identity"
     settings = options if ours and not host else {}
     try:
@@ -199,8 +200,8 @@ def create_features(
             raise
         reason = str(error).split("\n")[0].rstrip(".")
         raise DenseShortcutError(
-            f"there are no pretrained weights of {name} ({reason}): give weights in a file, or the name of a host that "
-            "timm has weights of."
+            f"there are no pretrained weights of {name} ({reason}): give a file with weights, or the name of a host "
+            "that has pretrained weights in timm."
         ) from error
     if host or not ours:
         _set_shortcuts(features, options)
@@ -208,7 +209,7 @@ def create_features(
 
 
 def _set_shortcuts(features: nn.Module, options: dict[str, Any]) -> None:
-    """Plug a network in where there is any option; aggregate="identity" makes it a host."""
+    """Plug a network in if there are any options; aggregate="identity" unplugs it."""
     known = inspect.signature(plug_in).parameters
     for name in options:
         if name not in known:
@@ -221,39 +222,39 @@ def _set_shortcuts(features: nn.Module, options: dict[str, Any]) -> None:
 
 
 def _checked_features(model: nn.Module) -> Any:
-    """A ready network that says what maps it gives.
+    """`model`, after a check that it describes its feature maps.
 
     Raises:
-        DenseShortcutError: one that does not.
+        DenseShortcutError: it does not.
     """
     info = getattr(model, "feature_info", None)
     if not callable(getattr(info, "channels", None)) or not callable(getattr(info, "reduction", None)):
         raise DenseShortcutError(
-            f"{type(model).__name__} does not say which feature maps it gives: make it by "
+            f"{type(model).__name__} does not say which feature maps it returns: build it with "
             "timm.create_model(name, features_only=True), or give the name."
         )
     return model
 
 
 def checked_levels(name: str, out_indices: Sequence[int], count: int) -> tuple[int, ...]:
-    """The levels in order, counted from 0."""
+    """The levels in order, as indices from 0."""
     if not out_indices or not all(-count <= index < count for index in out_indices):
-        raise DenseShortcutError(f"{name} has the levels 0 to {count - 1}, not {tuple(out_indices)}: choose of them.")
+        raise DenseShortcutError(f"{name} has the levels 0 to {count - 1}, not {tuple(out_indices)}: choose from them.")
     return tuple(sorted({index % count for index in out_indices}))
 
 
 def usual_levels(reductions: Sequence[int], finest: int) -> tuple[int, ...]:
-    """The last level of each stride from `finest` on; of each stride at all where fewer than two are so coarse."""
+    """The last level of each stride from `finest` on, or of every stride if fewer than two are that coarse."""
     last = {reduction: index for index, reduction in enumerate(reductions)}
     coarse = tuple(index for reduction, index in last.items() if reduction >= finest)
     return coarse if len(coarse) > 1 else tuple(last.values())
 
 
 def frozen_modules(features: nn.Module, frozen_stages: int) -> list[str]:
-    """Names of the modules up to the end of stage `frozen_stages`, 0 being the stem, in the network's order.
+    """Names of the modules up to the end of stage `frozen_stages` (0 is the stem), in the network's order.
 
     Raises:
-        DenseShortcutError: the network has fewer stages, or does not say where they are.
+        DenseShortcutError: the network has fewer stages, or does not describe where they are.
     """
     names = {flat(name): name for name, _ in features.named_modules() if name}
     info: Any = features.feature_info
@@ -269,7 +270,7 @@ def frozen_modules(features: nn.Module, frozen_stages: int) -> list[str]:
         del modules[0]
     if frozen_stages > len(modules) or not modules:
         raise DenseShortcutError(
-            f"frozen_stages={frozen_stages} is more than the {len(modules)} stages that the network has: take less."
+            f"frozen_stages={frozen_stages} is more than the {len(modules)} stages of the network: give fewer."
         )
     ordered = list(names.values())
     if frozen_stages == 0:
@@ -282,10 +283,10 @@ def frozen_modules(features: nn.Module, frozen_stages: int) -> list[str]:
 
 
 def _is_stem(name: str, module: nn.Module) -> bool:
-    """Whether a level is the stem's: by its name, or because it is one layer and not a stage of blocks."""
+    """Whether a level is the stem: by its name, or because it is a layer and not a stage of blocks."""
     return "stem" in name or not any(True for child in module.children() for _ in child.children())
 
 
 def flat(name: str) -> str:
-    """A module's name as timm's feature extractors and the whole network both have it."""
+    """A module's name in a form that timm's feature extractors and the whole network share."""
     return name.removeprefix("model.").replace(".", "_")

@@ -2,8 +2,8 @@
 
 
 class DenseShortcutError(ValueError):
-    """Something the caller can mend: one sentence that says what is wrong and what to do.
+    """An error that the caller can fix: one sentence that says what is wrong and what to do.
 
-    A call that refuses its arguments has changed nothing. What fails at work, such as a run whose loss is not finite or
-    whose disk is full, leaves what it had made by then. The command line prints the sentence and exits with code 2.
+    A call that rejects its arguments has changed nothing. One that fails later, such as a run whose loss is not finite
+    or whose disk is full, leaves what it had written. The command line prints the sentence and exits with code 2.
     """

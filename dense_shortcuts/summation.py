@@ -1,7 +1,7 @@
 """The unified view: a convolution over a concatenation is a sum of convolutions, so a DenseNet is a dense summation.
 
-W * [X_0; ..; X_{l-1}] = sum_{i<l} W_i * X_i, with W cut along its input channels (Sec. 3 of the paper). Batch norm and
-ReLU in front of the convolution go by the channel and cut the same way, so the concatenation is never needed.
+W * [X_0; ..; X_{l-1}] = sum_{i<l} W_i * X_i, with W split along its input channels (Sec. 3 of the paper). Batch norm
+and ReLU before the convolution act per channel and split the same way, so the concatenation is never needed.
 """
 
 import itertools
@@ -23,7 +23,7 @@ HOSTS = (timm.models.densenet.DenseNet, torchvision.models.densenet.DenseNet)
 _BLOCKS = (timm.models.densenet.DenseBlock, torchvision.models.densenet._DenseBlock)
 _TRANSITIONS = (timm.models.densenet.DenseTransition, torchvision.models.densenet._Transition)
 _NORMS = (nn.BatchNorm2d, BatchNormAct2d)
-_POOLS = ("avg", "max", "avgmax")  # those whose result has one number a channel, in the channels' order
+_POOLS = ("avg", "max", "avgmax")  # those whose result has one number per channel, in order
 
 
 def sum_of_convolutions(conv: nn.Conv2d, maps: Sequence[Tensor]) -> Tensor:
@@ -34,26 +34,27 @@ def sum_of_convolutions(conv: nn.Conv2d, maps: Sequence[Tensor]) -> Tensor:
         maps: (N, C_i, H, W) each; the C_i add up to the input channels.
 
     Returns:
-        (N, C_out, H', W'), the same to rounding, since the terms are added in another order.
+        (N, C_out, H', W'), equal up to rounding, because terms are added in another order.
 
     Raises:
-        DenseShortcutError: a grouped convolution, or maps whose channels do not add up.
+        DenseShortcutError: a grouped convolution, or maps with a wrong total number of channels.
     """
     if conv.groups != 1:
-        raise DenseShortcutError(f"a convolution with {conv.groups} groups mixes no maps: cut one with groups=1.")
+        raise DenseShortcutError(f"a convolution with {conv.groups} groups cannot be split: use one with groups=1.")
     return _sum(conv, maps, lambda x, cut: x, recompute=False)
 
 
 def layer_of_sums(layer: nn.Module, maps: Sequence[Tensor], *, recompute: bool = False) -> Tensor:
-    """A DenseNet layer's new maps from the list of all earlier ones, without their concatenation.
+    """The new map of a DenseNet layer from the list of all earlier maps, without their concatenation.
 
     Args:
         layer: a layer of timm's or torchvision's DenseNet, with norm1, conv1, norm2 and conv2.
         maps: (N, C_i, H, W) each, in the order in which the host concatenates them.
-        recompute: keep nothing of a pair (layer, map) for the backward pass but its sources, and form it again there.
+        recompute: whether to recompute the terms of the sum in the backward pass instead of keeping them.
 
     Returns:
-        (N, growth, H, W), equal to the host's to rounding. In training the running statistics move as the host's do.
+        (N, growth, H, W), equal to the host's up to rounding. In training, running statistics are updated as in the
+        host.
     """
     host: Any = layer
     hidden = _norm_act_conv(host.norm1, getattr(host, "relu1", None), host.conv1, maps, recompute)
@@ -63,32 +64,32 @@ def layer_of_sums(layer: nn.Module, maps: Sequence[Tensor], *, recompute: bool =
 
 
 def split(host: nn.Module, *, recompute: bool | None = None) -> "SplitDenseNet":
-    """The same DenseNet as a dense summation: trains and runs without ever building a concatenation of feature maps.
+    """The same DenseNet as a dense summation, which trains and runs without ever concatenating feature maps.
 
     Args:
-        host: a DenseNet of timm or torchvision. It is left as it is and shares every parameter and buffer with the
-            result, under the same state-dict keys: what trains one has trained the other.
-        recompute: form normalised maps again in the backward pass instead of keeping them, which makes memory grow
-            linearly with depth; None takes the host's own `memory_efficient`.
+        host: a DenseNet of timm or torchvision. It stays unchanged, and shares every parameter and buffer with the
+            result, under the same state-dict keys: training one trains the other.
+        recompute: whether to recompute normalised maps in the backward pass instead of keeping them, so that memory
+            grows linearly with depth; None means the host's own `memory_efficient`.
 
     Raises:
-        DenseShortcutError: another network, or one with norms, convolutions or a pooling that do not cut.
+        DenseShortcutError: another network, or one with norms, convolutions or a pooling that cannot be split.
     """
     if not isinstance(host, HOSTS):
-        raise DenseShortcutError(f"{type(host).__name__} is no DenseNet of timm or torchvision: give one of those.")
+        raise DenseShortcutError(f"{type(host).__name__} is not a DenseNet of timm or torchvision: give one of those.")
     for name, module in host.features.named_modules():
         if isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm) and type(module) not in _NORMS:
             raise DenseShortcutError(
-                f"features.{name} is {type(module).__name__}, which does not cut: use BatchNorm2d."
+                f"features.{name} is {type(module).__name__}, which cannot be split: use BatchNorm2d."
             )
     pool: Any = getattr(host, "global_pool", None)
     if pool is not None and pool.pool_type not in _POOLS:
-        raise DenseShortcutError(f"global_pool={pool.pool_type!r} does not cut: take one of {', '.join(_POOLS)}.")
+        raise DenseShortcutError(f"global_pool={pool.pool_type!r} cannot be split: choose one of {', '.join(_POOLS)}.")
     return SplitDenseNet(host, _recomputes(host) if recompute is None else recompute)
 
 
 class SplitDenseNet(nn.Module):
-    """A DenseNet that passes lists of maps along. Made by `split`; its children are the host's own."""
+    """A DenseNet that works on lists of maps. Made by `split`; its children are the host's."""
 
     def __init__(self, host: nn.Module, recompute: bool) -> None:
         super().__init__()
@@ -98,7 +99,7 @@ class SplitDenseNet(nn.Module):
         self.train(host.training)
 
     def forward_maps(self, x: Tensor) -> list[Tensor]:
-        """The last feature maps behind norm and activation, (N, C_i, H', W') each, from images (N, 3, H, W)."""
+        """The last feature maps, after norm and activation, (N, C_i, H', W') each, from images (N, 3, H, W)."""
         maps = [x]
         features: Any = self.features
         for module in features:
@@ -108,12 +109,12 @@ class SplitDenseNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Scores, (N, classes), from images (N, 3, H, W)."""
         pool: Any = getattr(self, "global_pool", partial(F.adaptive_avg_pool2d, output_size=1))
-        x = torch.cat([pool(x).flatten(1) for x in self.forward_maps(x)], 1)  # a number a channel: no feature map
+        x = torch.cat([pool(x).flatten(1) for x in self.forward_maps(x)], 1)  # one number per channel, not feature maps
         head: Any = self
         return head.classifier(head.head_drop(x) if hasattr(self, "head_drop") else x)
 
     def _forward(self, module: nn.Module, maps: list[Tensor]) -> list[Tensor]:
-        """What a child of `features` makes of a list of maps."""
+        """The output of a child of `features` for a list of maps."""
         if isinstance(module, _BLOCKS):
             for layer in module.values():
                 maps = [*maps, layer_of_sums(layer, maps, recompute=self.recompute)]
@@ -122,7 +123,7 @@ class SplitDenseNet(nn.Module):
             host: Any = module
             summed = _norm_act_conv(host.norm, getattr(host, "relu", None), host.conv, maps, self.recompute)
             return [host.pool(summed)]
-        if len(maps) > 1:  # the norm behind the last block
+        if len(maps) > 1:  # the norm after the last block
             part = _CutNorm(module)
             return [part(x, cut) for x, cut in zip(maps, _slices([x.shape[1] for x in maps]), strict=True)]
         return [module(maps[0])]
@@ -132,7 +133,7 @@ class SplitDenseNet(nn.Module):
 
 
 def _recomputes(host: nn.Module) -> bool:
-    """Whether the host recomputes its concatenations, as torchvision and timm call it."""
+    """Whether the host recomputes its concatenations: torchvision's `memory_efficient`, timm's `grad_checkpointing`."""
     layers = [layer for block in host.modules() if isinstance(block, _BLOCKS) for layer in block.values()]
     return any(getattr(layer, "memory_efficient", getattr(layer, "grad_checkpointing", False)) for layer in layers)
 
@@ -162,16 +163,16 @@ def _sum(conv: nn.Conv2d, maps: Sequence[Tensor], part: Callable[[Tensor, slice]
     total = None
     for x, cut in zip(maps, _slices(widths), strict=True):
         y = checkpoint(term, x, cut, use_reentrant=False) if recompute else term(x, cut)
-        total = y if total is None else total.add_(y)  # in place: a sum keeps none of its terms for the backward pass
+        total = y if total is None else total.add_(y)  # in place: the backward pass of a sum needs none of its terms
     assert total is not None
     return total
 
 
 class _CutNorm:
-    """A batch norm over a concatenation, and the activation behind it, for one map at a time.
+    """A batch norm over a concatenation, and the activation after it, for one map at a time.
 
-    Both go by the channel, so they cut as the maps do. A batch moves the running statistics once: not again where a
-    backward pass forms the maps a second time.
+    Both act per channel, so they split as the maps do. A batch updates the running statistics once: not again when the
+    backward pass recomputes the maps.
     """
 
     def __init__(self, norm: Any, act: nn.Module | None = None) -> None:
@@ -196,6 +197,6 @@ class _CutNorm:
 
 
 def _slices(widths: Sequence[int]) -> Iterator[slice]:
-    """Where each of some widths lies when they stand side by side."""
+    """The slice of each of these widths in their concatenation."""
     for start, end in itertools.pairwise([0, *itertools.accumulate(widths)]):
         yield slice(start, end)

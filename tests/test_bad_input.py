@@ -283,7 +283,7 @@ FAULTY: list[tuple[dict[str, Any], str]] = [
     ({"stages": ["layer9"]}, "'layer9'"),
     ({"blocks": "nothing"}, "no block"),
     ({"blocks": []}, "no block"),
-    ({"blocks": "("}, "no regular expression"),
+    ({"blocks": "("}, "not a regular expression"),
     ({"weighting": "gate", "keep_identity": True}, "keep_identity"),
     ({"weighting": "attention", "init": "nearest"}, "'nearest'"),
     ({"groups": 3, "norm": "group"}, "3"),
@@ -323,7 +323,7 @@ def test_layers_in_a_block_may_be_parametrized_and_the_block_itself_not(first):
 
 def test_what_is_no_network_is_refused():
     for call in (ds.plan, ds.plug_in):
-        with pytest.raises(ds.DenseShortcutError, match="'resnet18' is no network"):
+        with pytest.raises(ds.DenseShortcutError, match="'resnet18' is not a network"):
             call("resnet18")
 
 

@@ -290,7 +290,7 @@ def test_checkpoints_of_such_features_give_the_same_gradients():
 
 def test_a_host_that_calls_a_method_of_a_block_is_told_to_unplug():
     net = ds.plug_in(timm.create_model("xception41", num_classes=3))
-    with pytest.raises(AttributeError, match="asks for forward_with_tap: unplug the network first"):
+    with pytest.raises(AttributeError, match="the host reads forward_with_tap: unplug the network first"):
         net.forward_intermediates(torch.zeros(1, 3, 32, 32))
 
 

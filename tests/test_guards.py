@@ -162,7 +162,7 @@ def test_a_branch_of_another_shape_than_the_maps_is_refused(padding, backend):
     for recorded in (True, False):
         with torch.set_grad_enabled(recorded), pytest.raises(ds.DenseShortcutError) as error:
             net(torch.randn(2, 3, 9, 7))
-        assert "meets maps of shape" in one_sentence(error)
+        assert "cannot be added to maps of shape" in one_sentence(error)
 
 
 # Transforms of torch.func

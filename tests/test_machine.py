@@ -27,7 +27,7 @@ def test_info_names_versions_devices_and_the_back_end_in_use(capsys, monkeypatch
     assert any(line.startswith("cpu: ") and "threads" in line for line in lines)
     own, reason = own_backend("cpu")
     assert backend_line(lines).startswith(
-        f"cpu back end: {own} ({reason}; under torch.compile plain, but for deep stages); could be chosen: "
+        f"cpu back end: {own} ({reason}; under torch.compile plain, except in deep stages); could be chosen: "
     )
     assert "plain" in backend_line(lines) or own == "plain"
     assert any(line.startswith("cuda back end: ") for line in lines) == torch.cuda.is_available()
@@ -36,10 +36,10 @@ def test_info_names_versions_devices_and_the_back_end_in_use(capsys, monkeypatch
 def test_info_follows_the_environment_variable(capsys, monkeypatch):
     monkeypatch.setenv(VARIABLE, "plain")
     line = backend_line(info(capsys))
-    assert line.startswith(f"cpu back end: plain ({VARIABLE} asks for it); could be chosen: ")
+    assert line.startswith(f"cpu back end: plain (set by {VARIABLE}); could be chosen: ")
     assert own_backend("cpu")[0] in line.split("chosen: ")[1]
     monkeypatch.setenv(VARIABLE, "nonsense")
-    assert "nonsense asks for one that cannot run: unknown back end" in backend_line(info(capsys))
+    assert "nonsense names one that cannot run: unknown back end" in backend_line(info(capsys))
 
 
 def test_every_back_end_either_runs_on_a_device_or_has_a_reason_why_not():

@@ -61,12 +61,12 @@ def test_what_cannot_be_summed_is_refused():
         summation.sum_of_convolutions(nn.Conv2d(4, 4, 1, groups=2), maps)
     with pytest.raises(ds.DenseShortcutError, match="4 channels and the convolution takes 5"):
         summation.sum_of_convolutions(nn.Conv2d(5, 4, 1), maps)
-    with pytest.raises(ds.DenseShortcutError, match="ResNet is no DenseNet"):
+    with pytest.raises(ds.DenseShortcutError, match="ResNet is not a DenseNet"):
         summation.split(torchvision.models.resnet18())
     with pytest.raises(ds.DenseShortcutError, match="catavgmax"):
         summation.split(timm.models.densenet.DenseNet(global_pool="catavgmax", **SMALL))
     synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(densenet("torchvision"))
-    with pytest.raises(ds.DenseShortcutError, match="SyncBatchNorm, which does not cut"):
+    with pytest.raises(ds.DenseShortcutError, match="SyncBatchNorm, which cannot be split"):
         summation.split(synchronised)
 
 

@@ -1,7 +1,7 @@
-"""One file a block family: where the residual branch ends, what the projection shortcut is, what follows the add.
+"""One file per block family: where the residual branch ends, what the projection shortcut is, what follows the add.
 
-A block that is plugged takes the class of its adapter; a class without an adapter is traced. Only the exact class
-counts: a subclass may have another forward pass. `families.py` registers those of timm and torchvision.
+A plugged block takes the class of its adapter; blocks of a class without an adapter are traced. Only the exact class
+counts, because a subclass may have another forward pass. `families.py` registers the adapters for timm and torchvision.
 """
 
 from typing import Any
@@ -19,15 +19,15 @@ def register_adapter(dense: type[DenseBlock]) -> type[DenseBlock]:
     """Teach `plug_in` a block class; usable as a decorator.
 
     Args:
-        dense: a class made of `DenseBlock` and the host's block class, in this order, that says where the residual
-            branch ends. An adapter of the same host class that is there already is replaced.
+        dense: a class derived from `DenseBlock` and the host's block class, in this order, that says where the residual
+            branch ends. It replaces an existing adapter of the same host class.
 
     Returns:
         `dense`.
     """
     host = dense.__bases__[-1]
     if not issubclass(dense, DenseBlock) or not issubclass(host, nn.Module) or issubclass(host, DenseBlock):
-        raise TypeError(f"{dense.__name__} is no adapter: write `class {dense.__name__}(DenseBlock, HostBlock)`.")
+        raise TypeError(f"{dense.__name__} is not an adapter: write `class {dense.__name__}(DenseBlock, HostBlock)`.")
     _WRITTEN[host] = dense
     return dense
 
@@ -38,11 +38,11 @@ def has_adapter(cls: type[nn.Module]) -> bool:
 
 
 def read(block: Any) -> Any:
-    """A block to ask for what `DenseBlock` has methods for: a view of it where it is not plugged. It stays as it is.
+    """An object with the methods of `DenseBlock` for a block, a view if it is not plugged. The block is unchanged.
 
     Raises:
-        NoResidual: no adapter is written for its class, and the trace finds no residual block, or the block is set to
-            add no shortcut; the text says which.
+        NoResidual: the class has no adapter and the trace finds no residual block, or the block is configured without a
+            shortcut; the text says which.
     """
     if isinstance(block, TracedBlock):
         return Reading(block, block._dense_trace)
@@ -57,7 +57,7 @@ def read(block: Any) -> Any:
 
 
 def plug(block: nn.Module, reading: Any, inner: nn.Module | None) -> None:
-    """Turn a block in place into one that leaves its add to the stage."""
+    """Change a block in place so that it leaves its add to the stage."""
     if isinstance(reading, Reading):
         block.__dict__.update(reading.added)
         block.__class__ = reading.dense_class
@@ -78,7 +78,7 @@ def unplug(block: Any) -> None:
 
 
 def host_of(reading: Any) -> type[nn.Module]:
-    """The host's class of a block that was read."""
+    """The host's class of a block, from its reading."""
     return reading.traced.host if isinstance(reading, Reading) else type(reading).__bases__[-1]
 
 

@@ -1,4 +1,4 @@
-"""The adapter that would teach a block class, as text to paste and fill in."""
+"""A template of the adapter for a block class, as text to paste and fill in."""
 
 import inspect
 from inspect import Parameter
@@ -8,14 +8,14 @@ _SIMPLE = (bool, int, float, str, tuple, list, dict, type(None))
 
 
 def example(cls: Any, several: bool = False) -> str:
-    """Lines that define and register an adapter of a block class, with ... where its author has to say something.
+    """Lines that define and register an adapter for a block class, with ... where its author has to fill in code.
 
     Args:
         cls: the block class.
-        several: whether it gives back more than one tensor, which the adapter has to give back too.
+        several: whether it returns more than one tensor, which the adapter must return too.
     """
     name, lines = cls.__qualname__, ["import dense_shortcuts as ds"]
-    if cls.__module__ == "__main__" or "<locals>" in name:  # there is nothing to import it from
+    if cls.__module__ == "__main__" or "<locals>" in name:  # it cannot be imported
         name = cls.__name__
     else:
         lines.append(f"from {cls.__module__} import {name.partition('.')[0]}")
@@ -49,14 +49,14 @@ def example(cls: Any, several: bool = False) -> str:
 
 
 def _given(own: list[Parameter]) -> str:
-    """A block's further arguments as its forward pass hands them on."""
+    """A block's further arguments, as its forward pass passes them on."""
     how: dict[Any, str] = {Parameter.VAR_POSITIONAL: "*{0}", Parameter.VAR_KEYWORD: "**{0}"}
     how[Parameter.KEYWORD_ONLY] = "{0}={0}"
     return "".join(", " + how.get(p.kind, "{0}").format(p.name) for p in own)
 
 
 def _takes(own: list[Parameter], *, of_stage: bool) -> str:
-    """The arguments of a method that takes them, in brackets; also those of the stage where asked."""
+    """The parameters of a method that takes these arguments, in brackets; with `of_stage`, also `residual_add`."""
     first = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", "x")]
     others = [p.replace(annotation=p.empty, default=_shown(p.default) if of_stage else p.empty) for p in own]
     last = [p for p in others if p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD)]

@@ -1,4 +1,4 @@
-"""timm's DLA blocks, which may be handed the shortcut that they add; their trees are in `containers.py`.
+"""timm's DLA blocks, which may be given the shortcut that they add; their trees are in `containers.py`.
 
 Their layers have the names and the order of torchvision's ResNet blocks.
 """
@@ -53,7 +53,7 @@ class DenseDlaBottle2neck(_DenseDla, DlaBottle2neck):
         return int(self.conv3.out_channels)
 
     def inner_widths(self) -> tuple[int, int] | None:
-        """Width of H_1 and of its pieces that pass a 3x3, where the 3x3 keeps their shape, so that DS2 applies."""
+        """Widths of H_1 and of its pieces that pass a 3x3; None if the 3x3 changes their shape, which rules out DS2."""
         keeps = self.convs[0].stride == (1, 1)
         return (self.width * self.scale, self.width * len(self.convs)) if keeps else None
 

@@ -1,4 +1,4 @@
-"""timm's LowFormer blocks: residual layers one after the other, each of which keeps its sum to itself."""
+"""timm's LowFormer blocks: residual layers in sequence, each of which contains its own add."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""timm's blocks without norms, whose gain is multiplied in in place and then forgotten: a trace would leave it out."""
+"""timm's blocks without norms. They multiply by a gain in place and discard the result, which a trace would drop."""
 
 from timm.models.nfnet import NormFreeBlock
 from torch import Tensor

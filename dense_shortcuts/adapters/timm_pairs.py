@@ -1,4 +1,4 @@
-"""timm's blocks that give back two tensors, of which one is the feature map: MViTv2, EfficientViM, TNT."""
+"""timm's blocks that return two tensors, one of which is the feature map: MViTv2, EfficientViM, TNT."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from .timm_positions import DenseSum
 
 
 class DenseMultiScaleBlock(DenseBlock, MultiScaleBlock):
-    """MViTv2's: tokens (N, L, C) and the size of the map that they stand for."""
+    """MViTv2: tokens (N, L, C), and the size of the map they represent."""
 
     tokens = True
     shortcut_proj_attn: nn.Module | None
@@ -44,7 +44,7 @@ class DenseMultiScaleBlock(DenseBlock, MultiScaleBlock):
 
 
 class DenseEfficientViMBlock(DenseSum, EfficientViMBlock):
-    """Maps (N, C, H, W) and the hidden state; a branch is a share of what its layers make of the sum, less the sum."""
+    """Maps (N, C, H, W) and the hidden state. A branch is a share of: its layers' output minus the sum so far."""
 
     norm: Any
 
@@ -68,7 +68,7 @@ class DenseEfficientViMBlock(DenseSum, EfficientViMBlock):
 
 
 class DenseTntBlock(DenseSum, TntBlock):
-    """TNT's: tokens of pixels, which stay as they are, and those of patches, (N, 1 + L, C), the feature map."""
+    """TNT: pixel tokens, which keep their adds, and patch tokens (N, 1 + L, C), which are the feature map."""
 
     tokens = True
 
@@ -89,7 +89,7 @@ class DenseTntBlock(DenseSum, TntBlock):
                 inner = self.proj(self.norm1_proj(pixels).reshape(shape))
             else:
                 inner = self.norm2_proj(self.proj(self.norm1_proj(pixels.reshape(shape))))
-            return F.pad(inner, (0, 0, 1, 0))  # the class token gets nothing of the pixels
+            return F.pad(inner, (0, 0, 1, 0))  # the class token gets no pixels
 
         branches = [
             projected,

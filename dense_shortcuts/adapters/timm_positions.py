@@ -1,4 +1,4 @@
-"""timm's DaViT and CoaT blocks, which add a positional encoding within the sum: a trace does not see it."""
+"""timm's DaViT and CoaT blocks, which add a positional encoding within the sum, where a trace does not see it."""
 
 from typing import Any
 
@@ -12,11 +12,11 @@ from ..nn.residual_add import ResidualAdd
 
 
 class DenseSum(DenseBlock):
-    """Several branches, each of which takes the sum of the block's input and of the branches before it.
+    """Several branches, each of which takes the sum of the block's input and the previous branches.
 
     Attributes:
-        branch_first: whether the host writes branch + sum: the first addend decides the sum's layout in memory, and
-            that the order of later additions in a convolution.
+        branch_first: whether the host computes branch + sum. The first addend determines the sum's memory layout, which
+            determines the order of additions in later convolutions.
     """
 
     branch_first: bool = False
@@ -26,7 +26,7 @@ class DenseSum(DenseBlock):
         return int(self.norm1.weight.shape[0])
 
     def add_branches(self, x: Tensor, residual_add: ResidualAdd | None, *branches: Any) -> Tensor:
-        """X_l of branches that each take the sum so far, the first one x."""
+        """X_l of branches that each take the sum so far; the first one takes x."""
         residual_add, total, first = in_stage(residual_add), x, None
         for branch in branches:
             added = branch(total)
@@ -46,7 +46,7 @@ class _DenseDaViT(DenseSum):
     drop_path2: nn.Module
 
     def attention(self, x: Tensor) -> Tensor:
-        """For a map (N, C, H, W), as tokens (N, L, C)."""
+        """The attention branch, as tokens (N, L, C), for a map (N, C, H, W)."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, residual_add: ResidualAdd | None = None) -> Tensor:
@@ -83,7 +83,7 @@ class DenseChannelBlock(_DenseDaViT, ChannelBlock):
 
 
 class DenseSerialBlock(DenseSum, SerialBlock):
-    """CoaT's: tokens (N, 1 + L, C), of which the first, the class token, gets no position."""
+    """CoaT: tokens (N, 1 + L, C); the first one, the class token, gets no position."""
 
     tokens = True
 

@@ -1,4 +1,4 @@
-"""timm's ViT blocks with relative positions, which are made for one number of tokens, so that no probe finds it."""
+"""timm's ViT blocks with relative positions, which accept a single number of tokens that no probe would guess."""
 
 from timm.models.vision_transformer_relpos import RelPosBlock, ResPostRelPosBlock
 from torch import Tensor

@@ -16,7 +16,7 @@ class DenseBottle2neck(DenseBlock, Bottle2neck):
         return self.conv3.out_channels
 
     def inner_widths(self) -> tuple[int, int] | None:
-        """Width of H_1 and of its pieces that pass a 3x3, where the 3x3 keeps their shape, so that DS2 applies."""
+        """Widths of H_1 and of its pieces that pass a 3x3; None if the 3x3 changes their shape, which rules out DS2."""
         width = self.convs[0].in_channels
         return (width * self.scale, width * self.num_scales) if self.convs[0].stride == (1, 1) else None
 
@@ -28,7 +28,7 @@ class DenseBottle2neck(DenseBlock, Bottle2neck):
         return with_last_norm(self, self.conv3(x), self.bn3)
 
     def multi_scale(self, hidden: Tensor) -> Tensor:
-        """The 3x3 of a bottleneck cut into pieces, each of which also takes the result of the piece before."""
+        """The 3x3 of a bottleneck, split into pieces, each of which also takes the result of the previous piece."""
         pieces = torch.split(hidden, self.width, 1)
         feature = self.inner.feature(hidden) if self.inner is not None else None
         outputs: list[Tensor] = []

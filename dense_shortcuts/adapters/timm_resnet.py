@@ -1,4 +1,4 @@
-"""timm's ResNet blocks, which also make up its ResNeXt, Wide ResNet and SE-ResNet."""
+"""timm's ResNet blocks, which are also those of its ResNeXt, Wide ResNet and SE-ResNet."""
 
 from typing import Any
 
@@ -61,7 +61,7 @@ class DenseBottleneck(DenseBlock, Bottleneck):
 
 
 def with_last_norm(block: Any, x: Tensor, norm: nn.Module) -> Branch:
-    """The end of the branch: its last norm, then attention and drop path, which stay in it."""
+    """The end of the branch: its last norm, then attention and drop path, which belong to the branch."""
     if block.se is None and block.drop_path is None:
         return x, norm
     x = norm(x)

@@ -1,4 +1,4 @@
-"""timm's Swin and SAM blocks, whose maps are (N, H, W, C): a trace cannot follow the windows they are cut into."""
+"""timm's Swin and SAM blocks, with maps (N, H, W, C): a trace cannot follow how they are split into windows."""
 
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
@@ -12,7 +12,7 @@ from ..nn.residual_add import ResidualAdd
 
 
 class _DenseWindows(DenseBlock):
-    """Two branches, attention and MLP; the second takes the first one's sum with the block's input."""
+    """Two branches, attention and MLP; the second takes the sum of the first and the block's input."""
 
     tokens = True
     norm1: nn.LayerNorm
@@ -24,7 +24,7 @@ class _DenseWindows(DenseBlock):
         raise NotImplementedError
 
     def mixed(self, x: Tensor) -> Tensor:
-        """The MLP's branch for tokens (N, L, C)."""
+        """The MLP branch, for tokens (N, L, C)."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, residual_add: ResidualAdd | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""timm's VoVNet blocks, which hand a list of maps to their layers; the first of a stage adds no shortcut."""
+"""timm's VoVNet blocks, which pass a list of maps to their layers; the first of a stage adds no shortcut."""
 
 from timm.models.vovnet import OsaBlock
 from torch import Tensor

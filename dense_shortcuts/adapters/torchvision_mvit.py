@@ -1,4 +1,4 @@
-"""torchvision's MViT blocks for videos: tokens (N, 1 + T H W, C), and the size (T, H, W) of the volume behind them."""
+"""torchvision's MViT blocks for videos: tokens (N, 1 + T H W, C), and the size (T, H, W) of their volume."""
 
 from typing import Any
 
@@ -11,14 +11,14 @@ from .branches import add_two_branches
 
 
 class DenseMultiscaleBlock(DenseBlock, MultiscaleBlock):
-    """Two branches, attention and MLP, either of which may have a projection of what it is added to."""
+    """Two branches, attention and MLP; what either is added to may be a projection."""
 
     tokens = True
     pool_skip: nn.Module | None
 
     @property
     def project(self) -> nn.Module | None:  # type: ignore[override]
-        """The host's own layer, whose name is that of an adapter's method, which this forward pass does not need."""
+        """The host's layer of this name; it replaces the adapter's method, which this forward pass does not use."""
         return self._modules.get("project")
 
     def projects(self) -> bool:

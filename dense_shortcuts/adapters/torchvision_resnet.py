@@ -1,4 +1,4 @@
-"""torchvision's ResNet blocks, which also make up its ResNeXt and Wide ResNet."""
+"""torchvision's ResNet blocks, which are also those of its ResNeXt and Wide ResNet."""
 
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck

@@ -1,4 +1,4 @@
-"""What a figure depends on besides the code: the machine, its software, and the back ends that run on it."""
+"""What measured figures depend on besides the code: the machine, its software, and the back ends that run on it."""
 
 import datetime
 import os
@@ -29,7 +29,7 @@ PACKAGES = (
 
 
 def machine() -> dict[str, Any]:
-    """The machine, the versions and the state of the package's own source, for a file beside the figures."""
+    """The machine, the versions and the state of the package's source, to be saved with figures."""
     return {
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -44,7 +44,7 @@ def machine() -> dict[str, Any]:
 
 
 def installed(package: str) -> str | None:
-    """Version of a package, None where there is none."""
+    """Version of a package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -52,7 +52,7 @@ def installed(package: str) -> str | None:
 
 
 def processor() -> str:
-    """Name of the CPU and its widest vector instructions that PyTorch uses."""
+    """Name of the CPU, and the widest vector instructions that PyTorch uses on it."""
     name = platform.processor() or platform.machine()
     described = Path("/proc/cpuinfo")
     if described.is_file():
@@ -62,7 +62,7 @@ def processor() -> str:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit of the package's own source tree, and whether it was changed since; None where it is installed."""
+    """Commit of the package's source tree, and whether it was changed since; None if the package is installed."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -77,7 +77,7 @@ def git_state() -> dict[str, Any] | None:
 
 
 def devices() -> dict[str, str]:
-    """Device types found here, with the name of the device."""
+    """Device types of this machine, each with the name of the device."""
     found = {"cpu": f"{processor()}, {torch.get_num_threads()} threads"}
     if torch.cuda.is_available():
         found["cuda"] = torch.cuda.get_device_name()
@@ -87,7 +87,7 @@ def devices() -> dict[str, str]:
 
 
 def backends(device: str) -> dict[str, str]:
-    """Every back end by name but "auto", with why it cannot run on a device type here, or "" where it can."""
+    """Every back end except "auto", with the reason it cannot run on a device type here, or "" if it can."""
     found = {}
     x = torch.empty(1, 1, 1, 1, device=device)
     for name in ops.BACKENDS:
@@ -110,15 +110,15 @@ def info() -> list[str]:
 
 
 def _backend_line(device: str) -> str:
-    """Which back end a device's maps get, why, and which others could be chosen."""
+    """Which back end a device uses, why, and which others could be chosen."""
     runs = backends(device)
     wanted = os.environ.get(VARIABLE, "auto")
     if wanted != "auto" and runs.get(wanted, "unknown"):
         reason = runs.get(wanted) or f"unknown back end: choose one of {', '.join(ops.BACKENDS)}."
-        return f"{device} back end: none, for {VARIABLE}={wanted} asks for one that cannot run: {reason}"
+        return f"{device} back end: none, because {VARIABLE}={wanted} names one that cannot run: {reason}"
     own, reason = own_backend(device)
     if device == "cpu":
-        reason = f"{reason}; under torch.compile plain, but for deep stages"
-    used, why = (own, reason) if wanted == "auto" else (wanted, f"{VARIABLE} asks for it")
+        reason = f"{reason}; under torch.compile plain, except in deep stages"
+    used, why = (own, reason) if wanted == "auto" else (wanted, f"set by {VARIABLE}")
     others = [name for name, refusal in runs.items() if not refusal and name != used]
     return f"{device} back end: {used} ({why}); could be chosen: {', '.join(others) or 'no other'}"

@@ -1,4 +1,4 @@
-"""Networks for other runtimes: graphs that are proven before they are kept, int8, and the Hugging Face hub."""
+"""Export to other runtimes: graphs that are verified before they are kept, int8, and the Hugging Face hub."""
 
 from .hub import from_pretrained, push_to_hub, save_for_hub
 from .proof import Check, proven

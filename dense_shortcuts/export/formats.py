@@ -1,4 +1,4 @@
-"""The formats: how a graph is written to a file, and how the file is run again, by the format's own runtime."""
+"""The formats: how a graph is written to a file, and how the format's own runtime runs that file."""
 
 import contextlib
 import io
@@ -22,7 +22,7 @@ LARGEST = (8, 512)  # ExecuTorch plans its memory for the largest batch and side
 
 @dataclass(frozen=True)
 class Format:
-    """A format of files.
+    """A file format.
 
     Attributes:
         suffix: of the file.
@@ -30,7 +30,7 @@ class Format:
         load: what runs the file, from images (N, 3, H, W) to scores (N, classes).
         libraries: the modules that it needs, of `extra`.
         beside: suffixes of files written beside it.
-        largest: highest batch and side; None for any.
+        largest: largest batch and side; None for any.
     """
 
     suffix: str
@@ -42,7 +42,7 @@ class Format:
     largest: tuple[int, int] | None = None
 
     def check(self) -> None:
-        """Refuse, before any work is done, where a library is missing.
+        """Check that all libraries are installed, before any work is done.
 
         Raises:
             DenseShortcutError: one is not installed.
@@ -90,7 +90,7 @@ def write_openvino(program: ExportedProgram, path: Path) -> None:
     try:
         write_onnx(program, graph)
         model = openvino.convert_model(str(graph))
-        openvino.save_model(model, str(path), compress_to_fp16=False)  # which it does by default
+        openvino.save_model(model, str(path), compress_to_fp16=False)  # the default is fp16
     finally:
         graph.unlink(missing_ok=True)
 
@@ -115,7 +115,7 @@ def write_executorch(program: ExportedProgram, path: Path) -> None:
 
 
 def _var_and_mean(x: Tensor, dim: Any, *, correction: Any, keepdim: bool = False) -> tuple[Tensor, Tensor]:
-    """aten::var_mean, of which ExecuTorch knows the two halves alone."""
+    """aten::var_mean as var and mean, because ExecuTorch only has these."""
     return torch.var(x, dim, correction=correction, keepdim=keepdim), torch.mean(x, dim, keepdim=keepdim)
 
 
@@ -129,7 +129,7 @@ def load_executorch(path: Path) -> Runner:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the exporter's lines about its own steps; errors are raised as ever."""
+    """Suppress the exporter's progress output; errors are raised as usual."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""A network as a graph of PyTorch's own operators, of any batch and size."""
+"""A network as a graph of PyTorch's own operators, for any batch and image size."""
 
 import copy
 from typing import Any
@@ -15,7 +15,7 @@ from ..ops import moments
 from ..ops.affine import affine_from_moments
 from ..surgery.plug import dense_stages
 
-BATCH = 2  # a batch of one is special to tracers: dimensions of 1 broadcast, so they are taken for constants
+BATCH = 2  # tracers treat dimensions of 1 as constants, because these broadcast
 
 
 def inference_form(model: nn.Module) -> nn.Module:
@@ -26,7 +26,7 @@ def inference_form(model: nn.Module) -> nn.Module:
         net = copy.deepcopy(model).eval().requires_grad_(False)
     for stage in dense_stages(net).values():
         for shortcut in stage.shortcuts.values():
-            shortcut.backend = "plain"  # before DENSE_SHORTCUTS_BACKEND: other runtimes know no operators of ours
+            shortcut.backend = "plain"  # overrides DENSE_SHORTCUTS_BACKEND: other runtimes lack our custom operators
     return net.cpu()
 
 
@@ -34,15 +34,15 @@ def capture(net: nn.Module, img_size: int, *, largest: tuple[int, int] | None = 
     """The graph of a network in `inference_form`, traced with two images, for any batch, height and width.
 
     Group norms are written out as sums and products: exporters turn them into instance norm between reshapes, which
-    some runtimes are reported to compute wrongly for one group.
+    some runtimes are reported to compute incorrectly for one group.
 
     Args:
-        net: what `inference_form` gave.
-        img_size: side of the images traced with, in pixels.
-        largest: highest batch and side, for runtimes that plan their memory; None sets no bound.
+        net: a result of `inference_form`.
+        img_size: side of the images used for tracing, in pixels.
+        largest: largest batch and side, for runtimes that plan their memory; None for no bound.
 
     Raises:
-        DenseShortcutError: PyTorch cannot trace the network, or not for any batch and size.
+        DenseShortcutError: PyTorch cannot trace the network for any batch and size.
     """
     sizes = any_size(*(largest or (None, None)))
     images = torch.zeros(BATCH, 3, img_size, img_size)
@@ -52,23 +52,23 @@ def capture(net: nn.Module, img_size: int, *, largest: tuple[int, int] | None = 
     except (torch._dynamo.exc.TorchDynamoException, ValueError, RuntimeError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         raise DenseShortcutError(
-            f"PyTorch cannot trace the network for any batch and size ({reason}): take one that any size suits, unlike "
-            "a ViT of fixed size."
+            f"PyTorch cannot trace the network for any batch and size ({reason}): choose a network that accepts any "
+            "image size, unlike a ViT of fixed size."
         ) from error
 
 
 def any_size(batch: int | None = None, side: int | None = None) -> dict[int, Any]:
-    """What torch.export is told of the dimensions of images (N, 3, H, W): all but the channels are open.
+    """The dynamic dimensions of images (N, 3, H, W) for torch.export: all but the channels.
 
-    It finds the least side by itself: the last map of a network must have more than one row and column, since tracers
-    take a dimension of 1 for a constant. `batch` and `side` are the highest.
+    It finds the smallest side itself: the last map of a network must have more than one row and column, because tracers
+    treat a dimension of 1 as a constant. `batch` and `side` are upper bounds.
     """
     side_range = Dim.DYNAMIC if side is None else Dim.DYNAMIC(max=side)
     return {0: Dim("batch", min=1, max=batch), 2: side_range, 3: side_range}
 
 
 class WrittenGroupNorm(TorchFunctionMode):
-    """Inside, F.group_norm is computed from the moments of each channel, as in the dense shortcuts."""
+    """A mode in which F.group_norm is computed from the moments of each channel, as in the dense shortcuts."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.group_norm:
@@ -87,7 +87,7 @@ def written_group_norm(
 
 
 def warnings(model: nn.Module) -> list[str]:
-    """What a user should know of a network's norms before deploying it, a sentence each."""
+    """What a user should know about a network's norms before deploying it, one sentence each."""
     groups = [norm.num_groups for norm in model.modules() if isinstance(norm, nn.GroupNorm)]
     said = []
     if groups:
@@ -97,7 +97,7 @@ def warnings(model: nn.Module) -> list[str]:
         )
     if 1 in groups:
         said.append(
-            "a norm of one group (layer norm) is written out and not given as instance norm, which some runtimes are "
-            "reported to compute wrongly for one group."
+            "a norm of one group (layer norm) is written out and not exported as instance norm, which some runtimes "
+            "are reported to compute incorrectly for one group."
         )
     return said

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: a folder that timm and this package load alike, with a card of the run's own figures."""
+"""The Hugging Face hub: a folder that both timm and this package can load, with a card of the run's figures."""
 
 import json
 from pathlib import Path
@@ -27,17 +27,17 @@ def save_for_hub(checkpoint: Path | str, folder: Path | str | None = None) -> Pa
 
     Args:
         checkpoint: a network's folder in a run, or the model.safetensors in it.
-        folder: None takes hub/ in the network's folder.
+        folder: the folder to fill; None means hub/ in the network's folder.
 
     Returns:
         the folder.
 
     Raises:
-        DenseShortcutError: no or a broken checkpoint, or a folder that holds other files.
+        DenseShortcutError: a missing or broken checkpoint, or a folder with other files.
     """
     source = checkpoint_folder(Path(checkpoint))
     if folder is None and source == shipped.folder():
-        raise DenseShortcutError("the network of the package is no place for files: give --output.")
+        raise DenseShortcutError("the network shipped with the package has no folder to write to: give --output.")
     model, card = read_model(source)
     folder = source / "hub" if folder is None else Path(folder)
     if folder.is_dir() and {path.name for path in folder.iterdir()} - set(FILES):
@@ -54,22 +54,22 @@ def save_for_hub(checkpoint: Path | str, folder: Path | str | None = None) -> Pa
 def push_to_hub(
     checkpoint: Path | str, repository: str, *, private: bool = False, token: str | None = None, api: Any = None
 ) -> str:
-    """Upload a trained network to the Hugging Face hub; gives the address of the commit.
+    """Upload a trained network to the Hugging Face hub; returns the address of the commit.
 
     Args:
         checkpoint: a network's folder in a run.
-        repository: OWNER/NAME, made if it is not there.
-        private: whether only its owner sees it, if it is made.
-        token: None takes the one of `hf auth login`.
-        api: a huggingface_hub.HfApi; None makes one.
+        repository: OWNER/NAME, created if it does not exist.
+        private: whether a created repository is private.
+        token: None means the one of `hf auth login`.
+        api: a huggingface_hub.HfApi; None creates one.
 
     Raises:
-        DenseShortcutError: no or a broken checkpoint, a name that is none, no connection, or the hub refused.
+        DenseShortcutError: a missing or broken checkpoint, an invalid name, no connection, or a refusal by the hub.
     """
     import tempfile
 
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, HTTPError  # the latter of the HTTP library it uses
+    from huggingface_hub.errors import HFValidationError, HTTPError  # HTTPError is that of its HTTP library
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = save_for_hub(checkpoint, Path(temporary) / "hub")
@@ -79,7 +79,7 @@ def push_to_hub(
             return str(api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message="Add a network"))
         except (HTTPError, OSError, HFValidationError) as error:
             raise DenseShortcutError(
-                f"the hub refused {repository} ({_reason(error)}): check name and token."
+                f"the hub refused {repository} ({_reason(error)}): check the name and the token."
             ) from error
 
 
@@ -89,19 +89,19 @@ def from_pretrained(name: Path | str, *, revision: str | None = None, token: str
     Args:
         name: a local folder, or OWNER/NAME.
         revision: branch, tag or commit of the repository.
-        token: for a private repository; None takes the one of `hf auth login`.
+        token: for a private repository; None means the one of `hf auth login`.
 
     Returns:
         the network, plugged in as it was trained; `pretrained_cfg` has size, mean, deviation and class names.
 
     Raises:
-        DenseShortcutError: no such folder or repository, or one of another package.
+        DenseShortcutError: no such folder or repository, or one that dsnet did not make.
     """
     folder = Path(name)
     if not folder.is_dir():
         folder = _downloaded(str(name), revision, token)
     if not (folder / CARD).is_file():
-        raise DenseShortcutError(f"{name} holds no {CARD}, so it is no network of dsnet: load it with timm.")
+        raise DenseShortcutError(f"{name} holds no {CARD}, so dsnet did not make it: load it with timm.")
     model, card = read_model(folder)
     _describe(model, card)
     return model.eval()
@@ -115,7 +115,7 @@ def _downloaded(name: str, revision: str | None, token: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=list(FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise DenseShortcutError(
-            f"{name} is no folder and cannot be had from the hub ({_reason(error)}): check it."
+            f"{name} is not a folder, and cannot be loaded from the hub ({_reason(error)}): check the name."
         ) from error
 
 
@@ -124,7 +124,7 @@ def _reason(error: Exception) -> str:
 
 
 def loads_by_timm(card: dict[str, Any]) -> bool:
-    """Whether timm can build the network: one of ours with shortcuts, or another without."""
+    """Whether timm can build the network: one of ours with dense shortcuts, or any other without."""
     return (card["model"] in list_models()) == (card["shortcut"]["aggregate"] != "identity")
 
 
@@ -143,7 +143,7 @@ def timm_config(model: nn.Module, card: dict[str, Any]) -> dict[str, Any]:
 
 
 def preprocessing(card: dict[str, Any]) -> dict[str, Any]:
-    """How images are prepared, in timm's words."""
+    """How images are prepared, as a timm configuration."""
     return {
         "input_size": (card["in_chans"], card["img_size"], card["img_size"]),
         "fixed_input_size": False,
@@ -156,7 +156,7 @@ def preprocessing(card: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe(model: Any, card: dict[str, Any]) -> None:
-    """Set the preprocessing of a loaded network, where timm's functions look for it."""
+    """Set the preprocessing of a loaded network where timm's functions look for it."""
     model.pretrained_cfg = {
         **getattr(model, "pretrained_cfg", {}),
         **preprocessing(card),
@@ -165,7 +165,7 @@ def _describe(model: Any, card: dict[str, Any]) -> None:
 
 
 def model_card(source: Path, card: dict[str, Any]) -> str:
-    """The README of a network on the hub, from what its run left: no figure is in it that was not measured there."""
+    """The README of a network on the hub, from the files of its run: it only has figures that were measured there."""
     config = run_config(source, card)
     head = {
         "library_name": "timm",
@@ -195,7 +195,7 @@ def _shortcut(card: dict[str, Any]) -> str:
 
 
 def _figures(source: Path) -> str:
-    """The run's table, or the last epoch's figures, or that there are none."""
+    """The run's table, or else the last epoch's figures, or a sentence that there are none."""
     table = source.parent / "table.md"
     if table.is_file():
         where = _machine(source.parent / ENVIRONMENT)
@@ -214,7 +214,7 @@ def _machine(path: Path) -> str:
 
 
 def _settings(config: TrainConfig) -> str:
-    """What was set otherwise than by default."""
+    """The settings that differ from the defaults."""
     default, own = vars(TrainConfig()), vars(config)
     hidden = ("name", "output", "data_dir", "workers")  # of the machine
     changed = {k: v for k, v in own.items() if k not in hidden and v != default[k] and v is not None}

@@ -1,4 +1,4 @@
-"""Real images for proofs, calibration and accuracy: the run's own where they can be had."""
+"""Real images for verification, calibration and accuracy: those of the run if they are available."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ PROOF = 5
 
 @dataclass(frozen=True)
 class RunImages:
-    """A run's images behind the transform of its tests.
+    """A run's images, with the transform of its tests.
 
     Attributes:
         test: the test images.
-        calibration: the training images, without augmentation; the test images where training images come in passing.
+        calibration: the training images, without augmentation; the test images if training images are streamed.
     """
 
     test: TransformedImages
@@ -34,27 +34,27 @@ def run_images(folder: Path, card: dict[str, Any], given: dict[str, Any]) -> Run
     """The images of the run that a network's folder is part of.
 
     Args:
-        given: data, data_dir, limit_test; None is the run's own.
+        given: data, data_dir, limit_test; None means the run's own.
 
     Raises:
-        DenseShortcutError: they are not where they were, or have other classes.
+        DenseShortcutError: the images are missing, or have other classes.
     """
     config, data = data_of(folder, card, training=True, loader="workers", **given)
     test, train = data.test, data.train
-    assert isinstance(test, TransformedImages)  # which the workers' loader has
-    if not isinstance(train, TransformedImages):  # a stream, of which no part is at hand
+    assert isinstance(test, TransformedImages)  # the type with loader="workers"
+    if not isinstance(train, TransformedImages):  # a stream, without random access
         return RunImages(test, test)
     unchanged = TransformedImages(train.images, test.transform, config.seed, train.broken, training=False)
     return RunImages(test, unchanged)
 
 
 def stack(images: TransformedImages, count: int) -> Tensor:
-    """The first `count` images, or all where there are fewer, (N, 3, S, S)."""
+    """The first `count` images, or all if there are fewer, (N, 3, S, S)."""
     return torch.stack([images[0, place][0] for place in range(min(count, len(images)))])
 
 
 def batches(images: TransformedImages, size: int, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """(images, labels) of `size` at a time, in order."""
+    """Batches (images, labels) of `size` images, in order."""
     places = iter(range(len(images) if limit is None else min(limit, len(images))))
     while chunk := list(islice(places, size)):
         items = [images[0, place] for place in chunk]
@@ -62,7 +62,7 @@ def batches(images: TransformedImages, size: int, limit: int | None = None) -> I
 
 
 def photographs(card: dict[str, Any]) -> Tensor:
-    """Five crops of scikit-learn's two photographs, prepared as the network's card says, (5, 3, S, S)."""
+    """Five crops of scikit-learn's two photographs, preprocessed as in the network's card, (5, 3, S, S)."""
     from sklearn.datasets import load_sample_images
 
     first, second = load_sample_images().images

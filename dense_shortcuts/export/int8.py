@@ -16,7 +16,7 @@ OPERATORS = ["Conv", "Gemm", "MatMul"]  # the shortcuts' sums and statistics sta
 
 
 def quantise_onnx(source: Path, target: Path, calibration: Sequence[Tensor]) -> None:
-    """onnxruntime's static quantisation of an ONNX file (QDQ, weights by the channel).
+    """onnxruntime's static quantisation of an ONNX file (QDQ, per-channel weights).
 
     Args:
         source, target: files.
@@ -34,7 +34,7 @@ def quantise_onnx(source: Path, target: Path, calibration: Sequence[Tensor]) -> 
 
     logger = logging.getLogger()
     level = logger.level
-    logger.setLevel(logging.ERROR)  # it advises pre-processing, which the exporter has done
+    logger.setLevel(logging.ERROR)  # it recommends preprocessing that the exporter has done
     try:
         quantization.quantize_static(
             str(source),
@@ -54,7 +54,7 @@ def quantise_torch(net: nn.Module, target: Path, calibration: Sequence[Tensor]) 
     """torchao's static quantisation of a fused network, saved as an exported program.
 
     Args:
-        net: what `graph.inference_form` gave.
+        net: a result of `graph.inference_form`.
         target: file.
         calibration: batches of images, (N, 3, S, S) each.
     """
@@ -64,7 +64,7 @@ def quantise_torch(net: nn.Module, target: Path, calibration: Sequence[Tensor]) 
     quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
     side = calibration[0].shape[-1]
     with torch.no_grad(), warnings.catch_warnings(), quiet():
-        warnings.simplefilter("ignore")  # of its own moves between PyTorch and torchao
+        warnings.simplefilter("ignore")  # deprecations between PyTorch and torchao
         prepared = pt2e.prepare_pt2e(capture(net, side).module(), quantizer)
         for batch in calibration:
             prepared(batch)

@@ -1,4 +1,4 @@
-"""The proof: what a file's own runtime computes is compared with PyTorch before the file is kept."""
+"""Verification: a file is only kept if its own runtime agrees with PyTorch."""
 
 import os
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison with PyTorch: batch, height and width of the images, and the greatest difference of a score."""
+    """One comparison with PyTorch: batch, height and width of the images, and the largest difference of a score."""
 
     batch: int
     height: int
@@ -46,18 +46,18 @@ def prove(net: nn.Module, run: Runner, images: Tensor) -> list[Check]:
 
     Args:
         net: the network in evaluation mode.
-        run: what the file computes.
+        run: the function that the file computes.
         images: at least five, (N, 3, S, S).
 
     Raises:
-        DenseShortcutError: a score differs by more than 1e-4, or 1e-4 of itself, or has no finite value.
+        DenseShortcutError: a score differs by more than 1e-4 + 1e-4 * |score|, or is not finite.
     """
     checks = []
     for batch in cases(images):
         expected, got = net(batch), run(batch)
         if got.shape != expected.shape:
             raise DenseShortcutError(
-                f"it gives scores {tuple(got.shape)} where PyTorch gives {tuple(expected.shape)}: no file was kept."
+                f"its scores are {tuple(got.shape)} and PyTorch's {tuple(expected.shape)}: no file was kept."
             )
         difference = (got - expected).abs()
         if not (difference <= TOLERANCE + TOLERANCE * expected.abs()).all():
@@ -70,17 +70,17 @@ def prove(net: nn.Module, run: Runner, images: Tensor) -> list[Check]:
 
 
 def proven(net: nn.Module, images: Tensor, path: Path, form: Format) -> list[Check]:
-    """Write a network to a file that is there only if its own runtime agrees with PyTorch.
+    """Write a network to a file, which is only kept if its own runtime agrees with PyTorch.
 
     Args:
-        net: what `graph.inference_form` gave.
-        images: at least five real ones, (N, 3, S, S).
-        path: where the file goes.
+        net: a result of `graph.inference_form`.
+        images: at least five real images, (N, 3, S, S).
+        path: the file.
         form: its format.
 
     Raises:
         DenseShortcutError: a missing library, a network that cannot be traced, a runtime that differs. `path` is then
-            as it was.
+            unchanged.
     """
     form.check()
     program = capture(net, images.shape[-1], largest=form.largest)
@@ -93,7 +93,7 @@ def proven(net: nn.Module, images: Tensor, path: Path, form: Format) -> list[Che
 
 
 class all_or_nothing:
-    """A path to write to, whose files take the place of `path` on leaving; after an error nothing of them is left."""
+    """A temporary path, whose files replace `path` on exit; after an error they are removed."""
 
     def __init__(self, path: Path, form: Format) -> None:
         self.path, self.suffixes = path, (form.suffix, *form.beside)

@@ -1,4 +1,4 @@
-"""From a checkpoint to a proven file, as `dsnet export` does it."""
+"""From a checkpoint to a verified file: what `dsnet export` does."""
 
 import dataclasses
 import json
@@ -21,13 +21,13 @@ from .graph import inference_form, warnings
 from .images import PROOF, RunImages, batches, photographs, run_images, stack
 from .proof import BATCHES, Check, all_or_nothing, proven
 
-CALIBRATION = 256  # images whose ranges int8 goes by
+CALIBRATION = 256  # images that calibrate the ranges of int8
 INT8 = ("onnx", "torch-export")
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Accuracy on the test images, %, of the exported file and of the one in int8."""
+    """Accuracy on the test images in %, of the exported file and of the int8 file."""
 
     images: int
     float32: float
@@ -36,15 +36,15 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export left, and what it found.
+    """The files and findings of an export.
 
     Attributes:
         path: the file.
         checks: the comparisons with PyTorch.
-        proof: the images that were compared on.
-        warnings: what to know of the network's norms.
-        int8: the file in int8; None where none was asked for.
-        accuracy: of both; None without int8.
+        proof: a description of the images used for them.
+        warnings: what to know about the network's norms.
+        int8: the int8 file; None if it was not requested.
+        accuracy: of both files; None without int8.
     """
 
     path: Path
@@ -56,7 +56,7 @@ class Exported:
 
     @property
     def difference(self) -> float:
-        """The greatest difference of a score from PyTorch's."""
+        """The largest difference of a score from PyTorch's."""
         return max(check.difference for check in self.checks)
 
 
@@ -70,25 +70,25 @@ def export(
     data_dir: str | None = None,
     limit_test: int | None = None,
 ) -> Exported:
-    """Write a trained network for another runtime, proven there on real images, and on request in int8 as well.
+    """Write a trained network for another runtime, verified there on real images; on request in int8 as well.
 
     Args:
         checkpoint: a network's folder in a run, the model.safetensors in it, or `shipped`.
         to: "onnx", "torch-export", "executorch" or "openvino".
-        output: the file; None takes model.onnx, .pt2, .pte or .xml in the network's folder. Beside it come what was
-            compared, under the file's name with ".json" behind it, and int8 under the name with "-int8".
+        output: the file; None means model.onnx, .pt2, .pte or .xml in the network's folder. The comparisons are written
+            beside it, to the same name plus ".json", and the int8 file has "-int8" in its name.
         int8: quantise as well ("onnx" by onnxruntime, "torch-export" by torchao), and compare accuracies.
-        data, data_dir, limit_test: the images to prove and measure with; None takes the run's own, and for the proof,
-            where they are not there any more, scikit-learn's two photographs.
+        data, data_dir, limit_test: the images to verify and measure with; None means the run's own. If those are
+            missing, verification uses scikit-learn's two photographs.
 
     Raises:
-        DenseShortcutError: an unknown format, a missing library, a network that cannot be traced, a file whose runtime
-            differs from PyTorch by more than 1e-4, which is then not kept.
+        DenseShortcutError: an unknown format, a missing library, a network that cannot be traced, or a file whose
+            runtime differs from PyTorch by more than 1e-4; it is then not kept.
     """
     if to not in FORMATS:
         raise DenseShortcutError(f"unknown format {to!r}: choose one of {', '.join(FORMATS)}.")
     if int8 and to not in INT8:
-        raise DenseShortcutError(f"int8 goes with {' and '.join(INT8)}, not with {to}: leave it out.")
+        raise DenseShortcutError(f"int8 is available for {' and '.join(INT8)}, not for {to}: leave it out.")
     form = FORMATS[to]
     form.check()
     need("an export", "train")
@@ -96,7 +96,7 @@ def export(
         need("int8", "export", "torchao")
     folder = checkpoint_folder(Path(checkpoint))
     if output is None and folder == shipped.folder():
-        raise DenseShortcutError("the network of the package is no place for files: give --output.")
+        raise DenseShortcutError("the network shipped with the package has no folder to write to: give --output.")
     model, card = read_model(folder)
     path = folder / f"model{form.suffix}" if output is None else Path(output)
     path = path if path.suffix == form.suffix else path.with_name(path.name + form.suffix)
@@ -118,13 +118,13 @@ def export(
 def _proof_images(
     folder: Path, card: dict[str, Any], given: dict[str, Any], must: bool
 ) -> tuple[RunImages | None, Tensor, str]:
-    """The run's images where they are there, five real images to prove with, and what those are."""
+    """The run's images if they are available, five real images to verify with, and a description of these."""
     try:
         own = run_images(folder, card, given)
     except DenseShortcutError:
         if must:
             raise
-        return None, photographs(card), "crops of scikit-learn's photographs, for the run's images are not there"
+        return None, photographs(card), "crops of scikit-learn's photographs, because the run's images are missing"
     images = stack(own.test, PROOF)
     if len(images) < PROOF:
         images = images.repeat(PROOF, 1, 1, 1)[:PROOF]
@@ -132,7 +132,7 @@ def _proof_images(
 
 
 def _quantise(net: torch.nn.Module, own: RunImages, to: str, source: Path, target: Path) -> Accuracy:
-    """Write the file in int8, and measure both on the test images."""
+    """Write the int8 file, and measure the accuracy of both on the test images."""
     calibration = [images for images, _ in batches(own.calibration, BATCHES[-1], CALIBRATION)]
     with all_or_nothing(target, FORMATS[to]) as unproven:
         if to == "onnx":
@@ -144,14 +144,14 @@ def _quantise(net: torch.nn.Module, own: RunImages, to: str, source: Path, targe
 
 
 def _accuracy(run: Runner, own: RunImages, batch_size: int = 64) -> float:
-    """Share of the test images whose highest score is at their label, %."""
+    """Percentage of test images whose highest score is that of their label."""
     with torch.no_grad():
         right = sum(int((run(images).argmax(1) == labels).sum()) for images, labels in batches(own.test, batch_size))
     return 100 * right / len(own.test)
 
 
 def _record(done: Exported, to: str) -> dict[str, Any]:
-    """What was compared, for the file beside the export."""
+    """The content of the JSON file beside the export."""
     from ..experiments.environment import machine
 
     return {

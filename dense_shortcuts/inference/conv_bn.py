@@ -1,8 +1,8 @@
-"""Which batch norms take the output of a convolution directly, so that they may be folded into it.
+"""Finds batch norms that directly take the output of a convolution, and can be folded into it.
 
-Order and names of modules do not say so, what runs does: every forward pass is recorded by torch.fx, one owner at a
-time, with its children as they are. What cannot be recorded, or could take another path when called otherwise, is
-unknown. Written adapters say it of their blocks themselves (`DenseBlock.conv_norms`).
+The order and names of modules do not show that, but execution does: every forward pass is traced by torch.fx, one
+module at a time, with its children as leaves. A forward pass that cannot be traced, or could take another path in
+another call, is unknown. Written adapters declare the pairs of their blocks (`DenseBlock.conv_norms`).
 """
 
 import inspect
@@ -23,13 +23,13 @@ from ..nn.stage import DenseStage
 
 @dataclass
 class Seen:
-    """What the forward passes of a network were seen to do.
+    """What the forward passes of a network were observed to do.
 
     Attributes:
-        pairs: each convolution and the batch norm that alone takes its output, by their names in the network.
-        calls: how often a module is called, in one pass of the owner that calls it.
+        pairs: names of each convolution and of the batch norm that is the only user of its output.
+        calls: how often a module is called in one pass of its owner, the module that calls it.
         owners: how many modules have a module as their child.
-        read: modules whose numbers are also used without a call.
+        read: modules whose parameters or buffers are also used without a call.
     """
 
     pairs: list[tuple[str, str]] = field(default_factory=list)
@@ -38,22 +38,22 @@ class Seen:
     read: set[nn.Module] = field(default_factory=set)
 
     def is_own(self, module: nn.Module) -> bool:
-        """Whether a module is called at one place, is nothing's but its owner's, and nobody looks at it."""
+        """Whether a module is called once, has one owner, and is neither read nor hooked."""
         once = self.calls[module] == 1 and self.owners[module] == 1 and module not in self.read
         return once and is_bare(module)
 
     def replace(self, old: nn.Module, new: nn.Module) -> None:
-        """Note that a module stands in the place of another."""
+        """Record that a module took the place of another."""
         self.calls[new], self.owners[new] = self.calls[old], self.owners[old]
 
 
 def is_bare(module: nn.Module) -> bool:
-    """Whether a module has no hook of any kind, and the forward pass of its class."""
+    """Whether a module has no hooks of any kind, and the forward pass of its class."""
     return "forward" not in vars(module) and not any(v for n, v in vars(module).items() if n.endswith("_hooks"))
 
 
 def watch(model: nn.Module) -> Seen:
-    """What a plugged network does in evaluation mode."""
+    """Observe what a plugged network does in evaluation mode."""
     seen = Seen(owners=Counter(child for owner in model.modules() for child in owner._modules.values() if child))
     todo = [("", False), *_in_stages(model, seen)]
     done = set()
@@ -66,7 +66,7 @@ def watch(model: nn.Module) -> Seen:
 
 
 def _in_stages(model: nn.Module, seen: Seen) -> list[tuple[str, bool]]:
-    """Names of what a dense stage calls as a whole; what written adapters say of their blocks is noted."""
+    """Names of modules that a dense stage calls as a whole; pairs declared by written adapters are recorded."""
     found = []
     for prefix, stage in model.named_modules():
         if not isinstance(stage, DenseStage):
@@ -94,9 +94,9 @@ def _note_written(block: Any, name: str, seen: Seen) -> None:
 
 
 def _watch_owner(owner: nn.Module, prefix: str, alone: bool, seen: Seen) -> list[tuple[str, bool]]:
-    """Note what the forward pass of a module does; the names of the modules that it calls and that have one to watch.
+    """Record what the forward pass of a module does; returns the modules it calls whose forward pass is to be traced.
 
-    With `alone` it is known to be called with its input alone.
+    `alone`: whether the module is known to be called with its input only.
     """
     graph = _graph(owner, alone)
     if graph is None:
@@ -118,7 +118,7 @@ def _watch_owner(owner: nn.Module, prefix: str, alone: bool, seen: Seen) -> list
 
 
 def _has_path_of_its_own(module: nn.Module) -> bool:
-    """Whether a module's forward pass is its host's, not PyTorch's or that of a dense stage, which are known."""
+    """Whether a module's forward pass is host code, not that of PyTorch or of a dense stage, which are known."""
     if isinstance(module, DenseStage | DenseBlock | TracedBlock | torch.jit.ScriptModule):
         return False
     return isinstance(module, nn.Sequential) or not type(module).__module__.startswith("torch.nn.")
@@ -129,7 +129,7 @@ def _takes_input_alone(node: Node) -> bool:
 
 
 def _conv_before(owner: nn.Module, norm: Node) -> str | None:
-    """Name of the convolution whose output a norm takes and nothing else does."""
+    """Name of the convolution whose output this norm takes, as its only user."""
     before = norm.args[0] if _takes_input_alone(norm) else None
     if not isinstance(before, Node) or before.op != "call_module" or len(before.users) != 1:
         return None
@@ -138,7 +138,7 @@ def _conv_before(owner: nn.Module, norm: Node) -> str | None:
 
 
 def _graph(owner: nn.Module, alone: bool) -> Graph | None:
-    """What a module's forward pass does in its mode; None where that is not known for every call."""
+    """The graph of a module's forward pass in its mode; None if that is not known for every call."""
     host: Any = host_of(read(owner)) if isinstance(owner, TracedBlock) else type(owner)
     others = list(inspect.signature(host.forward).parameters.values())[2:]
     if "forward" in vars(owner) or (others and not alone):
@@ -148,14 +148,14 @@ def _graph(owner: nn.Module, alone: bool) -> Graph | None:
     try:
         with torch.random.fork_rng(devices=[]):
             return _Tracer().trace(stand_in, concrete_args={p.name: p.default for p in others})
-    except Exception:  # a forward pass is anybody's code: whatever it raises on a stand-in says the same
+    except Exception:  # host code may raise anything on a stand-in; it cannot be traced
         return None
 
 
 class _Value(torch.fx.Proxy):
-    """A value in a recording. Code that asks whether it is a tensor takes the path of a tensor."""
+    """A traced value. Code that checks for tensors with isinstance takes the path for tensors."""
 
-    _is_param = _is_buffer = False  # what nn.Module asks of a tensor that becomes an attribute
+    _is_param = _is_buffer = False  # read by nn.Module when a tensor becomes an attribute
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
@@ -163,7 +163,7 @@ class _Value(torch.fx.Proxy):
 
 
 class _Tracer(torch.fx.Tracer):
-    """Records one module's forward pass, and in it those of plain nn.Sequentials, which only call their layers."""
+    """Traces one module's forward pass, including those of plain nn.Sequentials, which only call their layers."""
 
     proxy_buffer_attributes = True
 

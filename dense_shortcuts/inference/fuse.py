@@ -1,4 +1,4 @@
-"""Folding for inference: norms that only scale and shift by constants go into the convolutions before them."""
+"""Folding for inference: norms that scale and shift by constants are merged into the convolutions before them."""
 
 import copy
 from typing import Any
@@ -20,19 +20,19 @@ from .conv_bn import Seen, is_bare, watch
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """A copy of a plugged network for inference alone, with the same output to rounding and fewer passes over memory.
+    """A copy of a plugged network for inference only, with the same output up to rounding and fewer passes over memory.
 
-    Batch norms that are seen to run on a convolution's output directly go into its weights (`conv_norms.py`): in the
-    branches, the projection shortcuts, and the rest of the network where torch.fx can record it. What has hooks or
-    parametrizations, is shared or is used twice stays as it is. Batch norms of the dense shortcuts go too: their scale
-    into the shortcut's weights and their shift into the bias of the branch's last convolution, where a branch ends in
-    one. Group, layer and instance norm depend on the image and stay as they are.
+    Batch norms that directly take a convolution's output are folded into its weights (`conv_bn.py`): in the branches,
+    the projection shortcuts, and the rest of the network as far as torch.fx can trace it. Modules that have hooks or
+    parametrizations, are shared or are used twice stay as they are. Batch norms of the dense shortcuts are folded too:
+    their scale into the shortcut's weights, and their shift into the bias of the branch's last convolution, if a branch
+    ends in one. Group, layer and instance norm depend on the image and stay as they are.
 
     Args:
         model: a network that `plug_in` changed. It is left as it is.
 
     Returns:
-        the copy, in evaluation mode, whose parameters ask for no gradient. It cannot be unplugged.
+        the copy, in evaluation mode, with gradients off for all parameters. It cannot be unplugged.
 
     Raises:
         DenseShortcutError: the network is not plugged in, or is fused already.
@@ -55,12 +55,12 @@ def fuse(model: nn.Module) -> nn.Module:
 
 
 def is_fused(model: nn.Module) -> bool:
-    """Whether a network came out of `fuse`."""
+    """Whether a network is a result of `fuse`."""
     return any(stage.fused for stage in dense_stages(model).values())
 
 
 def _trace_anew(block: Any) -> None:
-    """Trace a block whose layers were replaced, where it is one that is traced; no compiler could do so later."""
+    """Trace a traced block again after its layers were replaced; under a compiler this would be too late."""
     reading: Any = read(block)
     if isinstance(reading, Reading):
         traced = reading.traced
@@ -70,7 +70,7 @@ def _trace_anew(block: Any) -> None:
 
 
 def _fold(model: nn.Module, conv: str, norm: str, seen: Seen) -> None:
-    """Fold a batch norm into the convolution that it follows, where nothing else has to do with either."""
+    """Fold a batch norm into the convolution that it follows, if nothing else uses either."""
     before, after = model.get_submodule(conv), model.get_submodule(norm)
     if type(before) is not nn.Conv2d or type(after) is not nn.BatchNorm2d or not uses_running_stats(after):
         return
@@ -84,11 +84,11 @@ def _fold(model: nn.Module, conv: str, norm: str, seen: Seen) -> None:
 
 @torch.no_grad()
 def _fold_shortcut(stage: DenseStage, segment: Segment, seen: Seen) -> None:
-    """Scales of batch norms into the shortcut's weights, shifts into the bias of the branch's last convolution."""
+    """Fold scales of batch norms into the shortcut's weights, shifts into the bias of the branch's last convolution."""
     shortcut = stage.shortcuts[segment]
     if type(shortcut) is not DenseShortcut or not shortcut.normalised or stage.aggregate == "block":
         return
-    if shortcut.weighting == "attention":  # its weights are no constants
+    if shortcut.weighting == "attention":  # its weights depend on the image
         return
     norms = {i: norm for maps in shortcut.sources for i in maps if (norm := shortcut.norm(i)) is not None}
     known = [has_affine_form(norm) and uses_running_stats(norm) and is_bare(norm) for norm in norms.values()]
@@ -100,8 +100,8 @@ def _fold_shortcut(stage: DenseStage, segment: Segment, seen: Seen) -> None:
     folded = []
     for k, end in zip(summing, ends, strict=True):
         weight = shortcut.weight(k)
-        forms = [_running_form(norms[i]) for i in shortcut.sources[k]]
-        scales, shifts = (torch.cat(parts) for parts in zip(*forms, strict=True))
+        affine = [_running_form(norms[i]) for i in shortcut.sources[k]]
+        scales, shifts = (torch.cat(parts) for parts in zip(*affine, strict=True))
         end.bias.add_((weight * shifts).sum(0))
         folded.append(nn.Parameter(weight * scales, requires_grad=False))
     shortcut.weights, shortcut.weighting = nn.ParameterList(folded), "channel"
@@ -113,7 +113,7 @@ def _running_form(norm: Any) -> tuple[Tensor, Tensor]:
 
 
 def _end(block: Any, seen: Seen) -> Any:
-    """The convolution with a bias whose output is a block's branch, and in which nobody else has a part; else None."""
+    """The convolution with a bias that ends a block's branch and has no other use; None if there is none."""
     reading = read(block)
     end = reading.last_conv()
     if type(end) is not nn.Conv2d or end.bias is None or not seen.is_own(end):

@@ -1,6 +1,6 @@
-"""Ready networks, registered with timm when the package is imported."""
+"""The networks that importing the package registers with timm."""
 
-from . import small_images as small_images  # its networks are registered with timm by that
+from . import small_images as small_images  # registers its networks with timm
 from .dsnet import list_models
 
 __all__ = ["list_models"]

@@ -20,21 +20,21 @@ def cifar_resnet(
     dtype: torch.dtype | None = None,
     **kwargs: Any,
 ) -> ResNet:
-    """timm's ResNet with the stem for small images; the shortcut between stages is the 1x1 projection.
+    """timm's ResNet with a stem for small images; shortcuts between stages are 1x1 projections.
 
     Args:
         block, layers, in_chans, **kwargs: as in timm's ResNet.
-        channels: width of each stage before expansion; the stem gives channels[0] maps.
-        output_stride: only the default; the whole network reduces 32x32 to 8x8 (three stages) or 4x4 (four).
+        channels: width of each stage before expansion; the stem has channels[0] channels.
+        output_stride: must be the default; the network reduces 32x32 to 8x8 (three stages) or 4x4 (four).
 
     Raises:
         DenseShortcutError: any other output_stride.
     """
     if output_stride != 32:
         raise DenseShortcutError(
-            f"output_stride={output_stride} is not for the CIFAR networks, whose stages already keep 8x8: leave it out."
+            f"output_stride={output_stride} does not apply to the CIFAR networks, which keep 8x8 or 4x4: leave it out."
         )
-    # timm gives the first stage 64 maps, or twice the width of a deep stem; the stem itself is replaced below.
+    # timm expects 64 channels from the stem, or twice the width of a deep one; the stem itself is replaced below.
     model = ResNet(
         block,
         layers,
@@ -50,7 +50,7 @@ def cifar_resnet(
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     model.maxpool = nn.Identity()
     if len(channels) == 3:
-        model.layer4 = nn.Sequential()  # timm's forward pass names four stages; an empty one passes maps on
+        model.layer4 = nn.Sequential()  # timm's forward pass calls four stages; an empty one is the identity
     for info in model.feature_info:
         info["reduction"] = max(1, info["reduction"] // 4)
     return model

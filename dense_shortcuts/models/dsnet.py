@@ -1,4 +1,4 @@
-"""DSNet and DS2Net families: a timm network plus `plug_in`, registered with timm under names that follow its own."""
+"""The DSNet and DS2Net families: timm networks, plugged in, and registered with timm under similar names."""
 
 import fnmatch
 import inspect
@@ -76,20 +76,20 @@ def list_models(
     output_stride: bool | None = None,
     inner: bool | None = None,
 ) -> list[str]:
-    """Names of the registered networks, those that can (True) or cannot (False) do what is asked; None asks nothing.
+    """Names of the registered networks that have (True) or lack (False) an ability; None does not filter.
 
     Args:
         pattern: a wildcard such as "dsnet*".
         features_only: `timm.create_model(name, features_only=True)`.
-        output_stride: dilation in place of stride by `output_stride=8 | 16`.
+        output_stride: dilation instead of stride, with `output_stride=8 | 16`.
         inner: DS2, shortcuts inside the bottlenecks.
     """
-    asked = {"features_only": features_only, "output_stride": output_stride, "inner": inner}
+    wanted = {"features_only": features_only, "output_stride": output_stride, "inner": inner}
     return [
         name
         for name in default_cfgs
         if fnmatch.fnmatch(name, pattern or "*")
-        and all(wish is None or _abilities(name)[what] == wish for what, wish in asked.items())
+        and all(value is None or _abilities(name)[what] == value for what, value in wanted.items())
     ]
 
 
@@ -99,7 +99,7 @@ def _abilities(name: str) -> dict[str, bool]:
 
 
 def _plugged(host: Callable[..., nn.Module], **kwargs: Any) -> nn.Module:
-    """The host network plugged in; keywords that `plug_in` knows are its own, the rest are the host's."""
+    """The host network, plugged in; keywords of `plug_in` are passed to it, the rest to the host."""
     options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
     return plug_in(host(**kwargs), **options)
 
@@ -206,36 +206,36 @@ def ds2res2net50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def dsnet20(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DSNet-20 for 32x32 images: three stages of 3 blocks, 16, 32 and 64 maps wide."""
+    """DSNet-20 for 32x32 images: three stages of 3 blocks with 16, 32 and 64 channels."""
     return _create("dsnet20", pretrained, cifar_resnet, **dict(block=BasicBlock, layers=(3, 3, 3)) | kwargs)
 
 
 @register_model
 def dsnet32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DSNet-32 for 32x32 images: three stages of 5 blocks, 16, 32 and 64 maps wide."""
+    """DSNet-32 for 32x32 images: three stages of 5 blocks with 16, 32 and 64 channels."""
     return _create("dsnet32", pretrained, cifar_resnet, **dict(block=BasicBlock, layers=(5, 5, 5)) | kwargs)
 
 
 @register_model
 def dsnet56(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DSNet-56 for 32x32 images: three stages of 9 blocks, 16, 32 and 64 maps wide."""
+    """DSNet-56 for 32x32 images: three stages of 9 blocks with 16, 32 and 64 channels."""
     return _create("dsnet56", pretrained, cifar_resnet, **dict(block=BasicBlock, layers=(9, 9, 9)) | kwargs)
 
 
 @register_model
 def dsnet110(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DSNet-110 for 32x32 images: three stages of 18 blocks, 16, 32 and 64 maps wide."""
+    """DSNet-110 for 32x32 images: three stages of 18 blocks with 16, 32 and 64 channels."""
     return _create("dsnet110", pretrained, cifar_resnet, **dict(block=BasicBlock, layers=(18, 18, 18)) | kwargs)
 
 
 @register_model
 def dsnet29(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DSNet-29 for 32x32 images: three stages of 3 bottlenecks, 64, 128 and 256 maps wide (9n + 2, as ResNet-164)."""
+    """DSNet-29 for 32x32 images: three stages of 3 bottlenecks, 64, 128 and 256 channels (9n + 2, as ResNet-164)."""
     return _create("dsnet29", pretrained, cifar_resnet, **dict(block=Bottleneck, layers=(3, 3, 3)) | kwargs)
 
 
 @register_model
 def dsnet50_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DSNet-50 for 32x32 images: ResNet-50's stages behind a 3x3 stem without pooling."""
+    """DSNet-50 for 32x32 images: ResNet-50's stages after a 3x3 stem without pooling."""
     host = dict(block=Bottleneck, layers=(3, 4, 6, 3), channels=(64, 128, 256, 512))
     return _create("dsnet50_cifar", pretrained, cifar_resnet, **host | kwargs)

@@ -1,6 +1,6 @@
-"""DenseNet and RDNet for 32x32 images, to stand beside `dsnet50_cifar`: timm's networks behind a 3x3 stem of stride 1.
+"""DenseNet and RDNet for 32x32 images, to compare with `dsnet50_cifar`: timm's networks with a 3x3 stem of stride 1.
 
-With `pretrained=True` all but the stem has timm's weights.
+With `pretrained=True` everything but the stem has timm's weights.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ def rdnet_tiny_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 
 def _stem(before: nn.Conv2d, *, bias: bool) -> nn.Conv2d:
-    """A 3x3 convolution of stride 1 in place of a stem's, started as both networks start theirs."""
+    """A 3x3 convolution of stride 1 to replace a stem's, initialised as both networks do."""
     stem = nn.Conv2d(before.in_channels, before.out_channels, 3, padding=1, bias=bias)
     nn.init.kaiming_normal_(stem.weight)
     if stem.bias is not None:

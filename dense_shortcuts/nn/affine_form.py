@@ -1,6 +1,6 @@
-"""What a norm computes, as N(x) = scale * x + shift with statistics that are taken once a map.
+"""The affine form of a norm, N(x) = scale * x + shift, from statistics that are computed once per map.
 
-That is N of the equations, and the last norm of a residual branch with its affine parameters.
+It covers N of the equations, and the last norm of a residual branch with its affine parameters.
 """
 
 from typing import Any
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from ..ops.affine import affine_from_moments, affine_from_running
 from .sync_norm import across_processes, is_synchronised
 
-BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)  # a tuple, for the compiler of PyTorch 2.9 does not know A | B
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)  # a tuple: torch.compile of PyTorch 2.9 does not support A | B
 _KNOWN = (nn.GroupNorm, *BATCH_NORMS, nn.InstanceNorm2d)
 
 
 def has_affine_form(norm: nn.Module) -> bool:
-    """Whether `affine_form` supports this module; any other norm is called as it stands."""
+    """Whether `affine_form` supports this module; any other norm is called as a module."""
     return type(norm) in _KNOWN and not (isinstance(norm, nn.InstanceNorm2d) and norm.track_running_stats)
 
 
@@ -27,39 +27,39 @@ def is_fusable(norm: nn.Module) -> bool:
 
 
 def is_batch_norm(norm: nn.Module | None) -> bool:
-    """Whether statistics are over the batch, so that the affine form is the same for all its images."""
+    """Whether statistics are taken over the batch, so all images share one affine form."""
     return isinstance(norm, BATCH_NORMS)
 
 
 def is_per_image(norm: nn.Module | None) -> bool:
-    """Whether the norm has an affine form of its own for each image."""
+    """Whether each image has its own affine form."""
     return norm is not None and has_affine_form(norm) and not is_batch_norm(norm)
 
 
 def needs_moments(norm: nn.Module | None) -> bool:
-    """Whether the affine form takes the moments of the map: not that of batch norm in eval mode."""
+    """Whether the affine form depends on the map's moments: not for batch norm in eval mode."""
     return norm is not None and not uses_running_stats(norm)
 
 
 def uses_running_stats(norm: Any) -> bool:
-    """Whether the norm normalises by its running statistics alone: batch norm in eval mode."""
+    """Whether the norm uses its running statistics only: batch norm in eval mode."""
     tracked = is_batch_norm(norm) and not norm.training
     return tracked and norm.running_mean is not None and norm.running_var is not None
 
 
 def affine_form(norm: nn.Module, mean: Tensor, var: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """scale and shift with norm(x) = scale * x + shift; in training, batch norm updates its running statistics.
+    """scale and shift with norm(x) = scale * x + shift. In training, batch norm updates its running statistics.
 
     Args:
-        norm: a module for which `has_affine_form` holds.
-        mean, var: moments of x, (N, C) each; not read where `needs_moments` does not hold.
+        norm: a module for which `has_affine_form` is true.
+        mean, var: moments of x, (N, C) each; not read if `needs_moments` is false.
         x: the map, (N, C, H, W).
 
     Returns:
         scale and shift, (1, C) for batch norm and (N, C) for the others, in float32 (float64 for a float64 map).
 
     Raises:
-        ValueError: the norm has another number of channels than the map.
+        ValueError: norm and map have different numbers of channels.
     """
     assert isinstance(norm.eps, float)
     width = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features
@@ -79,7 +79,7 @@ def affine_form(norm: nn.Module, mean: Tensor, var: Tensor, x: Tensor) -> tuple[
 
 
 def _batch_form(norm: nn.Module, mean: Tensor, var: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
-    """scale and shift without affine parameters, (1, C), of batch norm by this batch."""
+    """scale and shift, (1, C), of batch norm over this batch, without affine parameters."""
     assert isinstance(norm, BATCH_NORMS)
     if is_synchronised(norm):
         mean, var, count = across_processes(norm, mean, var, count)
@@ -95,7 +95,7 @@ def _batch_form(norm: nn.Module, mean: Tensor, var: Tensor, count: int | Tensor)
 
 @torch.fx.wrap
 def _count(x: Tensor) -> int:
-    """Values of each channel that batch norm normalises over."""
+    """Number of values per channel that batch norm normalises over."""
     count = x.shape[0] * x.shape[2] * x.shape[3]
     if count == 1:  # as F.batch_norm does
         raise ValueError("Expected more than 1 value per channel when training, got one image of one pixel")
@@ -103,15 +103,15 @@ def _count(x: Tensor) -> int:
 
 
 def _tensor(value: Any) -> Any:
-    """A norm's parameter or buffer, which may be None; PyTorch annotates these as modules too."""
+    """A norm's parameter or buffer, possibly None; PyTorch's annotations also allow modules."""
     return value
 
 
-@torch.fx.wrap  # one node of a traced graph, whose buffers stay buffers
+@torch.fx.wrap  # one node of a traced graph, with the buffers as inputs
 def _running_form(
     x: Tensor, mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    # x is taken only so that a trace has something to hang the node on: it would fold the buffers into constants else
+    # x is unused, but makes the call depend on traced data: otherwise torch.fx would turn the buffers into constants
     return affine_from_running(mean, var, eps, weight, bias)
 
 
@@ -126,9 +126,9 @@ def _update_running(
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
 ) -> Tensor:
-    """One step of the running statistics by a batch's mean and biased variance, both (1, C), over `count` values.
+    """Update the running statistics from a batch's mean and biased variance, both (1, C), over `count` values.
 
-    Gives `scale` back as it is: a traced graph would drop a step whose result nobody takes.
+    Returns `scale` unchanged: a traced graph would drop an update whose result is not used.
     """
     if running_mean is None or running_var is None or num_batches_tracked is None:
         return scale
@@ -136,7 +136,7 @@ def _update_running(
     if isinstance(count, int) and count == 0:
         return scale
     dtype = running_mean.dtype
-    # momentum=None asks for the cumulative average, as in PyTorch
+    # momentum=None means a cumulative average, as in PyTorch
     step: float | Tensor = 1.0 / num_batches_tracked.to(dtype) if momentum is None else momentum
     unbiased = (var[0].detach() * (count / (count - 1))).to(dtype)
     running_mean.lerp_(mean[0].detach().to(dtype), step)

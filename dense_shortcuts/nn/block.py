@@ -1,4 +1,4 @@
-"""What a block is to its stage: residual branch, last norm, projection shortcut, activation and layout."""
+"""The parts of a block that its stage uses: branch, last norm, projection shortcut, activation and layout."""
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,25 +15,25 @@ Branch = tuple[Tensor, nn.Module | None]
 
 
 class MapLayout(NamedTuple):
-    """How a block's maps are laid out.
+    """How the maps of a block are laid out.
 
     Attributes:
-        tokens: whether the channels are the last axis, as in (N, L, C) and (N, H, W, C); else they are the second.
-        volumes: whether there are three axes of positions; needed where torch.fx records, which does not know shapes.
+        tokens: whether channels are the last axis, as in (N, L, C) and (N, H, W, C); otherwise they are the second.
+        volumes: whether there are three spatial axes; needed while torch.fx traces, where shapes are unknown.
     """
 
     tokens: bool = False
     volumes: bool = False
 
     def is_map(self, x: Tensor) -> bool:
-        """Whether x is (N, C, H, W) as it stands."""
+        """Whether x already is (N, C, H, W)."""
         return not self.tokens and self._axes(x) == 4
 
     def as_map(self, x: Tensor) -> Tensor:
-        """A view as a map (N, C, H, W).
+        """x viewed as a map (N, C, H, W).
 
         (N, C) becomes (N, C, 1, 1), a sequence (N, C, L) becomes (N, C, 1, L), a volume (N, C, D, H, W) becomes
-        (N, C, D H, W). Recorded tokens are all put into one axis, as those of (N, L, C).
+        (N, C, D H, W). While torch.fx traces, tokens of any shape are flattened to one axis.
         """
         if self.tokens and isinstance(x, Proxy):
             return x.movedim(-1, 1).flatten(2).unsqueeze(2)
@@ -44,7 +44,7 @@ class MapLayout(NamedTuple):
         return x if axes == 4 else x.unsqueeze(2) if axes == 3 else x.flatten(2, 3)
 
     def from_map(self, x: Tensor, like: Tensor) -> Tensor:
-        """A map in the form of `like`, one that `as_map` was given."""
+        """The map x in the layout of `like`, an input of `as_map`."""
         if self.tokens and isinstance(like, Proxy):
             return x.movedim(1, -1).reshape(like.shape)
         axes = self._axes(like)
@@ -62,10 +62,10 @@ class MapLayout(NamedTuple):
 class DenseBlock:
     """Mixin for a host's block that leaves its add to the stage. An adapter is the host's class with these methods.
 
-    The block stays a module that is called, so that hooks on it fire and see the stage's feature maps X_l.
+    The block is still called as a module, so its hooks run and see the stage's feature maps X_l.
 
     Attributes:
-        tokens: whether the channels are the last axis, as in (N, L, C) and (N, H, W, C); else they are the second.
+        tokens: whether channels are the last axis, as in (N, L, C) and (N, H, W, C); otherwise they are the second.
         inner: the DS2 shortcut, or None.
     """
 
@@ -73,33 +73,33 @@ class DenseBlock:
     inner: nn.Module | None
 
     def branch(self, x: Tensor) -> Branch:
-        """F_l(x), everything before the add: a tensor and the norm still to be applied to it, if that comes last.
+        """F_l(x), everything before the add: a tensor, and the last norm if it is still to be applied, else None.
 
-        Squeeze-excite and drop path are part of the branch; where there are any, no norm is left.
+        Squeeze-excite and drop path are part of the branch; in a branch with either, the norm is None.
         """
         raise NotImplementedError
 
     def projects(self) -> bool:
-        """Whether the host adds a projection of the block's input, so that a row of maps of one shape begins here."""
+        """Whether the host projects the block's input; a new segment then starts here, as maps change shape."""
         return getattr(self, "downsample", None) is not None
 
     def is_residual(self) -> bool:
-        """Whether the block adds a shortcut as it is set; some hosts have blocks of one class with and without."""
+        """Whether the block adds a shortcut in its configuration; some classes have both kinds of blocks."""
         return True
 
     def is_certain(self) -> bool:
-        """Whether the block is residual beyond doubt; an add of two branches is not so by that alone."""
+        """Whether the block is certainly residual; an add of two branches alone does not prove it."""
         return True
 
     def project(self, x: Tensor) -> Tensor:
-        """What the host would add: the projection shortcut where there is one, else x."""
+        """The host's shortcut: the projection of x if there is one, else x."""
         downsample = getattr(self, "downsample", None)
         return x if downsample is None else downsample(x)
 
     def project_but_norm(self, x: Tensor) -> Branch:
-        """`project` with its last layer, usually a norm, still to be applied: the stage may do so in a pass of its own.
+        """`project` without its last layer, usually a norm, and that layer, which the stage may fuse.
 
-        None is left where an adapter has a `project` of its own, or a hook asks that the projection be called.
+        The layer is None if an adapter overrides `project`, or a hook needs the projection to be called.
         """
         downsample = getattr(self, "downsample", None)
         own = type(self).project is not DenseBlock.project
@@ -111,7 +111,7 @@ class DenseBlock:
         return x, last
 
     def activation(self) -> nn.Module | None:
-        """What follows the add: s; None for nothing."""
+        """s, the activation after the add; None for none."""
         return None
 
     def out_channels(self) -> int:
@@ -123,15 +123,15 @@ class DenseBlock:
         return None
 
     def conv_norms(self) -> list[tuple[str, str]]:
-        """Names in the block of each convolution in the branch and of the norm that follows it directly."""
+        """Names, within the block, of each convolution of the branch and of the norm directly after it."""
         return []
 
     def last_conv(self) -> nn.Conv2d | None:
-        """The convolution whose output, but for its norm, is the branch's in evaluation mode; None if there is more."""
+        """The convolution that ends the branch in evaluation mode, apart from its norm; None if more follows."""
         return None
 
     def map_of(self, result: Any) -> Tensor:
-        """X_l among what the block gives back: the first tensor, where a host's block gives several."""
+        """X_l in the block's output: the first tensor, if the host's block returns several."""
         first: Tensor = result[0] if isinstance(result, tuple) else result
         return first
 
@@ -139,33 +139,33 @@ class DenseBlock:
         return MapLayout(self.tokens)
 
     def forward(self, x: Tensor, residual_add: "ResidualAdd | None" = None) -> Tensor:
-        """X_l from X_{l-1}, where residual_add(branch, norm, identity, activation) is what the stage makes of them."""
+        """X_l from X_{l-1}; the stage passes residual_add(branch, norm, identity, activation) for the add."""
         branch, norm = self.branch(x)
         identity, last = self.project_but_norm(x)
         return in_stage(residual_add)(branch, norm, identity, self.activation(), identity_norm=last)
 
 
 def layout_of(block: Any) -> MapLayout:
-    """How the maps of a plugged block are laid out."""
+    """The layout of a plugged block's maps."""
     layout: MapLayout = block._dense_layout()
     return layout
 
 
 def map_of(block: Any, result: Any) -> Tensor:
-    """X_l among what a plugged block gives back; of a traced block that is all."""
+    """X_l in the output of a plugged block; a traced block returns nothing else."""
     found: Tensor = block.map_of(result) if isinstance(block, DenseBlock) else result
     return found
 
 
 def in_stage(residual_add: "ResidualAdd | None") -> "ResidualAdd":
-    """The stage's part in a block's forward pass.
+    """`residual_add`, checked.
 
     Raises:
-        DenseShortcutError: there is none, for the block was called by itself.
+        DenseShortcutError: it is None, because the block was called by itself.
     """
     if residual_add is None:
         raise DenseShortcutError(
-            "a block of a dense stage was called by itself, without the stage's earlier maps: call the stage, or the "
-            "callables that iterating over it gives."
+            "a block of a dense stage was called by itself, without the stage's earlier maps: call the stage, or "
+            "iterate over it and call each step."
         )
     return residual_add

@@ -1,6 +1,6 @@
-"""Which earlier maps a block sums: all of them, the last few, those a power of two back, or a list of its own.
+"""Which earlier maps a block sums: all of them, the nearest few, those a power of two back, or an explicit list.
 
-Blocks are counted by k = l - 1 from 0, so block k may sum the maps X_0 .. X_k.
+Blocks are numbered k = l - 1 from 0, so block k may sum the maps X_0 .. X_k.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,15 +11,15 @@ Sources = tuple[tuple[int, ...], ...]
 
 PATTERNS: dict[str, Callable[[int], bool]] = {
     "all": lambda back: True,
-    "powers": lambda back: back & (back - 1) == 0,  # 1, 2, 4, 8, ..: about log2 L maps a block
+    "powers": lambda back: back & (back - 1) == 0,  # 1, 2, 4, 8, ..: about log2(L) maps per block
 }
 
 
 class Segment(NamedTuple):
-    """Blocks first .. stop - 1 of a container, residual ones whose maps share a shape, and the name of their shortcut.
+    """Residual blocks first .. stop - 1 of a container, whose maps share one shape, and the name of their shortcut.
 
-    A stage of a ResNet is one segment. Where other layers stand between the blocks, or the shape changes in the middle,
-    there are more.
+    A stage of a ResNet is one segment. A container has several if other layers stand between its blocks, or the shape
+    changes.
     """
 
     first: int
@@ -28,12 +28,12 @@ class Segment(NamedTuple):
 
 
 def sources(chosen: Sequence[bool], *, pattern: str = "all", window: int | None = None) -> Sources:
-    """The maps that each block of a stage sums, in order; none for a block that is not chosen.
+    """The maps that each block of a segment sums, in order; none for a block that is not chosen.
 
     Args:
-        chosen: for each block whether it has a dense shortcut.
-        pattern: a name in PATTERNS; it says which distances l - i count, 1 being the nearest map.
-        window: the largest distance; None is no limit.
+        chosen: for each block, whether it has a dense shortcut.
+        pattern: a name in PATTERNS, which selects the distances l - i; 1 is the nearest map.
+        window: the largest distance; None for no limit.
     """
     fits = PATTERNS[pattern]
     reach = len(chosen) if window is None else window
@@ -45,7 +45,7 @@ def sources(chosen: Sequence[bool], *, pattern: str = "all", window: int | None 
 
 @dataclass(frozen=True)
 class Sparse:
-    """The reading plan of a stage whose blocks do not sum all earlier maps: each reads its own, nothing is tiled."""
+    """Stands in for a `Tiling` if blocks do not sum all earlier maps: each reads its own maps, without tiles."""
 
     sources: Sources
 
@@ -60,9 +60,9 @@ class Sparse:
         return False
 
     def direct(self, k: int) -> Sequence[int]:
-        """The maps that block k sums by itself."""
+        """The maps that block k sums directly."""
         return self.sources[k]
 
     def users(self, i: int) -> Sequence[int]:
-        """The blocks that sum map i by themselves."""
+        """The blocks that sum map i directly."""
         return [k for k, maps in enumerate(self.sources) if i in maps]

@@ -1,4 +1,4 @@
-"""A finished map as later sums use it, and what a stage keeps from block to block."""
+"""Finished feature maps as later sums use them, and the state that a stage carries from block to block."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,10 +11,10 @@ from .affine_form import affine_form, has_affine_form, needs_moments
 
 
 class Feature(NamedTuple):
-    """A map as sums use it: N(X) = scale * map + shift, the statistics taken once.
+    """A map with its affine form, N(X) = scale * map + shift.
 
-    map is (N, C, H, W); scale and shift are (1 or N, C), or None where the map is used as it stands. links are those of
-    the operator, two tensors for each later sum in turn (`ops/autograd.py`); none on the plain path.
+    map is (N, C, H, W); scale and shift are (1 or N, C), or None if the map is used without a norm. links are those of
+    the operator, two tensors for each later sum (`ops/autograd.py`); there are none on the plain path.
     """
 
     map: Tensor
@@ -32,10 +32,10 @@ def make_feature(
     backend: str,
     inner_norm: nn.Module | None = None,
 ) -> Feature:
-    """x, (N, C, H, W), as later sums use it: by its statistics where the norm has an affine form, else by calling it.
+    """The feature of x, (N, C, H, W): from its moments if the norm has an affine form, else by calling the norm.
 
-    With `inner_norm` it is N(inner_norm(x)): an affine form of x too, whose moments follow from those of x, so one
-    reading of x serves both norms.
+    With `inner_norm`, the feature is N(inner_norm(x)). That is affine in x too, and the moments of inner_norm(x) follow
+    from those of x, so x is read once for both norms.
     """
     if norm is not None and not has_affine_form(norm):
         x, norm = norm(x), None
@@ -57,19 +57,19 @@ def make_feature(
 
 
 def as_feature(norm: nn.Module | None, x: Tensor, stats: functional.Stats | functional.Added) -> Feature:
-    """A map whose moments and links are at hand."""
+    """The feature of a map whose moments and links are known."""
     if norm is None:
         return Feature(x, None, None, stats.links)
-    form = affine_form(norm, stats.mean, stats.var, x)
-    return Feature(x, form[0], form[1], stats.links)  # by index: a traced graph cannot unpack
+    affine = affine_form(norm, stats.mean, stats.var, x)
+    return Feature(x, affine[0], affine[1], stats.links)  # by index: a traced graph cannot unpack
 
 
 class StageState(NamedTuple):
-    """What a stage keeps from block to block.
+    """What a stage carries from block to block.
 
     Attributes:
-        features: its maps X_0 .. X_{l-1}.
-        partial_sums: in a deep stage, a sum (N, C, H, W) for each block of the group under way (`tiling.py`).
+        features: the maps X_0 .. X_{l-1}.
+        partial_sums: in a deep stage, a partial sum (N, C, H, W) for each block of the current group (`tiling.py`).
         group_links: the links from each group of maps to the later groups of blocks.
         last: what the block before gave back, and the version that its memory had then.
         backend: that of the first block, for all: one alone may be compiled, where another would be chosen.
@@ -85,7 +85,7 @@ class StageState(NamedTuple):
         return self._replace(features=(*self.features, feature))
 
     def after(self, x: Tensor) -> "StageState":
-        """The same behind a block that gave back x."""
+        """This state after a block that returned x."""
         if type(x) is not Tensor or is_compiling():
             return self
         return self._replace(last=(x, -1 if x.is_inference() else x._version))

@@ -1,4 +1,4 @@
-"""Where a group of blocks of a deep stage begins: the sums of all maps finished so far, one for each block."""
+"""Starts a group of blocks in a deep stage: the partial sums of all maps finished so far, one for each block."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from .tiling import Tiling
 
 
 def start_group(shortcut: DenseShortcut, k: int, state: StageState, backend: str) -> StageState:
-    """The state with the partial sums of the group that begins at block k; unchanged where none begins there."""
+    """The state with the partial sums of the group that starts at block k; unchanged if none starts there."""
     tiling = shortcut.tiling
     if backend == "plain" or not isinstance(tiling, Tiling) or not tiling.begins(k):
         return state
@@ -22,7 +22,7 @@ def start_group(shortcut: DenseShortcut, k: int, state: StageState, backend: str
     links = tiled.group_links(features[-1].map, new, counts, per_image=per_image, backend=backend)
     all_links = (*state.group_links, links)
     begun = range(tiling.size, k + 1, tiling.size)
-    # Each group of maps links to all groups of blocks begun since; before the one that begins now come full ones.
+    # A group of maps has links to each later group of blocks in turn; those before the current one are full groups.
     skipped = [(k - first) // tiling.size * (tiling.size + 1) for first in begun]
     mine = [links[n : n + len(blocks) + 1] for n, links in zip(skipped, all_links, strict=True)]
     sums = tiled.partial_sums(
@@ -37,7 +37,7 @@ def start_group(shortcut: DenseShortcut, k: int, state: StageState, backend: str
 
 
 def _scales(shortcut: DenseShortcut, blocks: range, features: Sequence[Feature]) -> Tensor | None:
-    """a_{l,i} of some blocks for all of these maps, (len(blocks), len(maps), 1 or N, C); None for ones."""
+    """Coefficients a_{l,i} of some blocks for all these maps, (len(blocks), len(maps), 1 or N, C); None for ones."""
     if not shortcut.weighted:
         return None
     weight = torch.stack([shortcut.weight(k)[: len(features)] for k in blocks])[:, :, None]

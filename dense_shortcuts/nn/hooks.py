@@ -1,4 +1,4 @@
-"""Detects hooks that can observe a module's output: those of all modules, of one, and of those in it."""
+"""Detects hooks that can observe a module's output: global ones, its own, and those of its submodules."""
 
 from torch import nn
 from torch.nn.modules import module as _module
@@ -13,19 +13,19 @@ _OWN = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pr
 
 
 def observed(module: nn.Module) -> bool:
-    """Whether a hook may look at the module's output or its gradient.
+    """Whether a hook may observe the module's output or the gradient of it.
 
-    Such an output must be a tensor to which all later gradients come; where X_l and its moments are made in one pass
-    they do not all come to X_l (`ops/autograd.py`).
+    Such an output must be a tensor that receives its whole gradient. If X_l and its moments are made in one pass, some
+    of the gradient bypasses X_l (`ops/autograd.py`).
     """
     return any(_GLOBAL) or has_own_hooks(module)
 
 
 def has_own_hooks(module: nn.Module) -> bool:
-    """Whether a hook was registered on the module itself, or its forward pass was replaced, as Accelerate does."""
+    """Whether the module itself has a hook, or a replaced forward pass, as Accelerate does it."""
     return any(getattr(module, name) for name in _OWN) or "forward" in module.__dict__
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a hook may look at the output of the module or of one in it."""
+    """Whether a hook may observe the output of the module or of one of its submodules."""
     return any(_GLOBAL) or any(map(has_own_hooks, module.modules()))

@@ -15,8 +15,8 @@ class InnerShortcut(nn.Module):
         channels: width of H_1.
         weighted: how many of its first channels pass a 3x3 and get a weight (all but Res2Net's last piece).
         norm, groups: N, see `make_norm`.
-        start: v at the start; at 0 DS2 equals DS.
-        backend: form of the operator, see `ops.choose`.
+        start: initial value of v; with 0, DS2 starts as DS.
+        backend: the back end, see `ops.choose`.
 
     Attributes:
         weight: v, (weighted,).
@@ -39,15 +39,15 @@ class InnerShortcut(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set v to its start again."""
+        """Reset v to its initial value."""
         self.weight.fill_(self.start)
 
     def feature(self, hidden: Tensor) -> Feature:
-        """H_1, (N, channels, H, W), with the statistics of its norm."""
+        """The feature of H_1, (N, channels, H, W): the map with the affine form of its norm."""
         return make_feature(self.norm, hidden, num_consumers=0, per_image=False, backend=self.backend)
 
     def forward(self, branch: Tensor, feature: Feature, start: int = 0) -> Tensor:
-        """branch + v * N(H_1) for the channels from `start` on that the branch, (N, C, H, W), stands for."""
+        """branch + v * N(H_1), where the branch, (N, C, H, W), holds the channels of H_1 from `start` on."""
         part = slice(start, start + branch.shape[1])
         scales, bias = self.weight[None, None, part].to(ops.accumulation_dtype(branch.dtype)), None
         if feature.scale is not None and feature.shift is not None:

@@ -1,7 +1,7 @@
-"""Fresh norms N of the equations, by name.
+"""Builds the norms N of the equations, by name.
 
-The modules are PyTorch's own (GroupNorm, BatchNorm2d, InstanceNorm2d with affine=False), so that they print, save, move
-and convert to SyncBatchNorm as everywhere else; `affine_form.py` has what they compute.
+The modules are PyTorch's own (GroupNorm, BatchNorm2d, InstanceNorm2d with affine=False), so they print, save, move and
+convert to SyncBatchNorm as usual; `affine_form.py` computes their affine forms.
 """
 
 from collections.abc import Callable
@@ -17,30 +17,30 @@ NORMS = ("auto", "group", "batch", "layer", "instance", "none")
 
 
 def default_groups(channels: int) -> int:
-    """32 groups as in Group Normalization (Wu and He, 2018), fewer in narrow stages: four channels a group at least."""
+    """32 groups as in Group Normalization (Wu and He, 2018); fewer in narrow stages, to keep four channels a group."""
     limit = min(32, max(1, channels // 4))
     return next(g for g in range(limit, 0, -1) if channels % g == 0)
 
 
 class TokenNorm(nn.LayerNorm):
-    """Layer norm of each token over its channels, for tokens that come as maps, (N, C, H, W)."""
+    """Layer norm of each token over its channels, for tokens laid out as maps, (N, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
 def make_norm(norm: Norm, channels: int, groups: int | None = None, *, tokens: bool = False) -> nn.Module | None:
-    """A fresh norm for maps of `channels` channels, or None where maps are used as they are.
+    """A new norm for maps of `channels` channels, or None if maps are summed without a norm.
 
-    "layer" is over all of an image, group norm with one group, as is usual for feature maps; for tokens it is over the
-    channels of each token, as is usual there. "auto" is "layer" for tokens and "group" for feature maps. "none" is
-    another word for None, which `timm.create_model` does not hand on.
+    "layer" normalises each image as a whole, as group norm with one group, which is usual for feature maps; for tokens
+    it normalises the channels of each token, which is usual there. "auto" is "layer" for tokens and "group" for feature
+    maps. "none" means None, which `timm.create_model` does not pass on.
 
     Raises:
         DenseShortcutError: unknown name, or a group count that does not divide the channels.
     """
     if groups is not None and norm not in ("auto", "group"):
-        raise DenseShortcutError(f"groups={groups} goes with norm='group', not with norm={norm!r}: leave groups out.")
+        raise DenseShortcutError(f"groups={groups} requires norm='group', not norm={norm!r}: leave groups out.")
     if norm == "auto":
         norm = "layer" if tokens else "group"
     if norm is None or norm == "none":

@@ -1,4 +1,4 @@
-"""What a stage does at the end of a block: makes its map from the block's parts and the earlier maps."""
+"""The add at the end of a block: computes its map X_l from the block's parts and the earlier maps."""
 
 import operator
 from collections.abc import Callable
@@ -24,11 +24,11 @@ class BlockContext(NamedTuple):
 
     Attributes:
         block: the block.
-        shortcut: that of its segment; None for a block in no segment.
+        shortcut: the shortcut of its segment; None for a block in no segment.
         k: its position in the segment.
-        last: whether it is the last one there.
-        observed: whether a hook may look at its output.
-        next_hooked: whether one may look at that of a layer in the block after it.
+        last: whether it is the last block of the segment.
+        observed: whether a hook may observe its output.
+        next_hooked: whether a hook may observe the next block or a layer in it.
         layout: how its maps are laid out.
     """
 
@@ -42,15 +42,15 @@ class BlockContext(NamedTuple):
 
 
 class ResidualAdd:
-    """What a stage does at the end of block l = k + 1: makes X_l from the block's parts and the earlier maps."""
+    """The add at the end of block l = k + 1: computes X_l from the block's parts and the earlier maps."""
 
     def __init__(self, context: BlockContext, state: StageState, aggregate: str, keep_identity: bool) -> None:
         assert context.shortcut is not None
         self.context, self.shortcut, self.state, self.aggregate = context, context.shortcut, state, aggregate
-        self.k = operator.index(context.k)  # a constant to torch.compile also where that compiles a block alone
-        # a block that is not chosen keeps what its host does
+        self.k = operator.index(context.k)  # a constant for torch.compile, even if a block is compiled alone
+        # a block that is not chosen keeps the host's shortcut
         self.keep_identity = keep_identity or not self.shortcut.sources[self.k]
-        self.finished = False  # whether the state has X_l already, from the pass that made it
+        self.finished = False  # whether the pass that made X_l has already added it to the state
 
     def __call__(
         self,
@@ -62,7 +62,19 @@ class ResidualAdd:
         whole: bool = False,
         identity_norm: nn.Module | None = None,
     ) -> Tensor:
-        """X_l; see `block.Join`."""
+        """X_l, in the layout of `branch`.
+
+        Args:
+            branch: the residual branch.
+            norm: the last norm of the branch, if it is still to be applied.
+            identity: the host's shortcut.
+            activation: s, or None.
+            whole: whether `branch` already includes the identity.
+            identity_norm: the last norm of the projection, if it is still to be applied to `identity`.
+
+        Raises:
+            DenseShortcutError: the branch and the earlier maps differ in shape.
+        """
         layout, like = self.context.layout, branch
         backend = self._backend(branch)
         fused = backend != "plain" and bool(self.shortcut.sources[self.k])  # without maps there is nothing to fuse
@@ -85,10 +97,10 @@ class ResidualAdd:
             x = layout.from_map(x, like)
         if activation is not None and not relu:
             return activation(x)
-        return torch.positive(x) if isinstance(x, Proxy) else x  # a node of the block's own, which extractors look for
+        return torch.positive(x) if isinstance(x, Proxy) else x  # a node in the block's scope, for feature extractors
 
     def finish(self, block: nn.Module, result: Any) -> StageState:
-        """What the stage keeps after the block, which gave back `result`."""
+        """The state of the stage after the block, which returned `result`."""
         if self.context.last:
             return StageState()
         if not self.finished:
@@ -108,18 +120,18 @@ class ResidualAdd:
         return backend
 
     def _check_shape(self, branch: Tensor) -> None:
-        """Raises DenseShortcutError where the branch cannot be added to the maps: another shape or width."""
+        """Raises DenseShortcutError if the branch and the earlier maps differ in shape or number of channels."""
         if isinstance(branch, Proxy):
             return
         shape, channels = self.state.features[0].map.shape, self.shortcut.channels
         if branch.shape != shape or shape[1] != channels:
             raise DenseShortcutError(
-                f"a branch of shape {tuple(branch.shape)} meets maps of shape {tuple(shape)} in a stage plugged in "
-                f"for {channels} channels: leave the stage out with plug_in(stages=..), or plug_in(blocks=..)."
+                f"a branch of shape {tuple(branch.shape)} cannot be added to maps of shape {tuple(shape)} in a stage "
+                f"plugged in for {channels} channels: leave it out with plug_in(stages=..) or plug_in(blocks=..)."
             )
 
     def _sum(self, branch: Tensor, norm: Any, addends: list[Tensor], relu: bool, ends: bool, backend: str) -> Tensor:
-        """The sum of the branch, whose norm is fused or None, and what else is added; X_l where the block `ends` so."""
+        """The sum of branch, addends and earlier maps, with `norm` fused; X_l itself if the block `ends` with it."""
         shortcut, k, last, fused = self.shortcut, self.k, self.context.last, bool(self.shortcut.sources[self.k])
         state = later = start_group(shortcut, k, self.state, backend) if shortcut.tiled else self.state
         if self.aggregate == "block" and not last:
@@ -141,21 +153,21 @@ class ResidualAdd:
     def _fuses_norm(self, norm: nn.Module) -> bool:
         """Whether the last norm of the branch may be computed in the pass that adds the shortcuts.
 
-        Not where the branch's output is itself a map to keep, nor where outputs must match the host bit for bit: fusing
-        the norm reorders floating-point additions.
+        Not if the branch's output is itself a map to keep, nor if outputs must match the host bit for bit: fusing the
+        norm reorders floating-point additions.
         """
         exact = self.keep_identity or not self.shortcut.normalised
         kept = self.aggregate == "block" and not self.context.last
         return not exact and not kept and is_fusable(norm) and not observed(norm)
 
     def _fuses_identity_norm(self, norm: nn.Module) -> bool:
-        """Whether the last norm of the projection may become part of N(X_0), so that X_0 itself is never made."""
+        """Whether the last norm of the projection can be folded into N(X_0); X_0 itself is then never computed."""
         taken = self.k == 0 and not self.keep_identity and self.shortcut.fuses_norm(0)
         return taken and is_fusable(norm) and not observed(norm)
 
     def _is_observed(self) -> bool:
-        """Whether a hook may see or replace X_l: one on its block, or with gradients one in the next block.
+        """Whether a hook may observe or replace X_l: a hook on this block, or with gradients on, in the next block.
 
-        The gradient of a map whose moments were taken in the same pass does not all come to the map itself.
+        A map whose moments were computed in the same pass does not receive its whole gradient.
         """
         return self.context.observed or ((is_grad_enabled() or is_compiling()) and self.context.next_hooked)

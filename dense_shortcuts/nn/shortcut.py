@@ -1,4 +1,4 @@
-"""The dense shortcut of a stage: one norm for each earlier feature map, one weight per channel for each pair."""
+"""The dense shortcut of a segment: one norm per earlier feature map, one weight per channel and pair (l, i)."""
 
 from collections.abc import Sequence
 
@@ -17,22 +17,22 @@ from .weighting import start_parameter, weigh
 
 
 class DenseShortcut(nn.Module):
-    """sum_{i<l} w_{l,i} * N(X_i) for every block l of a stage (Sec. 3 of the paper; `docs/paper-map.md`).
+    """sum_{i<l} w_{l,i} * N(X_i) for every block l of a segment (Sec. 3 of the paper; `docs/paper-map.md`).
 
     Args:
-        depth: number of blocks L in the stage.
+        depth: number of blocks L.
         channels: width C of its feature maps.
         norm, groups: N, see `make_norm`.
-        init: start of the weights, see `start_weight`.
-        weighted: False leaves norm and weight out: the plain sum of the dense identity control.
-        weighting: how weights come from parameters, see `weighting.py`.
-        backend: form of the operator, see `ops.choose`.
+        init: initial weights, see `start_weight`.
+        weighted: False omits norm and weight, for the plain sum of the dense identity control.
+        weighting: how weights are computed from parameters, see `weighting.py`.
+        backend: the back end, see `ops.choose`.
         sources: the maps that each block sums (`connectivity.py`); None for all earlier ones.
-        tokens: whether maps are tokens, (N, L, C) or (N, H, W, C) in the host; "layer" is then over C alone.
+        tokens: whether maps are tokens, (N, L, C) or (N, H, W, C) in the host; "layer" then normalises over C only.
 
     Attributes:
-        weights: the parameters, one for each block that sums any map. With the paper's channel weighting the one of
-            block l = k + 1 has a row for each map that it sums: (l, C), row i for X_i, where it sums all.
+        weights: the parameters, one for each block that sums any map. With the paper's channel weighting, that of block
+            l = k + 1 has a row for each map it sums: (l, C), row i for X_i, if it sums all of them.
         norms: one norm for each map that any block sums.
     """
 
@@ -54,11 +54,11 @@ class DenseShortcut(nn.Module):
         everything = all_sources([True] * depth)
         self.sources = everything if sources is None else sources
         self.depth, self.channels, self.init = depth, channels, init
-        # attention looks at all maps that a block sums, so none can be summed ahead
+        # attention weights depend on all maps that a block sums, so there can be no partial sums
         tiled = self.sources == everything and weighting != "attention"
         self.tiling: Tiling | Sparse = Tiling.best(depth) if tiled else Sparse(self.sources)
-        self._direct = [list(self.tiling.direct(k)) for k in range(depth)]  # the maps that a block reads by itself
-        self._consumers = [list(self.tiling.users(i)) for i in range(depth)]  # the blocks that read a map so
+        self._direct = [list(self.tiling.direct(k)) for k in range(depth)]  # the maps that a block sums directly
+        self._consumers = [list(self.tiling.users(i)) for i in range(depth)]  # the blocks that sum a map directly
         self.weighted, self.weighting, self.backend = weighted, weighting, backend
         self._weight_of = {k: n for n, k in enumerate(self.summing)}
         counts = [len(self.sources[k]) for k in self.summing] if weighted else []
@@ -71,7 +71,7 @@ class DenseShortcut(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set the weights to their start again, as after `to_empty` of a network made on the meta device."""
+        """Reset the weights to their initial values, for example after `to_empty` of a network on the meta device."""
         for weight, k in zip(self.weights, self.summing, strict=self.weighted):
             weight.copy_(start_parameter(self.weighting, self.init, len(self.sources[k]), self.channels))
 
@@ -92,40 +92,40 @@ class DenseShortcut(nn.Module):
 
     @property
     def tiled(self) -> bool:
-        """Whether maps are summed ahead for groups of blocks, as in a deep stage."""
+        """Whether groups of blocks have partial sums, as in a deep stage."""
         return self.tiling.size < self.depth
 
     @property
     def per_image(self) -> bool:
-        """Whether the scales of the sums differ from image to image."""
+        """Whether the coefficients differ from image to image."""
         return self.weighting == "attention" or any(map(is_per_image, self.norms))
 
     def norm(self, i: int) -> nn.Module | None:
-        """The norm of map X_i; None where no block sums it, or maps are summed as they are."""
+        """The norm of map X_i; None if no block sums it, or maps are summed without a norm."""
         return self.norms[self._norm_of[i]] if i in self._norm_of and len(self.norms) else None
 
     def weight(self, k: int, features: Sequence[Feature] = ()) -> Tensor:
-        """w of block l = k + 1 for the maps that it sums: (maps, C), or (maps, N, C) where it depends on them."""
+        """w of block l = k + 1 for the maps it sums: (maps, C), or (maps, N, C) if it depends on the maps."""
         parameter: Tensor = self.weights[self._weight_of[k]]
         if self.weighting == "channel":
             return parameter
         return weigh(self.weighting, parameter, self.channels, [feature.map for feature in features])
 
     def feature(self, i: int, x: Tensor, backend: str, inner_norm: nn.Module | None = None) -> Feature:
-        """X_i, (N, C, H, W), which no sum of this shortcut made: X_0, or the output of a block that was not fused.
+        """The feature of a map that the operator did not produce: X_0, or an unfused block's output, (N, C, H, W).
 
-        With `inner_norm`, a norm for which `is_fusable` holds, and where `fuses_norm`, X_i is inner_norm(x).
+        With `inner_norm`, X_i is inner_norm(x); this requires `is_fusable(inner_norm)` and `fuses_norm(i)`.
         """
         options = {"num_consumers": self._num_consumers(i), "per_image": self.per_image, "backend": backend}
         return make_feature(self.norm(i), x, inner_norm=inner_norm, **options)  # type: ignore[arg-type]
 
     def fuses_norm(self, i: int) -> bool:
-        """Whether a batch norm that gives X_i may become part of N(X_i), and X_i itself be left unmade."""
+        """Whether the batch norm that produces X_i can be folded into N(X_i), without computing X_i itself."""
         norm = self.norm(i)
-        return norm is not None and has_affine_form(norm) and self.weighting != "attention"  # which looks at the maps
+        return norm is not None and has_affine_form(norm) and self.weighting != "attention"  # which reads the maps
 
     def branch_feature(self, norm: nn.Module, branch: Tensor, backend: str) -> Feature:
-        """A residual branch before its last norm, one for which `is_fusable` holds, as one more map of the sum."""
+        """A residual branch before its last norm (`is_fusable`), as one more feature of the sum."""
         return make_feature(norm, branch, num_consumers=1, per_image=self.per_image, backend=backend)
 
     def forward(
@@ -142,16 +142,16 @@ class DenseShortcut(nn.Module):
         """addends + branch + sum_i w_{l,i} * N(X_i) for block l = k + 1.
 
         Args:
-            k: position of the block in its stage, from 0.
-            addends: the residual branch, and what else is added to it, each (N, C, H, W).
-            state: the k + 1 earlier maps.
-            branch: the residual branch before its last norm, in place of an addend.
-            relu: whether to apply the activation, ReLU, in the same pass.
-            finish: whether the result is X_l itself, whose moments may then be taken in the same pass.
+            k: position of the block in its segment, from 0.
+            addends: the residual branch and anything else that is added unscaled, each (N, C, H, W).
+            state: with the k + 1 earlier maps.
+            branch: the residual branch before its last norm, instead of as an addend.
+            relu: whether to apply ReLU, the activation, in the same pass.
+            finish: whether the result is X_l itself, so its moments may be computed in the same pass.
             backend: from `ops.choose`.
 
         Returns:
-            the sum, (N, C, H, W), and its Feature where `finish` was made use of; else it takes `feature`.
+            the sum, (N, C, H, W), and its feature if `finish` was possible; else None, and `feature` makes it.
         """
         norm = self.norm(k + 1) if finish else None
         one_pass = finish and (norm is None or has_affine_form(norm))
@@ -185,7 +185,7 @@ class DenseShortcut(nn.Module):
         return added.map, as_feature(norm, added.map, added) if one_pass else None
 
     def _coeffs(self, k: int, summed: Sequence[Feature]) -> tuple[Tensor | None, Tensor | None]:
-        """a_i of block k for the maps that it sums, (maps, 1 or N, C), and b, (1 or N, C); None for ones and zero."""
+        """a_i of block k for the maps it sums, (maps, 1 or N, C), and b, (1 or N, C); None for ones and zero."""
         weight = self.weight(k, summed) if self.weighted and summed else None
         if weight is not None and self.weighting != "attention":
             weight = weight[:, None]
@@ -198,7 +198,7 @@ class DenseShortcut(nn.Module):
         return feature.links[n : n + 2]
 
     def _num_consumers(self, i: int) -> int:
-        """Consumers of map i that take a link to it: blocks, and one for all groups that sum it ahead."""
+        """Number of links to map i: one per block that sums it directly, and one for all groups that sum it early."""
         return len(self._consumers[i]) + self.tiling.is_closed(i)
 
     def extra_repr(self) -> str:

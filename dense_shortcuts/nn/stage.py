@@ -1,4 +1,4 @@
-"""The stage container: runs a stage's blocks, keeps their feature maps, and forms each block's dense shortcut."""
+"""The stage container: runs its blocks, keeps their feature maps, and adds each block's dense shortcut."""
 
 from collections.abc import Iterator
 from typing import Any, overload
@@ -20,9 +20,9 @@ from .steps import Step
 class DenseStage(nn.Module):
     """A stage whose blocks see all earlier feature maps of the stage.
 
-    It is the host's own container under another class (`DenseStage.adopt`): the blocks keep their names and hooks, and
-    what is added are the shortcuts, `shortcut` for the first segment. `stage[i]` is block i and `len(stage)` the number
-    of blocks.
+    It is the host's own container with another class (`DenseStage.adopt`): blocks keep their names and hooks, and only
+    the shortcuts are added, `shortcut` being the first segment's. `stage[i]` is block i and `len(stage)` the number of
+    blocks.
     """
 
     shortcut: DenseShortcut
@@ -36,7 +36,7 @@ class DenseStage(nn.Module):
     def adopt(
         cls, stage: nn.Module, shortcuts: dict[Segment, DenseShortcut], *, aggregate: str, keep_identity: bool
     ) -> None:
-        """Turn `stage`, whose segments are made of `block.DenseBlock`s, into a DenseStage in place."""
+        """Turn `stage`, whose blocks are plugged already, into a DenseStage in place."""
         host_class = type(stage)
         stage.__class__ = cls
         assert isinstance(stage, cls)
@@ -72,7 +72,7 @@ class DenseStage(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """X_L, (N, C, H', W'), from the stage's input (N, C_in, H, W).
 
-        A container of timm that keeps a switch for activation checkpointing to itself (RegNet's) is held to it.
+        Some containers of timm (RegNet's) have their own switch for activation checkpointing, which is honoured.
         """
         if getattr(self, "grad_checkpointing", False):
             for step in self:
@@ -90,12 +90,12 @@ class DenseStage(nn.Module):
 
         Args:
             context: one of `contexts`.
-            x: the stage's input X_in for the first block, else the output of the one before.
-            state: what the step before gave; an empty one for the first.
-            args, kwargs: what the host gives its blocks besides.
+            x: the stage's input X_in for the first block, else the previous block's output.
+            state: what the previous step returned; an empty one for the first.
+            args, kwargs: what else the host passes to its blocks.
 
         Returns:
-            what the block gives back, its map or a tuple with it, and what the stage keeps for the blocks to come.
+            the block's output, a map or a tuple with one, and the state for the next block.
         """
         if context.shortcut is None:
             return context.block(x, *args, **kwargs), StageState()
@@ -111,7 +111,7 @@ class DenseStage(nn.Module):
             return _run(context.block, add, x, args, kwargs)
 
     def contexts(self) -> list[BlockContext]:
-        """Where each block stands. Shortcuts may be wrapped by PEFT, whose wrappers pass all on."""
+        """Where each block stands. Shortcuts may be wrapped by PEFT, whose wrappers forward every attribute."""
         blocks = self.blocks
         contexts = [BlockContext(block) for block in blocks]
         for segment, shortcut in self.shortcuts.items():
@@ -131,15 +131,15 @@ class DenseStage(nn.Module):
     @overload
     def __getitem__(self, index: slice) -> "list[Step]": ...
     def __getitem__(self, index: int | slice) -> "nn.Module | list[Step]":
-        """Block `index`; for a slice the steps of one pass, which host code runs one after the other."""
+        """Block `index`; for a slice, the steps of one pass, for host code that runs them in sequence."""
         return list(self)[index] if isinstance(index, slice) else self.blocks[index]
 
     def __iter__(self) -> "Iterator[Step]":
-        """One pass over the stage as callables to run one after the other, each of which may be checkpointed.
+        """One pass over the stage as callables to run in sequence, each of which may be checkpointed.
 
-        A block alone cannot stand here, for it needs the earlier maps; timm's checkpoint_seq iterates over stages.
-        A later block's gradient reaches a map past the tensor that a step gave. To have the gradient of such a tensor
-        itself, put a hook on the block or take the plain back end; those of parameters and inputs are whole.
+        Plain blocks would not do, because they need the earlier maps; timm's checkpoint_seq iterates over stages.
+        Gradients of later sums bypass the tensors that steps return. For the whole gradient of such a tensor, hook its
+        block or choose the plain back end; gradients of parameters and inputs are always whole.
         """
         states = [StageState()] * (len(self) + 1)
         return (Step(self, n, context, states) for n, context in enumerate(self.contexts()))
@@ -151,24 +151,24 @@ class DenseStage(nn.Module):
 def _run(
     block: nn.Module, add: ResidualAdd, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, StageState]:
-    """What the block gives back, and the state behind it."""
+    """The block's output, and the state after it."""
     result = block(x, *args, residual_add=add, **kwargs)
     return result, add.finish(block, result)
 
 
 def _check_follows(k: int, x: Tensor, state: StageState, recomputes: bool) -> None:
-    """That block l = k + 1 of a segment is given what the block before it gave back.
+    """Check that block l = k + 1 of a segment is given the previous block's output.
 
     Raises:
-        DenseShortcutError: it was changed in between, or the block before was left out.
+        DenseShortcutError: the map was changed in between, or the previous block was skipped.
     """
     if len(state.features) != k + 1:
         raise DenseShortcutError(
-            "a block of a dense stage was run without those before it (a slice, or blocks left out at random), so it "
-            "has no earlier maps: run all of them, or leave the stage out with plug_in(stages=..)."
+            "a block of a dense stage was run without those before it (a slice, or blocks dropped at random), so it "
+            "has no earlier maps: run all blocks, or leave the stage out with plug_in(stages=..)."
         )
     if not recomputes and not state.follows(x):
         raise DenseShortcutError(
-            "the feature map is changed between two blocks of a dense stage, which are therefore no chain: leave the "
-            "stage out with plug_in(stages=..), or plug_in(blocks=..)."
+            "the feature map is changed between two blocks of a dense stage, so they do not form a chain: leave the "
+            "stage out with plug_in(stages=..) or plug_in(blocks=..)."
         )

@@ -1,4 +1,4 @@
-"""A block of a dense stage as something that its host may call, one step of one pass over the stage."""
+"""One step of a pass over a dense stage: a block in a form that its host may call."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 class Step:
-    """Block n in one pass over a stage: x -> its output, where `states[n]` is what the stage keeps before it.
+    """Block n in one pass over a stage: x -> its output, where `states[n]` is the state before it.
 
-    Run again, as a checkpoint does, it starts from the same state.
+    Called again, as activation checkpointing does, it starts from the same state.
     """
 
     def __init__(self, stage: "DenseStage", n: int, context: BlockContext, states: list[StageState]) -> None:
@@ -25,11 +25,11 @@ class Step:
         return x
 
     def __getattr__(self, name: str) -> Any:
-        """Never anything, for a host may use its block's own methods in place of a call, past the shortcuts.
+        """Always fails: a host that calls other methods of its block would bypass the shortcuts.
 
         Raises:
-            AttributeError: always; `getattr` with a default gives the default.
+            AttributeError: always; `getattr` with a default returns the default.
         """
         raise AttributeError(
-            f"the blocks of a dense stage can only be called, and the host asks for {name}: unplug the network first."
+            f"the blocks of a dense stage can only be called, but the host reads {name}: unplug the network first."
         )

@@ -1,16 +1,16 @@
-"""How the weights of a dense shortcut come from its parameters: the paper's, and those of its relatives.
+"""How the weights of a dense shortcut are computed from its parameters: as in the paper, and as in related methods.
 
 | weighting | parameter of a block that sums m maps | weight of map i |
 | --- | --- | --- |
 | channel (the paper) | (m, C) | the parameter |
 | softmax | (m, C) | softmax over the maps, for each channel |
-| gate | (m, 1) | sigmoid of the parameter, one gate a pair |
+| gate | (m, 1) | sigmoid of the parameter, one gate per pair |
 | attention | (C,), a query q | softmax over the maps of q . k_i / sqrt(C), for each image |
 
 k_i is the map's mean over its positions, divided by its root mean square over the channels.
 
-With `pattern="powers"` the gate is SkipResNet's form, a gated sum of the maps 1, 2, 4, .. back. "attention" follows
-attention residuals, a softmax over depth with a learned query a block, with pooled maps as keys.
+With `pattern="powers"`, "gate" is SkipResNet's form: a gated sum of the maps 1, 2, 4, .. back. "attention" follows
+attention residuals: a softmax over depth with one learned query per block, and pooled maps as keys.
 """
 
 from collections.abc import Sequence
@@ -23,13 +23,13 @@ from ..errors import DenseShortcutError
 INITS = ("nearest", "uniform", "ones", "zeros", "random")
 WEIGHTINGS = ("channel", "softmax", "gate", "attention")
 
-_FAR = 4.0  # logit between the nearest map and the rest: softmax leaves it 98 % of two maps, a gate 98 % against 2 %
+_FAR = 4.0  # logit of the nearest map against the rest: 98 % of a softmax over two maps; gates of 98 % and 2 %
 
 
 def start_weight(init: str, maps: int, channels: int) -> Tensor:
-    """w_{l,0} .. w_{l,l-1} at the start, (maps, channels).
+    """Initial values of w_{l,0} .. w_{l,l-1}, (maps, channels).
 
-    "random" is uniform between -1 and 1, as a depthwise 1x1 convolution of PyTorch starts in public code.
+    "random" is uniform between -1 and 1, as PyTorch initialises the depthwise 1x1 convolutions of public code.
 
     Raises:
         DenseShortcutError: unknown name.
@@ -49,10 +49,10 @@ def start_weight(init: str, maps: int, channels: int) -> Tensor:
 
 
 def start_parameter(weighting: str, init: str, maps: int, channels: int) -> Tensor:
-    """The parameter of a block that sums so many maps, at its start.
+    """The initial parameter of a block that sums `maps` maps.
 
     Raises:
-        DenseShortcutError: unknown name, or a start that the weighting cannot have.
+        DenseShortcutError: unknown name, or an `init` that the weighting does not support.
     """
     if weighting == "channel":
         return start_weight(init, maps, channels)
@@ -60,7 +60,7 @@ def start_parameter(weighting: str, init: str, maps: int, channels: int) -> Tens
         raise DenseShortcutError(f"unknown weighting {weighting!r}: choose one of {', '.join(WEIGHTINGS)}.")
     if init not in _STARTS[weighting]:
         raise DenseShortcutError(
-            f"weights by {weighting} cannot start as {init!r}: choose one of {', '.join(_STARTS[weighting])}."
+            f"weighting={weighting!r} does not support init={init!r}: choose one of {', '.join(_STARTS[weighting])}."
         )
     if weighting == "attention":
         return torch.zeros(channels)
@@ -73,13 +73,13 @@ _STARTS = {"softmax": ("nearest", "uniform"), "gate": ("nearest", "ones", "zeros
 
 
 def weigh(weighting: str, parameter: Tensor, channels: int, maps: Sequence[Tensor]) -> Tensor:
-    """The weights of a block for the maps that it sums: (maps, C), or (maps, N, C) for attention.
+    """The weights of a block for the maps it sums: (maps, C), or (maps, N, C) for attention.
 
     Args:
         weighting: a name in WEIGHTINGS.
-        parameter: the block's.
+        parameter: the parameter of the block.
         channels: C.
-        maps: the maps, each (N, C, H, W); only attention looks at them.
+        maps: the maps, each (N, C, H, W); only attention reads them.
     """
     if weighting == "channel":
         return parameter
@@ -93,6 +93,6 @@ def weigh(weighting: str, parameter: Tensor, channels: int, maps: Sequence[Tenso
 
 
 def _key(x: Tensor) -> Tensor:
-    """A map's mean over its positions with root mean square 1 over channels, (N, C), in float32 at least."""
+    """A map's mean over positions, scaled to root mean square 1 over channels, (N, C), in float32 or better."""
     pooled = x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
     return pooled * torch.rsqrt(pooled.square().mean(1, keepdim=True) + 1e-6)

@@ -1,4 +1,4 @@
-"""The operator: what a dense shortcut computes, apart from any module."""
+"""The operator that a dense shortcut computes, independent of any module."""
 
 from . import flops, tiled  # noqa: F401 (its operators are counted too)
 from .backend import BACKENDS, choose
@@ -7,4 +7,4 @@ from .functional import dense_add, is_relu
 
 __all__ = ["BACKENDS", "accumulation_dtype", "choose", "dense_add", "is_relu", "moments"]
 
-flops.register()  # the operators are registered by now, and no counter of operations has begun
+flops.register()  # after the operators are registered, and before any counter starts

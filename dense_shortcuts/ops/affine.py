@@ -1,9 +1,9 @@
-"""Per-channel arithmetic around the passes: from moments to N(x) = scale * x + shift, and on to a_i and b.
+"""Per-channel arithmetic around the passes: from moments to N(x) = scale * x + shift, and from there to a_i and b.
 
-Tensors here are small, (N, C) at most. All of it is plain differentiable PyTorch, so autograd writes the gradients and
-torch.compile fuses it.
+The tensors here are small: a number per channel, or per image and channel. All of it is plain differentiable PyTorch,
+so autograd derives the gradients and torch.compile fuses it.
 
-Source: with a = w / sigma and b = -sum w * mu / sigma, a sum of DS (Sec. 3) is one affine combination of maps.
+Source: a sum of DS (Sec. 3) is one affine combination of maps, with a = w / sigma and b = -sum w * mu / sigma.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from .backends.reference import accumulation_dtype
 
 
 def pool(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Moments of a union of equally large sets (law of total variance), without the cancellation of E[x^2] - E[x]^2."""
+    """Moments of a union of sets of equal size (law of total variance), without the cancellation of E[x^2] - E[x]^2."""
     pooled = mean.mean(dim, keepdim=True)
     between = mean - pooled
     return pooled, torch.addcmul(var, between, between).mean(dim, keepdim=True)
@@ -24,11 +24,11 @@ def pool(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 def affine_from_moments(
     mean: Tensor, var: Tensor, groups: int | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """scale and shift with N(x) = scale * x + shift, for a norm whose statistics pool the channels' own.
+    """scale and shift with N(x) = scale * x + shift, for a norm that pools the moments of single channels.
 
     Args:
         mean, var: `reference.moments` of x, both (N, C).
-        groups: number of groups of channels that are normalised together; None pools each channel over the batch.
+        groups: number of channel groups, each normalised as a whole; None pools each channel over the batch.
         eps: added to the variance.
 
     Returns:
@@ -48,9 +48,9 @@ def affine_from_moments(
 def affine_from_running(
     mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """scale and shift, (1, C), of a batch norm by its running statistics, (C,), with its affine parameters, if any.
+    """scale and shift, (1, C), of a batch norm from its running statistics, (C,), and affine parameters, if any.
 
-    They are computed at each use, since the buffers may change in between.
+    They are computed at each use, because the buffers may change in between.
     """
     dtype = accumulation_dtype(mean.dtype)
     scale = torch.rsqrt(var.to(dtype) + eps)
@@ -62,11 +62,11 @@ def affine_from_running(
 def sum_coeffs(
     weight: Tensor | None, scales: Sequence[Tensor], shifts: Sequence[Tensor]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """a_i and b of a weighted sum of normalised maps: a_i = w_i * scale_i and b = sum_i w_i * shift_i.
+    """Coefficients of a weighted sum of normalised maps: a_i = w_i * scale_i and b = sum_i w_i * shift_i.
 
     Args:
         weight: w, (maps, 1 or N, C); None for ones.
-        scales, shifts: of each map, (1 or N, C); none where maps are used as they are.
+        scales, shifts: the affine form of each map, (1 or N, C); empty if maps are used without a norm.
 
     Returns:
         a, (maps, 1 or N, C), or None for ones; b, (1 or N, C), or None for zero.

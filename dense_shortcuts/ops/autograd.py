@@ -1,16 +1,17 @@
-"""The operator as registered PyTorch operators, with gradients that are pulled rather than pushed.
+"""The operator as registered PyTorch operators, whose gradients are pulled rather than pushed.
 
-A sum y_l = s(f_l + b_l + sum_i a_{l,i} * X_i) would push a gradient a_{l,i} * G_l to every earlier map X_i, each one
-written to memory and added to what came before; G_l is the gradient of y_l before the activation. Instead, each pair
-(l, i) has a *link*: two outputs of the operator that made X_i and inputs of the one that makes y_l. They hold no data
-(one element, expanded); backwards they carry G_l and a_{l,i} as they stand. The operator that made X_i then has all
-of its later gradients at hand and sums a_{l,i} * G_l in one pass, together with the gradient of X_i's moments, the mask
-of the activation and the sums that give the gradients of its own scales and bias. Only the maps are saved, which the
-host's next convolutions save as well, and numbers per channel.
+In a sum y_l = s(f_l + b_l + sum_i a_{l,i} * X_i), autograd would push a gradient a_{l,i} * G_l to every earlier map
+X_i, and each would be written to memory and accumulated; G_l is the gradient of y_l before the activation. Instead,
+each pair (l, i) has a *link*: two outputs of the operator that made X_i, which are inputs of the operator that makes
+y_l. Links hold no data (one element, expanded); in the backward pass their gradients are G_l and a_{l,i} themselves.
+The operator that made X_i thus receives all later gradients together and sums a_{l,i} * G_l in one pass, which also
+adds the gradient through X_i's moments, applies the activation's mask, and computes the gradients of its own
+coefficients and bias. Saved for the backward pass are the maps, which the host's next convolutions save anyway, and
+numbers per channel.
 
-Eager code, torch.compile, torch.export and fake tensors all take these operators; `tiled.py` has those of deep stages.
+Eager code, torch.compile, torch.export and fake tensors all use these operators; `tiled.py` has those of deep stages.
 
-Source: the affine form in docs/paper-map.md; `backends/reference.py` is what these operators are held to.
+Source: the affine form in docs/paper-map.md; the operators are tested against `backends/reference.py`.
 """
 
 from collections.abc import Sequence
@@ -27,10 +28,10 @@ custom_op: Any = torch.library.custom_op
 
 
 def new_links(x: Tensor, num_consumers: int, rows: int) -> list[Tensor]:
-    """Two tensors for each later sum that reads x: only their gradients matter."""
+    """Two tensors for each later sum that reads x; only their gradients matter."""
     dtype = accumulation_dtype(x.dtype)
     links = []
-    for _ in range(num_consumers):  # memory of its own each, as results of an operator must have
+    for _ in range(num_consumers):  # outputs of an operator must not share memory
         links += [x.new_zeros(1).expand(x.shape), x.new_zeros(1, dtype=dtype).expand(rows, x.shape[1])]
     return links
 
@@ -54,14 +55,14 @@ def dense_add(
     rows: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """A sum with the moments of the result.
+    """A weighted sum of maps, and the moments of the result.
 
     Args:
         addends, maps, scales, bias, relu, statistics: as in `reference.join`.
-        links: two tensors a map, from the operator that made it; none where no gradient is asked for.
+        links: two tensors per map, from the operator that made it; empty if no gradient is needed.
         num_consumers: number of later sums that read the result, each of which takes a link.
-        rows: rows of their scales, 1 or N.
-        backend: whose kernels run, by name.
+        rows: rows of the coefficients in those sums, 1 or N.
+        backend: name of the back end whose kernels run.
 
     Returns:
         y (N, C, H, W); its moments, (N, C) each, or (0,); the links.
@@ -81,7 +82,7 @@ def _dense_add_setup(ctx: Any, inputs: Any, output: Any) -> None:
     addends, maps, links, scales, bias, relu, statistics, _, _, backend = inputs
     y, mean, _, _ = output
     ctx.set_materialize_grads(False)
-    # y is looked at again for ReLU's mask and for its moments; without both, a later activation may overwrite it
+    # y is read again for ReLU's mask and for its moments; without either, a later activation may overwrite it
     kept = (y, mean) if statistics else (y, None) if relu else (None, None)
     ctx.save_for_backward(*kept, scales, *maps)
     ctx.counts, ctx.bias_rows = (len(addends), len(links)), None if bias is None else bias.shape[0]
@@ -97,14 +98,14 @@ def _dense_add_backward(ctx: Any, grad: Any, grad_mean: Any, grad_var: Any, grad
         return tuple(grads)
     y = next(g for g in (grad, *later[0]) if g is not None) if y is None else y
     moved = through_moments(y, mean, grad_mean, grad_var)
-    asked = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-    rows = max(scales.shape[1], ctx.bias_rows or 1) if asked else 0
-    g, grad_scales, grad_bias = pull(y, grad, *moved, *later, maps if asked else [], rows, ctx.relu, ctx.backend)
+    needed = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+    rows = max(scales.shape[1], ctx.bias_rows or 1) if needed else 0
+    g, grad_scales, grad_bias = pull(y, grad, *moved, *later, maps if needed else [], rows, ctx.relu, ctx.backend)
     grads[0] = [g] * num_addends
     grads[2] = [t for a in scales for t in (g, a)] if num_links else []
-    if asked:
+    if needed:
         grads[3] = grad_scales if scales.shape[1] == rows else grad_scales.sum(1, keepdim=True)
-    if asked and ctx.bias_rows is not None:
+    if needed and ctx.bias_rows is not None:
         grads[4] = grad_bias if ctx.bias_rows == rows else grad_bias.sum(0, keepdim=True)
     return tuple(grads)
 
@@ -116,7 +117,7 @@ dense_add.register_autograd(_dense_add_backward, setup_context=_dense_add_setup)
 def feature_stats(
     x: Tensor, statistics: bool, num_consumers: int, rows: int, backend: str
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Moments and links of a map that no `dense_add` made: X_0, a branch, a map behind an activation of its own.
+    """Moments and links of a map that `dense_add` did not make: X_0, a branch, a map after a separate activation.
 
     Args and returns as in `dense_add`.
     """
@@ -148,7 +149,7 @@ feature_stats.register_autograd(_feature_stats_backward, setup_context=_feature_
 
 
 def pairs(grad_links: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
-    """The gradients and the scales that came back through links; links of sums that were not used bring None."""
+    """The later gradients and coefficients that came back through links; links of unused sums bring None."""
     found = [(g, a) for g, a in zip(grad_links[::2], grad_links[1::2], strict=True) if g is not None and a is not None]
     return [g for g, _ in found], [a for _, a in found]
 
@@ -156,7 +157,7 @@ def pairs(grad_links: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tenso
 def through_moments(
     x: Tensor, mean: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradient of x through its moments, as offset + slope * x, (N, C) each; None for none.
+    """The gradient of x through its moments, as offset + slope * x, (N, C) each; None if there is none.
 
     Over P pixels, d mean = dx / P and d var = 2 (x - mean) dx / P.
     """
@@ -169,9 +170,9 @@ def through_moments(
 
 
 def pull(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.pull` with the name of a back end behind its arguments.
+    """`reference.pull` by a back end, whose name is the last argument.
 
-    Under create_graph=True the gradient is to be differentiated in its turn, which the kernels cannot be.
+    Under create_graph=True the result must be differentiable itself, which kernels are not, so the reference runs.
     """
     if torch.is_grad_enabled():
         return reference.pull(x, *arguments[:-1])

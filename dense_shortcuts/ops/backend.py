@@ -1,4 +1,4 @@
-"""Which back end runs the operator: chosen once a call, before autograd; a named one never falls back."""
+"""Chooses the back end of the operator, once per call and before autograd; a named one never falls back."""
 
 import importlib
 import importlib.util
@@ -29,11 +29,11 @@ def choose(x: Tensor, wanted: str = "auto", *, tiled: bool = False) -> str:
         x: a feature map, (N, C, H, W).
         wanted: "auto" or a back end by name; the environment variable DENSE_SHORTCUTS_BACKEND, unless it is empty,
             overrides "auto".
-        tiled: whether some maps are summed ahead for several blocks, which the plain form does not do.
+        tiled: whether the stage has partial sums for groups of blocks, which the plain path does not use.
 
     Raises:
-        DenseShortcutError: unknown name, or a named back end that cannot run here, or not on such a map or in such a
-            transform. An empty map needs no kernel: it takes the plain form under any name.
+        DenseShortcutError: unknown name, or a named back end that cannot run on this machine, on this map or in this
+            transform. An empty map needs no kernel and takes the plain path under any name.
     """
     named = (os.environ.get(VARIABLE) or "auto") if wanted == "auto" else wanted
     if named not in BACKENDS:
@@ -52,19 +52,19 @@ def choose(x: Tensor, wanted: str = "auto", *, tiled: bool = False) -> str:
     if fault is not None:
         raise DenseShortcutError(f"the back end {named!r} cannot run here ({fault}): choose 'auto' or 'plain'.")
     if named == "auto" and device == "cpu" and is_compiling() and not tiled:
-        return "plain"  # whose passes Inductor makes one, without a call of Python for each block
+        return "plain"  # Inductor fuses these passes, without a Python call per block
     chosen = _automatic(device, x.dtype) if named == "auto" else named
     return chosen if x.numel() else "plain"
 
 
 @cache
 def kernels(backend: str) -> Any:
-    """The module of a back end's kernels, imported when first used: triton is not everywhere."""
+    """The module with a back end's kernels, imported at first use because Triton may be missing."""
     return importlib.import_module(f".backends.{'reference' if backend == 'plain' else backend}", __package__)
 
 
 def own_backend(device: str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
-    """The back end that "auto" takes for maps on a device type, and why."""
+    """The back end that "auto" chooses for maps on a device type, and why."""
     name = "native" if device in ("cpu", "meta") else "triton"
     fault = unusable(name, device, dtype)
     if fault is not None:
@@ -72,9 +72,9 @@ def own_backend(device: str, dtype: torch.dtype = torch.float32) -> tuple[str, s
     return name, f"kernels {native.library()[1]}" if name == "native" else "kernels by Triton"
 
 
-@torch.compiler.assume_constant_result  # looking for the library cannot be part of a compiled graph
+@torch.compiler.assume_constant_result  # the search for the library cannot be compiled
 def unusable(backend: str, device: str, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why a back end cannot work on maps of this device type and dtype; None where it can."""
+    """Why a back end cannot run on maps of this device type and dtype; None if it can."""
     if backend == "plain":
         return None
     if dtype not in native.KINDS:
@@ -109,10 +109,10 @@ def _automatic(device: str, dtype: torch.dtype) -> str:
 
 
 def _is_recording() -> bool:
-    """Whether a graph for other runtimes is being recorded, where operators of our own would not be known."""
+    """Whether a graph for other runtimes is being traced, where custom operators would be unknown."""
     return torch.jit.is_tracing() or _is_exporting()
 
 
-@torch.compiler.assume_constant_result  # in code that PyTorch 2.9 compiles it would always be true
+@torch.compiler.assume_constant_result  # PyTorch 2.9 would compile it to True
 def _is_exporting() -> bool:
     return bool(is_exporting())

@@ -1,9 +1,9 @@
-"""What the operator costs, for counters: two operations (a multiply-add) for each number of each map in a weighted sum.
+"""FLOP formulas of the operator: a multiply-add (two operations) for each element of each map in a weighted sum.
 
-`torch.utils.flop_counter.FlopCounterMode` knows the registered operators once they are in use. Where the plain form
-runs, its sums are PyTorch's addcmul, which counters pass over: `PLAIN` is a custom mapping for FlopCounterMode, and
-`FVCORE_HANDLES` are for fvcore (`FlopCountAnalysis(...).set_op_handle(**FVCORE_HANDLES)`), which traces the plain form
-and counts multiply-adds. As everywhere, norms and activations are not counted.
+`torch.utils.flop_counter.FlopCounterMode` knows the registered operators. On the plain path, sums are PyTorch's
+addcmul, which counters ignore: `PLAIN` is a custom mapping for FlopCounterMode, and `FVCORE_HANDLES` is for fvcore
+(`FlopCountAnalysis(...).set_op_handle(**FVCORE_HANDLES)`), which traces the plain path and counts multiply-adds. As
+usual, norms and activations are not counted.
 """
 
 import math
@@ -17,7 +17,7 @@ Shape = tuple[int, ...]
 
 
 def _addcmul(first: Shape, x: Shape, scale: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
-    return 2 * math.prod(out_shape) if len(out_shape) == 4 else 0  # maps, not the arithmetic per channel
+    return 2 * math.prod(out_shape) if len(out_shape) == 4 else 0  # maps only, not per-channel arithmetic
 
 
 def _dense_add(addends: Any, maps: list[Shape], *_: Any, **__: Any) -> int:
@@ -25,7 +25,7 @@ def _dense_add(addends: Any, maps: list[Shape], *_: Any, **__: Any) -> int:
 
 
 def _pull(x: Shape, grad: Any, offset: Any, slope: Any, later: list[Shape], *rest: Any, **_: Any) -> int:
-    # the later gradients and that of the moments into G, and a product with each map for its scale
+    # G from the later gradients and the moments; a product with each map for the gradient of its coefficient
     return 2 * math.prod(x) * (len(later) + (slope is not None) + len(rest[1]))
 
 
@@ -47,7 +47,7 @@ FVCORE_HANDLES: dict[str, Callable[..., int]] = {"aten::addcmul": _fvcore_addcmu
 
 
 def register() -> None:
-    """Tell PyTorch's counter about the registered operators."""
+    """Register the formulas with PyTorch's counter."""
     operators = torch.ops.dense_shortcuts
     formulas: list[tuple[Any, Callable[..., int]]] = [
         (operators.dense_add, _dense_add),

@@ -1,7 +1,7 @@
-"""The operator as modules and users call it: one function whatever the back end.
+"""The operator as modules and users call it: one function for every back end.
 
-What `torch.fx.wrap` marks is recorded as one call, so that a traced graph chooses its back end as it runs, as the
-network itself does. Modules call these functions as attributes of this file, where torch.fx sees them.
+Functions under `torch.fx.wrap` are traced as a single call, so a traced graph chooses its back end when it runs, as the
+network itself does. Modules call them as attributes of this module, because that is where torch.fx patches them.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ Links = Sequence[Tensor]
 
 
 class Stats(NamedTuple):
-    """Moments of a map, (N, C) each, or (0,) where they were not asked for, and the links of later sums to it."""
+    """Moments of a map, (N, C) each, or (0,) if they were not requested, and the links of later sums to it."""
 
     mean: Tensor
     var: Tensor
@@ -30,7 +30,7 @@ class Stats(NamedTuple):
 
 
 class Added(NamedTuple):
-    """A sum y (N, C, H, W), and what `Stats` has of it."""
+    """A sum y (N, C, H, W), and the fields of `Stats` for it."""
 
     map: Tensor
     mean: Tensor
@@ -47,23 +47,23 @@ def dense_add(
     activation: Callable[[Tensor], Tensor] | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """s(sum of addends + b + sum_i a_i * X_i), differentiable in all of them, in one pass over each map.
+    """s(sum of addends + b + sum_i a_i * X_i), differentiable in all its inputs, in one pass over each map.
 
     Args:
-        addends: maps that are added as they stand, such as the residual branch F_l, each (N, C, H, W).
-        maps: maps that are scaled, such as the finished X_0 .. X_{l-1}, each (N, C, H, W). There is at least one addend
-            or map, and all have one shape.
-        scales: a_i, (len(maps), 1 or N, C); None adds the maps as they are.
+        addends: maps that are added unscaled, such as the residual branch F_l, each (N, C, H, W).
+        maps: maps that are scaled, such as the finished X_0 .. X_{l-1}, each (N, C, H, W). At least one addend or map
+            is required, and all must have one shape.
+        scales: the coefficients a_i, (len(maps), 1 or N, C); None for ones.
         bias: b, (1 or N, C); None for zero.
-        activation: s; None for none. ReLU, as a module or a function, joins the pass.
-        backend: "auto", "plain" (PyTorch alone, any device), "native" or "triton", see `backend.choose`.
+        activation: s; None for none. ReLU, as a module or a function, is part of the pass.
+        backend: "auto", "plain" (PyTorch only, any device), "native" or "triton", see `backend.choose`.
 
     Returns:
-        (N, C, H, W) in the dtype of the first addend, or without addends of the first map; the sum itself is kept in
-        float32 or better.
+        (N, C, H, W) in the dtype of the first addend, or of the first map if there are no addends; the sum is
+        accumulated in float32 or better.
 
     Raises:
-        ValueError: shapes that do not go together.
+        ValueError: shapes that do not match.
         DenseShortcutError: a named back end that cannot run here.
 
     Source: the affine form of DS, a = w / sigma and b = -sum w * mu / sigma (docs/paper-map.md).
@@ -110,16 +110,16 @@ def add_features(
     per_image: bool = False,
     backend: str,
 ) -> Added:
-    """`dense_add` with what later sums need of its result.
+    """`dense_add`, with the moments and links of its result that later sums need.
 
     Args:
         addends, maps, scales, bias: as in `dense_add`.
-        links: the link of each map to this sum, two tensors; nothing on the plain path and where gradients are off.
-        relu: whether s is ReLU, else there is none.
-        statistics: whether the moments of the result are wanted.
+        links: the link of each map to this sum, two tensors; empty on the plain path and where gradients are off.
+        relu: whether s is ReLU; otherwise there is no activation.
+        statistics: whether to compute the moments of the result.
         num_consumers: number of later sums that read the result, each of which takes a link.
-        per_image: whether the scales of these sums have a row for each image, else one.
-        backend: "auto", or what `choose` gave.
+        per_image: whether the coefficients in those sums have a row for each image; otherwise one row.
+        backend: "auto", or a result of `choose`.
 
     Raises:
         DenseShortcutError: gradients are on, but a map was made while they were off.
@@ -131,7 +131,7 @@ def add_features(
     recorded = is_grad_enabled()
     if recorded and not all(links):
         raise DenseShortcutError(
-            "a stage ran in part without gradients, so its shortcuts would get none: run it whole under one mode "
+            "a part of a stage ran without gradients, so its shortcuts would get none: run the whole stage in one mode "
             "(for activation checkpointing, with use_reentrant=False)."
         )
     if scales is None:
@@ -144,7 +144,7 @@ def add_features(
 
 @torch.fx.wrap
 def feature_stats(x: Tensor, *, statistics: bool, num_consumers: int, per_image: bool, backend: str) -> Stats:
-    """Moments and links of a map (N, C, H, W) that no sum made; arguments as in `add_features`."""
+    """Moments and links of a map (N, C, H, W) that is not the result of a sum; arguments as in `add_features`."""
     backend, recorded = choose(x, backend), is_grad_enabled()
     if backend == "plain" and statistics:
         return Stats(*reference.moments(x), ())

@@ -1,9 +1,9 @@
-"""Sums made ahead for a group of blocks (`nn/tiling.py`), as registered operators.
+"""Partial sums of deep stages (`nn/tiling.py`), as registered operators.
 
-`partial_sums` reads the maps that were finished before a group and gives each of its blocks the sum of them, which
-`dense_add` then takes as an addend. `group_links` stands between the maps of a group and the later `partial_sums`, as
-links do for pairs (`autograd.py`): backwards it has the gradients of all later blocks at hand and reads each once for
-the whole group.
+`partial_sums` reads the maps that are finished before a group of blocks and computes a sum of them for each block,
+which `dense_add` then takes as an addend. `group_links` stands between a group of maps and the later `partial_sums`, as
+links do for pairs (`autograd.py`): in the backward pass it receives the gradients of all later blocks and reads each of
+them once for the whole group of maps.
 """
 
 from collections.abc import Sequence
@@ -68,17 +68,17 @@ def partial_sums(
 def _partial_sums(
     maps: Sequence[Tensor], links: Sequence[Tensor], scales: Tensor, sizes: Sequence[int], backend: str
 ) -> list[Tensor]:
-    """For each block of a group, the sum of the maps that were finished before the group.
+    """For each block of a group, the sum of the maps finished before the group.
 
     Args:
         maps, scales: as in `reference.mix`.
-        links: from the `group_links` of each earlier group of maps, a tensor a block and one for the scales; none where
-            no gradient is asked for.
+        links: from the `group_links` of each earlier group of maps, a tensor per block and one for the coefficients;
+            empty if no gradient is needed.
         sizes: number of maps in each of these groups.
         backend: as in `dense_add`.
 
     Returns:
-        one tensor (N, C, H, W) a block.
+        one tensor (N, C, H, W) per block.
     """
     sums: list[Tensor] = kernels(backend).mix(maps, scales)
     return sums
@@ -116,11 +116,11 @@ def _group_links(x: Tensor, links: Sequence[Tensor], counts: Sequence[int], rows
         x: the last of these maps, (N, C, H, W).
         links: two tensors for each of these maps, from the operator that made it.
         counts: number of blocks in each later group.
-        rows: 1 or N, the rows of the scales.
+        rows: rows of the coefficients, 1 or N.
         backend: as in `dense_add`.
 
     Returns:
-        for each later group a tensor a block and one for the scales; only their gradients matter.
+        for each later group, a tensor per block and one for the coefficients; only their gradients matter.
     """
     dtype, maps = accumulation_dtype(x.dtype), len(links) // 2
     new: list[Tensor] = []

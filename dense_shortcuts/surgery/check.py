@@ -1,4 +1,4 @@
-"""Is a plugged network sound? Finds the faults seen in hand-made dense shortcuts: weights that never train."""
+"""Checks a plugged network for faults seen in hand-written dense shortcuts: weights that never train."""
 
 import copy
 from collections.abc import Iterable, Iterator
@@ -17,22 +17,22 @@ from .plug import dense_stages, shortcut_parameters
 
 
 def check(model: nn.Module, input_size: tuple[int, int, int] = (3, 64, 64), at_start: bool = False) -> list[str]:
-    """The faults of a plugged network, one sentence each; an empty list means that it is sound.
+    """The faults of a plugged network, one sentence each; an empty list if there are none.
 
-    A copy of the network runs two training passes on random images; `model` itself is not run and not changed. Looked
-    at are: every shortcut weight is a registered parameter, stands in the state dict and gets a gradient; no parameter
-    is without use; no parameter or module is used that is not registered or is built anew at each call.
+    A copy of the network runs two training passes on random images; `model` itself is neither run nor changed. Checked
+    are: every shortcut weight is a registered parameter, is in the state dict and gets a gradient; every parameter is
+    used; every parameter and module in use is registered, and not created anew at each call.
 
     Args:
         model: a network, plugged in or written by hand.
         input_size: (C, H, W) of the random images.
-        at_start: also hold every shortcut weight to the start it was asked for (true of a network not trained yet).
+        at_start: also compare every shortcut weight with its initial value, for a network that is not trained yet.
     """
     stages = dense_stages(model)
     faults = [] if stages else ["the network has no dense stage: call dense_shortcuts.plug_in(model) first"]
     for name, stage in stages.items():
         faults += _static_faults(name, stage, at_start)
-    with torch.random.fork_rng():  # drop path draws; the caller's random numbers stay where they were
+    with torch.random.fork_rng():  # drop path draws random numbers; the caller's generator stays unchanged
         return faults + _dynamic_faults(copy.deepcopy(model), input_size)
 
 
@@ -43,8 +43,8 @@ def _static_faults(name: str, stage: DenseStage, at_start: bool) -> list[str]:
         if isinstance(inner, InnerShortcut):
             start = torch.full_like(inner.weight, inner.start)
             faults += _weight_faults(f"{prefix}{block_name}.inner.weight", inner.weight, start if at_start else None)
-    for row, shortcut in stage.shortcuts.items():
-        faults += _shortcut_faults(f"{prefix}{row.shortcut}.weights", shortcut, at_start)
+    for segment, shortcut in stage.shortcuts.items():
+        faults += _shortcut_faults(f"{prefix}{segment.shortcut}.weights", shortcut, at_start)
     return faults
 
 
@@ -58,7 +58,7 @@ def _shortcut_faults(where: str, shortcut: DenseShortcut, at_start: bool) -> lis
     summing = [maps for maps in shortcut.sources if maps]
     if len(shortcut.weights) != len(summing):
         faults.append(
-            f"{where} has {len(shortcut.weights)} weights for {len(summing)} blocks: plug the network in anew"
+            f"{where} has {len(shortcut.weights)} weights for {len(summing)} blocks: plug the network in again"
         )
     for k, (weight, maps) in enumerate(zip(shortcut.weights, summing, strict=False)):
         start = start_parameter(shortcut.weighting, shortcut.init, len(maps), shortcut.channels)
@@ -69,7 +69,7 @@ def _shortcut_faults(where: str, shortcut: DenseShortcut, at_start: bool) -> lis
 def _weight_faults(name: str, weight: Tensor, start: Tensor | None) -> list[str]:
     faults = [] if weight.requires_grad else [f"{name} is frozen: call requires_grad_() on it"]
     if start is not None and not torch.equal(weight.detach().cpu(), start.to(weight.dtype).cpu()):
-        faults.append(f"{name} does not start as its init asks: plug the network in anew")
+        faults.append(f"{name} differs from its initial value: plug the network in again")
     return faults
 
 
@@ -99,7 +99,7 @@ def _dynamic_faults(model: nn.Module, input_size: tuple[int, int, int]) -> list[
     ]
     faults += _unregistered_faults(first, second, {id(p) for p in (*before.values(), *after.values())})
     faults += [
-        f"{name} is a parameter without use: remove it, or DistributedDataParallel will wait for its gradient"
+        f"{name} is an unused parameter: remove it, or DistributedDataParallel will wait for its gradient"
         for name, parameter in after.items()
         if parameter.requires_grad and id(parameter) not in second.leaves and before.get(name) is parameter
     ]
@@ -137,7 +137,7 @@ def _unregistered_faults(first: _Trace, second: _Trace, registered: set[int]) ->
 
 
 def _trace(model: nn.Module, x: Tensor) -> _Trace:
-    """One forward and backward pass with what it called and which leaves its graph reached."""
+    """Run a forward and backward pass, and record the modules it called and the leaves its graph reached."""
     names = {id(module): name or type(model).__name__ for name, module in model.named_modules()}
     trace, stack = _Trace(), [type(model).__name__]
 
@@ -175,7 +175,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 def _leaves(outputs: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Every leaf that the outputs' graph would write a gradient to."""
+    """Every leaf tensor to which a backward pass from the outputs would write a gradient."""
     todo, seen = [output.grad_fn for output in outputs], set()
     while todo:
         node = todo.pop()

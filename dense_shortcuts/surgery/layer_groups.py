@@ -1,4 +1,4 @@
-"""timm's layer groups, by which layer-wise learning rates and freezing go, for a plugged network."""
+"""timm's layer groups, on which layer-wise learning rates and freezing rely, for a plugged network."""
 
 import re
 from collections import defaultdict
@@ -15,9 +15,9 @@ Patterns = dict[str, Any]
 
 @dataclass(frozen=True)
 class GroupMatcher:
-    """`group_matcher` of a plugged timm network: the host's own patterns, and each block's shortcut with its block.
+    """`group_matcher` of a plugged timm network: the host's patterns, and each block's shortcut in the block's group.
 
-    A name that no pattern matches would count as the head's.
+    timm puts names that no pattern matches into the head's group.
     """
 
     blocks: Patterns
@@ -28,7 +28,7 @@ class GroupMatcher:
 
 
 def group_with_blocks(model: nn.Module) -> None:
-    """Let the shortcut into a block belong to the block's group, where timm's patterns give the block one."""
+    """Put each block's shortcut into the block's group, if timm's patterns give the block one."""
     matcher: Any = getattr(model, "group_matcher", None)
     if not callable(matcher) or "group_matcher" in vars(model):
         return
@@ -45,23 +45,23 @@ def ungroup(model: nn.Module) -> None:
 
 
 def _owners(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """A regular expression for the parameters that each block's shortcut adds, and the block's module name.
+    """A regular expression for the parameters of each block's shortcut, and the block's module name.
 
-    Parameters of norms, which only norms of the user's own have, go with the first block of their row.
+    Parameters of norms, which only custom norms have, belong to the first block of their segment.
     """
     for name, stage in model.named_modules():
         if not isinstance(stage, DenseStage):
             continue
         prefix, names = f"{name}." if name else "", stage.block_names
-        for row, shortcut in stage.shortcuts.items():
-            own = re.escape(f"{prefix}{row.shortcut}.")
+        for segment, shortcut in stage.shortcuts.items():
+            own = re.escape(f"{prefix}{segment.shortcut}.")
             for n, k in enumerate(shortcut.summing):
-                yield rf"^{own}weights\.{n}$", f"{prefix}{names[row.first + k]}"
-            yield rf"^{own}norms\.", f"{prefix}{names[row.first]}"
+                yield rf"^{own}weights\.{n}$", f"{prefix}{names[segment.first + k]}"
+            yield rf"^{own}norms\.", f"{prefix}{names[segment.first]}"
 
 
 def _with_shortcuts(patterns: Patterns, owners: list[tuple[str, str]]) -> Patterns:
-    """timm's patterns with one for each shortcut in front of those by which its block is known."""
+    """timm's patterns, with one for each shortcut before those that match its block."""
     added = defaultdict(list)
     for shortcut, block in owners:
         found = _group(patterns, block)
@@ -71,7 +71,7 @@ def _with_shortcuts(patterns: Patterns, owners: list[tuple[str, str]]) -> Patter
 
 
 def _group(patterns: Patterns, block: str) -> tuple[str, tuple[int, ...]] | None:
-    """The key and the numbers that timm's patterns give to what is inside a block; None where no pattern matches."""
+    """The key and the numbers that timm's patterns give to the content of a block; None if no pattern matches."""
     for key, given in patterns.items():
         for expression, numbers in _listed(given):
             match = re.match(expression, f"{block}.")
@@ -81,7 +81,7 @@ def _group(patterns: Patterns, block: str) -> tuple[str, tuple[int, ...]] | None
 
 
 def _listed(given: Any) -> list[tuple[str, tuple[int, ...] | None]]:
-    """timm's patterns under one key, which are an expression or pairs of one with numbers."""
+    """timm's patterns under one key, given as one expression or as pairs of expression and numbers."""
     if given is None:
         return []
     return [(given, None)] if isinstance(given, str) else list(given)

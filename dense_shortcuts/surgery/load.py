@@ -1,4 +1,4 @@
-"""Loading weights without dropping a key in silence."""
+"""Loads weights and never drops a key silently."""
 
 import logging
 import re
@@ -15,29 +15,29 @@ from ..nn.shortcut import DenseShortcut
 
 _logger = logging.getLogger(__name__)
 
-# As `find_stages` names the shortcuts of a container's rows: shortcut, shortcut2, ..
+# As `find_stages` names the shortcuts of a container's segments: shortcut, shortcut2, ..
 _SHORTCUT_KEY = re.compile(r"(^|\.)(shortcut\d*\.(weights|norms)|inner\.(weight|norm))(\.|$)")
 
 
 def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, shortcuts: str = "keep") -> list[str]:
-    """Load a host's or a plugged network's weights; shortcuts, which a host's weights do not have, are at their start.
+    """Load the weights of a host or of a plugged network; shortcuts that a host lacks get their initial values.
 
-    Names and shapes are compared, and they do not say all of a plan: with or without `keep_identity`, aggregate "stage"
-    or "block", group or layer norm, and patterns of as many maps have the same. Keep the keywords of `plug_in` beside
-    the weights, as `dsnet train` does, and plug in by them before loading.
+    Names and shapes are compared, but they do not determine a plan: with or without `keep_identity`, aggregates "stage"
+    and "block", group and layer norm, and patterns with equally many maps have the same. Save the keywords of `plug_in`
+    with the weights, as `dsnet train` does, and plug in with them before loading.
 
     Args:
-        model: a network, plugged in or not, on a device that holds numbers.
+        model: a network, plugged in or not, on any device but the meta device.
         source: a state dict, or the path of a .safetensors file.
-        shortcuts: shortcut keys that the model has no place for are refused by "keep" and left out by "drop".
+        shortcuts: what to do with shortcut keys that the model does not have: "keep" raises, "drop" leaves them out.
 
     Returns:
-        The shortcut keys that the source does not have, which were set to their start (`reset_parameters`) and are also
-        logged. Empty where every key was found.
+        The shortcut keys that the source does not have; they were reset to their initial values (`reset_parameters`)
+        and are logged. Empty if every key was found.
 
     Raises:
-        DenseShortcutError: a model on the meta device; missing, unexpected or differently shaped keys, all of them
-            named; nothing is loaded.
+        DenseShortcutError: a model on the meta device; missing, unexpected or differently shaped keys, all of which are
+            named. Nothing is loaded then.
     """
     if shortcuts not in ("keep", "drop"):
         raise DenseShortcutError(f"unknown shortcuts={shortcuts!r}: choose 'keep' or 'drop'.")
@@ -55,7 +55,7 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, shortcu
     missing = sorted(own.keys() - state.keys())
     fillable = shortcut_keys(model)
     started = [key for key in missing if key in fillable]
-    # Shortcuts may all be absent (a host's weights) or all be there; a part of them comes from another plan.
+    # Either all shortcut keys are missing (a host's weights) or none; if some are, the weights are of another plan.
     partial = bool(started) and bool(fillable & state.keys())
     faults = {
         "unexpected": extra,
@@ -78,7 +78,7 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, shortcu
 
 
 def _check_device(model: nn.Module) -> None:
-    """Refuse a network without numbers, into which PyTorch would copy nothing."""
+    """Raise for a network on the meta device, into which PyTorch would copy nothing."""
     empty = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if empty:
         raise DenseShortcutError(
@@ -88,7 +88,7 @@ def _check_device(model: nn.Module) -> None:
 
 
 def _start_shortcuts(model: nn.Module) -> None:
-    """Set all that `plug_in` added to its start: after `to_empty` it may hold anything."""
+    """Reset everything that `plug_in` added to its initial values: after `to_empty` it holds arbitrary data."""
     for added in _added(model).values():
         for module in added.modules():
             reset: Any = getattr(module, "reset_parameters", None)
@@ -97,7 +97,7 @@ def _start_shortcuts(model: nn.Module) -> None:
 
 
 def shortcut_keys(model: nn.Module) -> set[str]:
-    """Names in the state dict of what `plug_in` added."""
+    """State-dict keys of everything that `plug_in` added."""
     return {f"{prefix}.{key}" for prefix, module in _added(model).items() for key in module.state_dict()}
 
 
@@ -106,5 +106,5 @@ def _added(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _looks_like_shortcut(key: str) -> bool:
-    """Whether a key of an unknown state dict has the form of those that `plug_in` adds."""
+    """Whether a key of an unknown state dict has the form of a shortcut key."""
     return _SHORTCUT_KEY.search(key) is not None

@@ -1,4 +1,4 @@
-"""Parameter groups for an optimizer: what decays, what does not, and the shortcut weights by themselves."""
+"""Parameter groups for an optimizer: with weight decay, without, and the shortcut weights separately."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from .plug import shortcut_parameters
 
 
 def decayed_parameters(model: nn.Module) -> list[Tensor]:
-    """The matrices of a network: weights of convolutions and linear layers, and of layers that keep them otherwise.
+    """The weight matrices of a network: of convolutions, of linear layers, and of layers that store them otherwise.
 
-    So do nn.MultiheadAttention, recurrent layers, timm's CondConv2d and whatever is parametrized. Norms, biases,
-    embeddings, tokens and scales are no matrices.
+    The latter are nn.MultiheadAttention, recurrent layers, timm's CondConv2d and parametrized layers. Norms, biases,
+    embeddings, tokens and scales are not weight matrices.
     """
     found = []
     for prefix, module in model.named_modules():
@@ -27,7 +27,7 @@ def _is_layers_weight(module: nn.Module, parameter: Tensor) -> bool:
 
 
 def _is_other_matrix(name: str, module: nn.Module, parameter: Tensor) -> bool:
-    """Whether a parameter, by its name in the network, is a weight with more than one axis of more than one element."""
+    """Whether a parameter is named as a weight and has at least two axes with more than one element."""
     if isinstance(module, nn.Embedding | nn.EmbeddingBag) or "norm" in type(module).__name__.lower():
         return False
     own = name.rpartition("parametrizations.")[2] if ".original" in name else name.rpartition(".")[2]
@@ -42,14 +42,14 @@ def param_groups(
     shortcut_lr: float | None = None,
     shortcut_weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Parameter groups for any optimizer of PyTorch or timm, frozen parameters left out, empty groups too.
+    """Parameter groups for any optimizer of PyTorch or timm, without frozen parameters and empty groups.
 
     Args:
         model: a network, plugged in or not.
         lr: learning rate of the host; None leaves it to the optimizer.
-        weight_decay: of the host's matrices (`decayed_parameters`); all else has 0.
-        shortcut_lr: learning rate of the shortcut weights; None is the host's.
-        shortcut_weight_decay: of the shortcut weights, which without one may stay where they start.
+        weight_decay: weight decay of the host's matrices (`decayed_parameters`); everything else has 0.
+        shortcut_lr: learning rate of the shortcut weights; None means the host's.
+        shortcut_weight_decay: weight decay of the shortcut weights; with 0 they are not pulled away from their start.
 
     Returns:
         up to three groups, named "decay", "no_decay" and "shortcut", each parameter in one of them.
@@ -57,11 +57,11 @@ def param_groups(
     shortcuts = {id(p) for _, p in shortcut_parameters(model)}
     decayed = {id(p) for p in decayed_parameters(model)} - shortcuts
     trained = [p for p in model.parameters() if p.requires_grad]
-    rate = lr if shortcut_lr is None else shortcut_lr
+    shortcut_lr = lr if shortcut_lr is None else shortcut_lr
     groups = [
         _group("decay", [p for p in trained if id(p) in decayed], weight_decay, lr),
         _group("no_decay", [p for p in trained if id(p) not in decayed | shortcuts], 0.0, lr),
-        _group("shortcut", [p for p in trained if id(p) in shortcuts], shortcut_weight_decay, rate),
+        _group("shortcut", [p for p in trained if id(p) in shortcuts], shortcut_weight_decay, shortcut_lr),
     ]
     return [group for group in groups if group["params"]]
 

@@ -1,4 +1,4 @@
-"""plan -> plug_in -> unplug: the surgery. A plan raises on any doubt before anything is changed."""
+"""plan, plug_in, unplug: the surgery on a network. A plan raises on any doubt, before anything is changed."""
 
 import difflib
 import re
@@ -11,7 +11,7 @@ from torch import nn
 
 from .. import adapters
 from ..adapters import DenseBlock, containers
-from ..adapters import families as families  # whose blocks are known from here on
+from ..adapters import families as families  # registers their adapters
 from ..errors import DenseShortcutError
 from ..nn.connectivity import PATTERNS, Segment, sources
 from ..nn.inner_shortcut import InnerShortcut
@@ -30,7 +30,7 @@ Blocks = Collection[str] | str | re.Pattern[str] | Callable[[str, nn.Module], bo
 
 @dataclass(frozen=True)
 class Options:
-    """What `plug_in` takes besides the network; it says what each one means."""
+    """The keywords of `plug_in`, which documents them."""
 
     aggregate: str = "stage"
     norm: Norm = "auto"
@@ -48,7 +48,7 @@ class Options:
     backend: str = "auto"
 
     def start(self) -> str:
-        """The start of the weights, with what None stands for."""
+        """The initial weights by name, with None resolved."""
         if self.init is not None:
             return self.init
         if self.keep_identity:
@@ -58,14 +58,14 @@ class Options:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What plugging does to one row of blocks, in most networks a stage.
+    """What `plug_in` does to one segment, which in most networks is a whole stage.
 
     Attributes:
         name: the module name of the container in the host, such as "layer1".
-        row: the blocks' places in it.
+        row: the segment of the container.
         blocks: the class of its blocks.
-        shortcut: the module that will be added to it.
-        inner: the DS2 modules that will be added to its blocks, by the block's name in the stage.
+        shortcut: the dense shortcut to be added.
+        inner: the DS2 shortcuts to be added to its blocks, by the block's name in the container.
     """
 
     name: str
@@ -98,10 +98,10 @@ class Plan:
     """What `plug_in` would do; printing it gives a table.
 
     Attributes:
-        stages: a plan for each row of blocks.
-        found: the containers they are in.
-        refused: blocks in these containers that stay as they are, each with the reason.
-        options: what was asked for.
+        stages: a plan for each segment.
+        found: the containers of these segments.
+        refused: blocks in these containers that stay as they are, with the reasons.
+        options: the keywords of this plan.
     """
 
     stages: tuple[StagePlan, ...]
@@ -132,8 +132,8 @@ def plan(model: nn.Module, *, example: Any = None, **options: Any) -> Plan:
 
     Raises:
         TypeError: a keyword that `plug_in` does not have.
-        DenseShortcutError: an unknown name or number, a network with nothing to plug into or already plugged, a block
-            class that is not understood, a group count that does not divide a width.
+        DenseShortcutError: an unknown name or number, a network with nothing to plug into or already plugged, an
+            unsupported block class, a group count that does not divide the number of channels.
     """
     return plan_options(model, _options(options), example)
 
@@ -154,8 +154,8 @@ def plan_options(model: nn.Module, options: Options, example: Any = None) -> Pla
     found, refused = find_stages(model, example)
     chosen = _chosen_stages(found, options)
     _check_blocks(found, options.blocks)
-    rows = [(stage, row) for stage in chosen for row in stage.segments]
-    stages = [_plan_row(model, *place, options) for place in rows if any(_sources(model, *place, options))]
+    segments = [(stage, segment) for stage in chosen for segment in stage.segments]
+    stages = [_plan_row(model, *each, options) for each in segments if any(_sources(model, *each, options))]
     if not stages:
         raise DenseShortcutError(
             f"no block is chosen by stages={options.stages!r}, blocks={options.blocks!r} and every={options.every}: "
@@ -169,9 +169,9 @@ def plan_options(model: nn.Module, options: Options, example: Any = None) -> Pla
     return Plan(tuple(stages), tuple(stage for stage in chosen if stage.name in names), kept, options)
 
 
-def _plan_row(model: nn.Module, stage: Found, row: Segment, options: Options) -> StagePlan:
+def _plan_row(model: nn.Module, stage: Found, segment: Segment, options: Options) -> StagePlan:
     container = model.get_submodule(stage.name)
-    blocks = {stage.names[n]: stage.blocks[n] for n in range(row.first, row.stop)}
+    blocks = {stage.names[n]: stage.blocks[n] for n in range(segment.first, segment.stop)}
     devices = {str(p.device) for name in blocks for p in container.get_submodule(name).parameters()}
     if len(devices) > 1:
         raise DenseShortcutError(
@@ -188,15 +188,15 @@ def _plan_row(model: nn.Module, stage: Found, row: Segment, options: Options) ->
         weighted=options.aggregate != "dense_identity",
         weighting=options.weighting,
         backend=options.backend,
-        sources=_sources(model, stage, row, options),
+        sources=_sources(model, stage, segment, options),
         tokens=first.tokens,
     )
-    if hasattr(container, row.shortcut):
-        raise DenseShortcutError(f"{stage.name} already has a child named {row.shortcut}: rename it.")
+    if hasattr(container, segment.shortcut):
+        raise DenseShortcutError(f"{stage.name} already has a child named {segment.shortcut}: rename it.")
     inner = _inner_shortcuts(blocks, options) if options.inner else {}
     if any(isinstance(block, DenseBlock) and hasattr(block, "inner") for block in blocks.values()):
         raise DenseShortcutError(f"a block of {stage.name} already has an attribute named inner: rename it.")
-    return StagePlan(stage.name, row, adapters.host_of(first), shortcut, inner)
+    return StagePlan(stage.name, segment, adapters.host_of(first), shortcut, inner)
 
 
 def _inner_shortcuts(blocks: dict[str, Any], options: Options) -> dict[str, InnerShortcut]:
@@ -211,7 +211,7 @@ def _inner_shortcuts(blocks: dict[str, Any], options: Options) -> dict[str, Inne
 
 
 def _chosen_stages(found: list[Found], options: Options) -> list[Found]:
-    """The stages by number from 1, or by name."""
+    """The stages chosen by number, from 1, or by name."""
     if options.stages is None:
         return found
     names = [stage.name for stage in found]
@@ -224,7 +224,7 @@ def _chosen_stages(found: list[Found], options: Options) -> list[Found]:
 
 
 def _check_blocks(found: list[Found], blocks: Blocks) -> None:
-    """That every name in a list of blocks is one."""
+    """Check that every name in a list of blocks exists."""
     if blocks is None or isinstance(blocks, str | re.Pattern) or callable(blocks):
         return
     known = [f"{stage.name}.{stage.names[n]}".lstrip(".") for stage in found for n in stage.blocks]
@@ -235,10 +235,10 @@ def _check_blocks(found: list[Found], blocks: Blocks) -> None:
             raise DenseShortcutError(f"there is no block {name!r} in the network's stages: {told}.")
 
 
-def _sources(model: nn.Module, stage: Found, row: Segment, options: Options) -> tuple[tuple[int, ...], ...]:
-    """The maps that each block of a row sums; none where it is not chosen."""
+def _sources(model: nn.Module, stage: Found, segment: Segment, options: Options) -> tuple[tuple[int, ...], ...]:
+    """The maps that each block of a segment sums; none for a block that is not chosen."""
     chosen = []
-    for k, n in enumerate(range(row.first, row.stop)):
+    for k, n in enumerate(range(segment.first, segment.stop)):
         name = f"{stage.name}.{stage.names[n]}".lstrip(".")
         chosen.append((k + 1) % options.every == 0 and _is_chosen(name, model.get_submodule(name), options.blocks))
     return sources(chosen, pattern=options.pattern, window=options.window)
@@ -263,7 +263,7 @@ def _check_options(options: Options) -> None:
     for name in ("window", "every", "groups"):
         value = getattr(options, name)
         if value is not None and (type(value) is not int or value < 1):
-            raise DenseShortcutError(f"{name}={value!r} cannot be: give a whole number, 1 or above.")
+            raise DenseShortcutError(f"{name}={value!r} is not valid: give a whole number, 1 or above.")
     if options.stages is not None and (isinstance(options.stages, str) or not isinstance(options.stages, Iterable)):
         raise DenseShortcutError(f"stages={options.stages!r} is one stage: give a list, [{options.stages!r}].")
     for what, word, names in (("norm", options.norm, NORMS), ("init", options.start(), INITS)):
@@ -271,25 +271,27 @@ def _check_options(options: Options) -> None:
             raise DenseShortcutError(f"unknown {what} {word!r}: choose one of {', '.join(names)}.")
     if isinstance(options.norm, nn.Module):
         raise DenseShortcutError(
-            f"norm is one {type(options.norm).__name__} and every map needs its own: give a callable that takes a "
-            "channel count and returns a module."
+            f"norm is a single {type(options.norm).__name__}, but every map needs its own: give a callable that takes "
+            "a channel count and returns a module."
         )
     if options.keep_identity and options.weighting != "channel":
         raise DenseShortcutError(
-            f"weights by {options.weighting} cannot start at zero, so keep_identity would not start as the host: "
-            "leave one of the two out."
+            f"weighting={options.weighting!r} cannot start at zero, so the network would not start as its host with "
+            "keep_identity: leave one of the two out."
         )
     if isinstance(options.blocks, str):
         try:
             re.compile(options.blocks)
         except re.error as error:
-            raise DenseShortcutError(f"blocks={options.blocks!r} is no regular expression ({error}).") from error
+            raise DenseShortcutError(f"blocks={options.blocks!r} is not a regular expression: {error}.") from error
 
 
 def _check_model(model: nn.Module) -> None:
-    """Refuse what wraps a network rather than being one, or is none."""
+    """Raise for a network that is wrapped, scripted, traced or plugged in already, and for anything but a module."""
     if not isinstance(model, nn.Module):
-        raise DenseShortcutError(f"{model!r} is no network: give an nn.Module, such as timm.create_model('resnet50').")
+        raise DenseShortcutError(
+            f"{model!r} is not a network: give an nn.Module, such as timm.create_model('resnet50')."
+        )
     wrappers = {
         "OptimizedModule": "compiled: plug the network in first and compile it then",
         "DistributedDataParallel": "wrapped in DistributedDataParallel: plug the network in first and wrap it then",
@@ -333,33 +335,33 @@ def plug_in(
         model: a network with residual blocks in a sequence, of timm, torchvision, transformers or your own.
         aggregate: "stage" sums the earlier feature maps X_i, "block" the earlier branch outputs F_i, "dense_identity"
             the X_i as they are, without norm and weight (the control).
-        norm: "group", "batch", "layer" (over C, H and W of an image; of tokens over C), "instance", "none" (or None,
-            which `timm.create_model` does not hand on), or a callable that takes a channel count and returns a module.
-            "auto" is "group", and "layer" for tokens.
-        groups: groups of the group norm; None takes 32, fewer where a group would have under four channels.
-        init: start of the weights: "nearest" (1 for the nearest map, 0 for the rest), "uniform" (1/l each), "ones",
-            "zeros", "random" (-1 to 1). None takes "nearest", "zeros" with keep_identity, "uniform" with attention.
-        weighting: "channel", the paper's; "softmax", "gate" or "attention" for its relatives (`weighting.py`).
-        pattern: "all" earlier maps, or those a power of two back ("powers", log2 L maps a block).
-        window: sum only so many of the nearest maps; None is all.
-        every: give only every so-manieth block of a stage a dense shortcut; the others keep their host's.
-        stages: which stages, by number from 1 in the network's order or by module name; None is all.
+        norm: "group", "batch", "layer" (over C, H and W of an image; for tokens over C), "instance", "none" (or None,
+            which `timm.create_model` does not pass on), or a callable that takes a channel count and returns a module.
+            "auto" is "layer" for tokens, and "group" for feature maps.
+        groups: groups of the group norm; None means 32, or fewer to keep four channels per group.
+        init: initial weights: "nearest" (1 for the nearest map, 0 for the rest), "uniform" (1/l each), "ones", "zeros",
+            "random" (-1 to 1). None means "nearest", or "zeros" with keep_identity, or "uniform" with attention.
+        weighting: "channel", as in the paper; "softmax", "gate" or "attention", as in related methods (`weighting.py`).
+        pattern: "all" earlier maps, or only those a power of two back ("powers", about log2(L) maps per block).
+        window: sum only the nearest `window` maps; None for all.
+        every: add a dense shortcut to every n-th block of a segment only; the others keep the host's.
+        stages: which stages, by number from 1 in the network's order or by module name; None for all.
         blocks: which blocks: a list of module names, a regular expression (text or compiled) to search in them, or a
-            callable that takes name and module; the others keep their host's shortcut. None is all.
+            callable that takes name and module; the others keep the host's shortcut. None for all.
         inner: DS2, a weighted shortcut around the 3x3 of each bottleneck as well.
-        inner_start: the start of its weight v.
+        inner_start: initial value of its weight v.
         keep_identity: keep the host's own shortcut beside the dense one. The network then starts as its host, unless
-            `init`, `inner_start` or "dense_identity" says otherwise.
-        backend: form of the operator: "auto", "plain" (PyTorch alone, any device), "cpu", "native" or "triton".
-        example: an input of the network, a tuple of its arguments or a dict of its keywords, of which shapes and dtypes
-            alone are used: the network is run on them without data to see what it does with its blocks. None makes
-            images of the size that the network names, or of a usual one.
+            `init`, `inner_start` or "dense_identity" changes that.
+        backend: "auto", "plain" (PyTorch only, any device), "native" (compiled, CPU) or "triton" (CUDA).
+        example: an input of the network, a tuple of its arguments or a dict of its keywords. Only shapes and dtypes are
+            used: the network runs on tensors without data to show what it does with its blocks. None makes images of
+            the size that the network names, or of a common one.
 
     Returns:
         `model`.
 
     Raises:
-        DenseShortcutError: see `plan`; the network is then as it was.
+        DenseShortcutError: see `plan`; the network is then unchanged.
 
     Source: Sec. 3 of "ResNet or DenseNet? Introducing Dense Shortcuts to ResNet", WACV 2021.
     """
@@ -388,34 +390,34 @@ def plug_in(
 
 
 def _match_hosts(model: nn.Module, planned: Plan) -> None:
-    """Give all that will be added the host's device, dtype and mode; what may fail does so before anything changes."""
+    """Move what will be added to the host's device, dtype and mode; this may fail, so it precedes all changes."""
     for stage in planned.found:
         container = model.get_submodule(stage.name)
-        for row_plan in (each for each in planned.stages if each.name == stage.name):
-            first = container.get_submodule(stage.names[row_plan.row.first])
-            _match(row_plan.shortcut, first, container.training)
-            for name, inner in row_plan.inner.items():
+        for segment_plan in (each for each in planned.stages if each.name == stage.name):
+            first = container.get_submodule(stage.names[segment_plan.row.first])
+            _match(segment_plan.shortcut, first, container.training)
+            for name, inner in segment_plan.inner.items():
                 block = container.get_submodule(name)
                 _match(inner, block, block.training)
 
 
 def _plug_stage(container: nn.Module, stage: Found, planned: Plan) -> None:
-    rows = {each.row: each for each in planned.stages if each.name == stage.name}
-    for row, row_plan in rows.items():
-        for n in range(row.first, row.stop):
+    plans = {each.row: each for each in planned.stages if each.name == stage.name}
+    for segment, segment_plan in plans.items():
+        for n in range(segment.first, segment.stop):
             name = stage.names[n]
-            adapters.plug(container.get_submodule(name), stage.blocks[n], row_plan.inner.get(name))
-    shortcuts = {row: row_plan.shortcut for row, row_plan in rows.items()}
+            adapters.plug(container.get_submodule(name), stage.blocks[n], segment_plan.inner.get(name))
+    shortcuts = {segment: segment_plan.shortcut for segment, segment_plan in plans.items()}
     aggregate, keep_identity = planned.options.aggregate, planned.options.keep_identity
     dense = containers.dense_class(container)
     dense.adopt(container, shortcuts, aggregate=aggregate, keep_identity=keep_identity)
 
 
 def unplug(model: nn.Module) -> nn.Module:
-    """The host again, in place: its own classes, weights and state-dict keys; what `plug_in` added is dropped.
+    """The host again, restored in place: its classes, weights and state-dict keys, without what `plug_in` added.
 
     Raises:
-        DenseShortcutError: the network is not plugged in, or came out of `fuse`.
+        DenseShortcutError: the network is not plugged in, or is a result of `fuse`.
     """
     stages = dense_stages(model)
     if not stages:
@@ -424,8 +426,8 @@ def unplug(model: nn.Module) -> nn.Module:
         raise DenseShortcutError("the network is fused for inference: unplug the one it was made from.")
     for stage in stages.values():
         blocks = stage.blocks
-        for row in stage.segments:
-            for block in blocks[row.first : row.stop]:
+        for segment in stage.segments:
+            for block in blocks[segment.first : segment.stop]:
                 adapters.unplug(block)
         stage.release()
     layer_groups.ungroup(model)
@@ -433,7 +435,7 @@ def unplug(model: nn.Module) -> nn.Module:
 
 
 def dense_stages(model: nn.Module) -> dict[str, DenseStage]:
-    """The plugged stages of a network by module name."""
+    """The plugged stages of a network, by module name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, DenseStage)}
 
 
@@ -448,7 +450,7 @@ def shortcut_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def _match(added: nn.Module, host: nn.Module, training: bool) -> None:
-    """Give what is added the host's device and floating dtype, and a mode."""
+    """Move an added module to the host's device and floating dtype, and set its mode."""
     like = next((p for p in host.parameters() if p.is_floating_point()), torch.empty(0))
     added.to(device=like.device, dtype=like.dtype)
     added.train(training)

@@ -162,7 +162,7 @@ def test_the_proof_fails_on_one_wrong_score_on_none_at_all_and_on_another_shape(
     for run_file, fault in (
         (off_by(2e-3)(net), "differ from PyTorch's by 0.002 on 5 images of 16x12"),
         (off_by(float("nan"))(net), "differ from PyTorch's by nan"),
-        (lambda x: net(x)[:1], r"gives scores \(1, 10\) where PyTorch gives \(2, 10\)"),
+        (lambda x: net(x)[:1], r"scores are \(1, 10\) and PyTorch's \(2, 10\)"),
     ):
         with pytest.raises(ds.DenseShortcutError, match=fault):
             proof.prove(net, run_file, images)
@@ -246,7 +246,7 @@ def test_what_cannot_be_exported_is_refused(checkpoint, tmp_path):
     folder = checkpoint()
     for arguments, fault in (
         ({"to": "tflite"}, "unknown format 'tflite'"),
-        ({"to": "openvino", "int8": True}, "int8 goes with onnx and torch-export"),
+        ({"to": "openvino", "int8": True}, "int8 is available for onnx and torch-export"),
         ({"to": "torch-export", "output": tmp_path / "no" / "net"}, "is not a folder"),
         ({"to": "torch-export", "data": "imagefolder", "data_dir": str(tmp_path / "no")}, "is not a folder"),
     ):

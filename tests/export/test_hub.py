@@ -107,9 +107,9 @@ def test_what_is_no_network_of_ours_is_refused(tmp_path, checkpoint, monkeypatch
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ds.DenseShortcutError, match=r"holds no model\.json"):
         from_pretrained(tmp_path)
-    with pytest.raises(ds.DenseShortcutError, match="cannot be had from the hub"):
+    with pytest.raises(ds.DenseShortcutError, match="cannot be loaded from the hub"):
         from_pretrained("nobody/nothing")
-    with pytest.raises(ds.DenseShortcutError, match="cannot be had from the hub"):
+    with pytest.raises(ds.DenseShortcutError, match="cannot be loaded from the hub"):
         from_pretrained("no such/name/at/all")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")

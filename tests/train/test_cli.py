@@ -192,7 +192,7 @@ def test_a_run_folder_that_exists_is_refused_and_untouched(capsys):
         (["train", "--model", "dsnet21"], "unknown model 'dsnet21'"),
         (["train", "--model", "vgg11"], "holds no residual blocks"),
         (["train", "--groups", "7"], "7 groups do not divide"),
-        (["train", "--groups", "4", "--norm", "batch"], "groups=4 goes with norm='group'"),
+        (["train", "--groups", "4", "--norm", "batch"], "groups=4 requires norm='group'"),
         (["train", "--inner", "True"], "needs bottleneck blocks"),
         (["train", "--opt", "sgdx"], "--opt 'sgdx'"),
         (["train", "--limit-train", "10"], "fewer than one batch"),

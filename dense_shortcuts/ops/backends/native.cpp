@@ -1,9 +1,9 @@
-// The five map-sized passes for the CPU; reference.py says what each one computes, native.py calls them.
+// The five map-sized passes for the CPU, as specified in reference.py and called by native.py.
 //
-// A map is (N, C, P) or, channels_last, (N, P, C), with P = H * W. Work is cut into chunks of at most CHUNK pixels of
-// one image, each done by one thread row by row: every map is read from memory once and every output written once. Sums
-// over pixels run in the accumulation type A within a chunk and in double across chunks, in a fixed order, so that
-// results do not depend on the number of threads. The same source is compiled for several instruction sets (setup.py).
+// A map is (N, C, P) or, in channels_last, (N, P, C), with P = H * W. Work is split into chunks of at most CHUNK pixels
+// of one image. One thread processes a chunk row by row, so every map is read from memory once and every output written
+// once. Sums over pixels are in the accumulation type A within a chunk and in double across chunks, in a fixed order:
+// results do not depend on the number of threads. This source is compiled for several instruction sets (setup.py).
 #include <algorithm>
 #include <array>
 #include <cstddef>
@@ -16,8 +16,8 @@
 
 namespace {
 
-constexpr int64_t CHUNK = 512;  // pixels of one image summed without going to double
-constexpr int64_t GROUP = 4;    // rows taken in one pass over registers
+constexpr int64_t CHUNK = 512;  // pixels of one image that are summed without double precision
+constexpr int64_t GROUP = 4;    // rows held in registers in one pass
 
 enum Kind : int64_t { F32 = 0, F64 = 1, BF16 = 2, F16 = 3 };
 
@@ -57,7 +57,7 @@ inline void typed(const void* data, int64_t kind, int64_t at, F f) {
 template <class A>
 constexpr int64_t kind_of() { return sizeof(A) == 4 ? F32 : F64; }
 
-// The arguments of each pass, field by field as native.py has them; the two are compared when the library is loaded.
+// The arguments of each pass, with the same fields as in native.py; both are compared when the library is loaded.
 #define DECLARE(type, name) type name;
 #define DESCRIBE(type, name) text += " " #name "@" + std::to_string(offsetof(Self, name));
 #define STRUCT(Name, FIELDS)                             \
@@ -74,7 +74,7 @@ constexpr int64_t kind_of() { return sizeof(A) == 4 ? F32 : F64; }
 #define MAP(F) F(const void*, data) F(int64_t, kind)
 STRUCT(Map, MAP)
 
-// A map with its coefficients, (rows, C); no coefficients are ones.
+// A map with its coefficients, (rows, C); a null pointer means ones.
 #define TERM(F) F(Map, map) F(const void*, scale) F(int64_t, rows)
 STRUCT(Term, TERM)
 
@@ -105,7 +105,7 @@ STRUCT(MixArgs, MIX_ARGS)
   F(int64_t, rows) F(void*, out)
 STRUCT(DotsArgs, DOTS_ARGS)
 
-// Room for numbers that are all written before they are read.
+// An uninitialised array, every element of which is written before it is read.
 template <class T>
 std::unique_ptr<T[]> room_for(int64_t count) { return std::unique_ptr<T[]>(new T[count]); }
 
@@ -121,14 +121,14 @@ struct Shape {
   int64_t each() const { return (pixels + splits() - 1) / splits(); }
 };
 
-// Elements that hold any row.
+// Length of a buffer that can hold a row in either layout.
 int64_t room_of(const Shape& shape) { return std::max(shape.channels, CHUNK); }
 
 int64_t chunk_pixels(const Shape& shape, int64_t split) {
   return std::min(shape.each(), shape.pixels - split * shape.each());
 }
 
-// Some pixels of an image in rows: of a pixel with all its channels (channels_last), or of a channel with all pixels.
+// Some pixels of an image, as rows: a pixel with all its channels (channels_last), or a channel with all these pixels.
 struct Chunk {
   const Shape& shape;
   int64_t image, first, pixels;
@@ -144,14 +144,14 @@ struct Chunk {
   }
 };
 
-// A coefficient (rows, C): where its number for the first column of a row of a chunk stands.
+// Address of the coefficient, from (rows, C), for the first column of a row of a chunk.
 template <class A>
 const A* coefficient(const A* data, int64_t rows, const Chunk& chunk, int64_t row) {
   if (rows > 1) data += chunk.image * chunk.shape.channels;
   return chunk.shape.last ? data : data + row;
 }
 
-// Writes a row that was computed elsewhere, where the output is in another type.
+// Converts a computed row to the output's type and writes it; does nothing if the output is in the accumulation type.
 template <class A>
 void put(void* out, int64_t kind, const Chunk& chunk, int64_t row, const A* from) {
   if (kind == kind_of<A>()) return;
@@ -164,8 +164,8 @@ void put(void* out, int64_t kind, const Chunk& chunk, int64_t row, const A* from
   });
 }
 
-// Up to GROUP rows of a map in the accumulation type, where they stand or converted into `scratch`: the first one, and
-// the distance from one to the next.
+// Up to GROUP rows of a map in the accumulation type, in place or converted into `scratch`: the first row, and the
+// distance from one row to the next.
 template <class A>
 struct Rows {
   const A* first;
@@ -189,7 +189,7 @@ Rows<A> rows_of(const Map& map, const Chunk& chunk, int64_t row, int64_t rows, A
 enum End { NONE, RELU, MASK };
 enum More { NOTHING, MOMENTS, PRODUCTS };
 
-// As many numbers as a register of this machine holds.
+// Bytes in a vector register of the instruction set.
 #if defined(__AVX512F__)
 constexpr int WIDTH = 64;
 #elif defined(__AVX__)
@@ -212,15 +212,15 @@ inline T load(const A* from) {
 template <class T, class A>
 inline void store(A* to, const T& value) { std::memcpy(to, &value, sizeof(T)); }
 
-// 0 where x is below 0, or where the mask is not above it; NaN stays, as with torch.relu.
+// 0 where x is negative, or where the mask is not positive; NaN stays NaN, as in torch.relu.
 template <class T>
 inline T positive(const T& x) { return x < T{} ? T{} : x; }
 template <class T>
 inline T masked(const T& x, const T& mask) { return mask <= T{} ? T{} : x; }
 
-constexpr int64_t TERMS = 8;  // terms taken in one pass over registers
+constexpr int64_t TERMS = 8;  // terms added in one pass over registers
 
-// Calls f with a number of terms, MOST at the most, as a constant.
+// Calls f with m, at most MOST, as a compile-time constant.
 template <int64_t MOST, class F>
 void with_constant(int64_t m, F f) {
   if constexpr (MOST > 0) {
@@ -229,10 +229,11 @@ void with_constant(int64_t m, F f) {
   f(std::integral_constant<int, MOST>{});
 }
 
-// R rows of channels_last maps, n apart, the numbers T from column j on: out = start + sum over M terms of a[m] * x[m],
-// then ReLU or a mask. `start` is one row for all, or n apart too. With MOMENTS, sums are those of `add_moments`, which
-// begin here if `fresh`. GROUP rows share what they read of coefficients, and M is a constant so that each term is read
-// by an instruction of its own, by which the machine foresees what comes next.
+// R rows of channels_last maps, n apart, one vector T per row from column j on: out = start + sum over M terms of a[m]
+// * x[m], then ReLU or a mask. `start` is one row for all rows, or has rows n apart too. With MOMENTS, `sums` are those
+// of `add_moments`, and `fresh` starts them. The R rows share each loaded coefficient. M is a compile-time constant
+// because then each term has its own load instruction, which the hardware prefetcher follows; with a loop over the
+// terms it does not.
 template <class T, int R, int M, End END, More MORE, class A>
 inline void sum_at(int64_t n, int64_t j, const A* start, int64_t start_stride, const A* const* x, const A* const* a,
                    const A* mask, A* out, A* sums, bool fresh) {
@@ -273,8 +274,8 @@ void sum_rows(int64_t n, const A* start, int64_t start_stride, const A* const* x
     sum_at<A, R, M, END, MORE>(n, j, start, start_stride, xs.data(), as.data(), mask, out, sums, fresh);
 }
 
-// R rows of a sum of channels_last maps, in as many passes as its terms take: single rows, of which a chunk has few, take
-// one term a pass, so that there is less to compile.
+// R rows of a sum of channels_last maps, in as many passes as its terms need. Single rows take one term per pass: a
+// chunk has few of them, and this keeps the number of template instances small.
 template <class A, int R, End END, More MORE>
 void sum_group(int64_t count, int64_t n, const A* start, const A* const* x, const A* const* a, const A* mask, A* out,
                A* sums, bool fresh) {
@@ -287,8 +288,8 @@ void sum_group(int64_t count, int64_t n, const A* start, const A* const* x, cons
   });
 }
 
-// acc = start + sum of a[m] * x[m], then ReLU or a mask, for a row of contiguous maps: pixels of one channel, with one
-// coefficient each. The row stays in the first-level cache from term to term.
+// acc = start + sum of a[m] * x[m], then ReLU or a mask, for a row of contiguous maps: pixels of one channel, so each
+// map has one coefficient. The row stays in the L1 cache from term to term.
 template <class A, End END>
 void sum_row(int64_t count, int64_t n, A start, const A* const* x, const A* const* a, const A* mask, A* acc) {
   std::fill(acc, acc + n, start);
@@ -302,7 +303,7 @@ void sum_row(int64_t count, int64_t n, A start, const A* const* x, const A* cons
   for (int64_t j = 0; j < n; ++j) acc[j] = END == RELU ? positive(acc[j]) : masked(acc[j], mask[j]);
 }
 
-// sums[c] += sum over rows of x * y, of x alone where y is null; a fresh sum begins here.
+// sums[c] += sum over rows of x * y, or of x if y is null; `fresh` starts the sums at zero.
 template <class A>
 void add_products(A* sums, bool fresh, const Chunk& chunk, int64_t row, int64_t rows, const Rows<A>& x,
                   const Rows<A>* y) {
@@ -322,8 +323,8 @@ void add_products(A* sums, bool fresh, const Chunk& chunk, int64_t row, int64_t 
   }
 }
 
-// Adds some rows of a map to the sums of a chunk, (3, C), that its moments come from: a shift, and the sums of x - shift
-// and of its square. The shift, the chunk's first pixel, keeps the variance of maps with a large mean from cancelling.
+// Adds some rows of a map to the sums, (3, C), from which a chunk's moments are computed: a shift, and the sums of
+// x - shift and of its square. The shift is the chunk's first pixel; it avoids cancellation in maps with a large mean.
 template <class A>
 void add_moments(A* sums, const Chunk& chunk, int64_t row, int64_t rows, const Rows<A>& x) {
   const int64_t n = chunk.columns(), c = chunk.shape.channels;
@@ -355,7 +356,7 @@ void add_moments(A* sums, const Chunk& chunk, int64_t row, int64_t rows, const R
   }
 }
 
-// Runs f(row, rows) over the rows of a chunk: GROUP at a time, then one by one.
+// Calls f(row, rows) over the rows of a chunk: GROUP at a time, then one by one.
 template <class F>
 void by_groups(const Chunk& chunk, F f) {
   for (int64_t row = 0, rows; row < chunk.rows(); row += rows) {
@@ -364,7 +365,7 @@ void by_groups(const Chunk& chunk, F f) {
   }
 }
 
-// Mean and sum of squares about it of each channel of a chunk, as doubles (2, C), from the sums of `add_moments`.
+// Mean, and sum of squared deviations from it, of each channel of a chunk, (2, C), from the sums of `add_moments`.
 template <class A>
 void write_moments(const A* sums, int64_t c, int64_t pixels, double* to) {
   const A *shift = sums, *sum = sums + c, *square = sums + 2 * c;
@@ -383,18 +384,18 @@ struct Sum {
   const Shape& shape;
   const A* start;  // (start_rows, C)
   int64_t start_rows;
-  std::vector<Term> terms{};  // all with coefficients
-  std::vector<Map> others{};  // whose products with the sum are wanted
+  std::vector<Term> terms{};  // each with coefficients
+  std::vector<Map> others{};  // maps whose products with the sum are computed
   Map mask{nullptr, kind_of<A>()};
   bool relu = false;
 
-  // What a thread needs for it.
+  // Buffers of one thread.
   struct Scratch {
     std::vector<const A*> x, a;
-    std::vector<A> converted, out;  // GROUP rows of each map of another type
+    std::vector<A> converted, out;  // GROUP rows of each map in another type
   };
 
-  // Whether some map is not in the accumulation type, so that its rows are converted first.
+  // Whether some map is not in the accumulation type, so its rows must be converted.
   bool is_foreign() const {
     const auto foreign = [](const Map& map) { return map.kind != kind_of<A>(); };
     return (mask.data != nullptr && foreign(mask)) || std::any_of(others.begin(), others.end(), foreign) ||
@@ -409,21 +410,21 @@ struct Sum {
     return made;
   }
 
-  // One chunk: writes the rows to `out`, and to `sums` what MORE asks for: (3, C) for MOMENTS, (others + 1, C) for
+  // One chunk: writes the rows to `out`, and to `sums`, depending on MORE, (3, C) for MOMENTS or (others + 1, C) for
   // PRODUCTS.
   template <More MORE>
   void run(const Chunk& chunk, void* out, int64_t kind, A* sums, Scratch& scratch) const {
     by_groups(chunk, [&](int64_t row, int64_t rows) { run_rows<MORE>(chunk, row, rows, out, kind, sums, scratch); });
   }
 
-  // GROUP rows of a chunk, or one.
+  // GROUP rows of a chunk, or a single one.
   template <More MORE>
   void run_rows(const Chunk& chunk, int64_t row, int64_t rows, void* out, int64_t kind, A* sums,
                 Scratch& scratch) const {
     const bool stored = kind == kind_of<A>();
     const Rows<A> done =
         stored ? rows_of<A>(Map{out, kind}, chunk, row, rows, nullptr) : Rows<A>{scratch.out.data(), chunk.columns()};
-    // the moments are those of what is stored, which may have been rounded
+    // moments are of the values as stored, which may have been rounded
     constexpr More WHILE = MORE == PRODUCTS ? PRODUCTS : NOTHING;
     if (shape.last && stored) run_last<MORE>(chunk, row, rows, done, sums, scratch);
     else if (shape.last) run_last<WHILE>(chunk, row, rows, done, sums, scratch);
@@ -494,11 +495,12 @@ struct Sum {
   }
 };
 
-constexpr int64_t BLOCK = 64;  // channels of which a thread does the arithmetic at a time
+constexpr int64_t BLOCK = 64;  // channels that a thread processes at a time
 
-// The functions that begin with `team_` are called by all threads of a parallel region and share the work.
+// All functions named team_* are called by every thread of a parallel region, and share the work among the threads.
 
-// Moments of the channels from `from` on of `chunks` chunks together, by Chan's formula: mean and sum of squares.
+// Mean and sum of squared deviations of n channels, starting at `from`, over several chunks, by Chan's formula; returns
+// the number of pixels.
 double merge_moments(const Shape& shape, const double* parts, int64_t first, int64_t chunks, int64_t from, int64_t n,
                      double* mean, double* about) {
   const double* part = parts + first * 2 * shape.channels + from;
@@ -520,7 +522,8 @@ double merge_moments(const Shape& shape, const double* parts, int64_t first, int
   return count;
 }
 
-// (terms, rows, C) from sums of chunks, (chunks, terms, C): the last term goes to `last`, the others to `out`.
+// Adds up the sums of chunks, (chunks, terms, C), to (terms, rows, C): the last term goes to `last`, the others to
+// `out`.
 template <class A>
 void team_merge(const Shape& shape, const A* parts, int64_t terms, int64_t rows, A* out, A* last) {
   const int64_t c = shape.channels, per_row = rows > 1 ? shape.splits() : shape.chunks();
@@ -540,7 +543,7 @@ void team_merge(const Shape& shape, const A* parts, int64_t terms, int64_t rows,
   }
 }
 
-// Moments of the chunks of a map, (chunks, 2, C).
+// Moments of each chunk of a map, (chunks, 2, C).
 template <class A>
 void team_moments(const Shape& shape, const Map& x, double* parts) {
   const int64_t c = shape.channels;
@@ -555,7 +558,7 @@ void team_moments(const Shape& shape, const Map& x, double* parts) {
   }
 }
 
-// Runs a sum over all chunks; each thread has the same ones in every pass.
+// Computes a sum over all chunks. With static scheduling, a thread gets the same chunks in every pass.
 template <More MORE, class A>
 void team_sum(const Sum<A>& sum, void* out, int64_t kind, double* moments, A* products) {
   const Shape& shape = sum.shape;
@@ -600,7 +603,7 @@ void moments(const MomentsArgs& args) {
   }
 }
 
-// What stands in for coefficients and starts that are not given.
+// Zeros and ones, in place of starts and coefficients that are null.
 template <class A>
 struct Defaults {
   std::vector<A> zeros, ones;
@@ -673,7 +676,7 @@ void mix(const MixArgs& args) {
 #pragma omp for
     for (int64_t index = 0; index < shape.chunks(); ++index) {
       const Chunk chunk(shape, index);
-      by_groups(chunk, [&](int64_t row, int64_t group) {  // rows of each map stay in cache for all outputs
+      by_groups(chunk, [&](int64_t row, int64_t group) {  // rows of the maps stay in cache for all outputs
         for (int64_t o = 0; o < args.num_outputs; ++o)
           sums[o].template run_rows<NOTHING>(chunk, row, group, const_cast<void*>(args.outputs[o].data),
                                              args.outputs[o].kind, nullptr, scratch);
@@ -713,7 +716,7 @@ void dots(const DotsArgs& args) {
 
 extern "C" {
 
-// Every structure with its size, and its fields with their offsets, a line each.
+// Every structure with its size and field offsets, one line each.
 const char* dense_shortcuts_schema() {
   static const std::string schema = [] {
     std::string text;

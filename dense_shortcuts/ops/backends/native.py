@@ -1,7 +1,7 @@
-"""The five passes on the CPU by the compiled library (`native.cpp`), which is built when the package is installed.
+"""The five passes on the CPU, by the compiled library (`native.cpp`) that is built when the package is installed.
 
-Each map is read from memory once and each output written once, by as many threads as PyTorch uses. Maps may be
-contiguous or channels_last, in float32, float64, bfloat16 and float16, mixed if need be; others are copied first.
+Each map is read from memory once and each output written once, with as many threads as PyTorch uses. Maps may be
+contiguous or channels_last, in float32, float64, bfloat16 and float16, also mixed; other layouts are copied first.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from torch import Tensor
 from .reference import accumulation_dtype
 
 KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_SMALL = 2**15  # elements of a map below which a second thread costs more than it gains
+_SMALL = 2**15  # elements of a map up to which a second thread costs more than it gains
 
 _INT, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
 
@@ -71,7 +71,7 @@ class DotsArgs(ctypes.Structure):
 
 
 def schema() -> str:
-    """Every structure with its size and its fields' offsets, as `dense_shortcuts_schema` of the library has them."""
+    """Every structure with its size and field offsets, in the format of the library's `dense_shortcuts_schema`."""
     structures: tuple[Any, ...] = (Map, Term, MomentsArgs, JoinArgs, PullArgs, MixArgs, DotsArgs)
     lines = []
     for cls in structures:
@@ -82,7 +82,7 @@ def schema() -> str:
 
 @cache
 def library() -> tuple[ctypes.CDLL | None, str]:
-    """The library for this processor's instructions, and which it is; or None, and why there is none."""
+    """The library for this processor's instruction set, and which one it is; or None, and why there is none."""
     widest = torch.backends.cpu.get_cpu_capability().lower()
     names = {"avx512": ["avx512", "avx2", "base"], "avx2": ["avx2", "base"]}.get(widest, ["base"])
     files = (f"native_{name}{suffix}" for name in names for suffix in importlib.machinery.EXTENSION_SUFFIXES)
@@ -100,14 +100,14 @@ def library() -> tuple[ctypes.CDLL | None, str]:
 
 
 def supports(dtype: torch.dtype) -> bool:
-    """Whether the library takes maps of this dtype."""
+    """Whether the library supports maps of this dtype."""
     loaded, _ = library()
     half = dtype == torch.float16
     return loaded is not None and dtype in KINDS and (not half or bool(loaded.dense_shortcuts_has_half()))
 
 
 class _Call:
-    """The arguments that all passes share, and the tensors behind the addresses, which live as long as this does."""
+    """The arguments that all passes share, and the tensors behind the addresses, to keep them alive during the call."""
 
     def __init__(self, first: Tensor) -> None:
         n, c, h, w = first.shape
@@ -135,7 +135,7 @@ class _Call:
         return (Term * len(found))(*found)
 
     def rows(self, x: Tensor | None) -> tuple[int | None, int]:
-        """Where a coefficient (1 or N, C) stands, and how many rows it has."""
+        """Address and number of rows of coefficients (1 or N, C)."""
         if x is None:
             return None, 1
         if x.shape[-1] != self.shape[1] or x.shape[-2] not in (1, self.shape[0]):

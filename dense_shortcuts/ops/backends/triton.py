@@ -1,12 +1,12 @@
-"""The operator's kernels in Triton, for CUDA devices: `reference` says what each function returns.
+"""The five passes in Triton, for CUDA devices, as specified in `reference`.
 
-Every kernel but that of `dots` gives a program one tile of pixels x channels of one image, held in registers, so each
-map is read once and each output written once. Sums over pixels leave a program as one partial result for each
-channel, (image, tile, channel), and are put together in a fixed order afterwards: no atomics, the same bits each run.
-Lists of maps reach a kernel as a tuple of pointers, each with its own dtype, over which its loops are unrolled.
+In every kernel but that of `dots`, a program processes one tile of pixels x channels of one image in registers, so each
+map is read once and each output written once. For sums over pixels, a program writes one partial result per channel,
+(image, tile, channel); these are added in a fixed order afterwards: no atomics, the same bits in every run. A kernel
+takes lists of maps as a tuple of pointers, each with its own dtype, and its loops over them are unrolled.
 """
 # mypy: disable-error-code="no-untyped-def,assignment"
-# The first: the arguments of kernels have no Python types. The second: their tuples grow in unrolled loops.
+# no-untyped-def: the arguments of kernels have no Python types. assignment: their tuples grow in unrolled loops.
 
 import math
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ from torch import Tensor
 from .reference import accumulation_dtype
 
 # Tensors of one kind (addends and maps of a sum, later gradients, maps of a dot product) in one launch. Longer lists
-# take more launches that pass a float32 sum on; CUDA's 4 KiB of kernel arguments would end at about 500 pointers.
+# need several launches, which pass a float32 sum on; CUDA's 4 KiB of kernel arguments would hold about 500 pointers.
 _LIST = 64
-# Outputs of one `mix` launch, and products of one `dots` launch: what the registers of a thread hold. Eight fit the
-# tiles that a stage of 64 blocks is best cut into; sixteen spill, and compile for half a minute, in Triton 3.5.
+# Outputs of one `mix` launch, and products of one `dots` launch, limited by the registers of a thread. Eight outputs
+# suffice for the best tiling of a stage of 64 blocks; with sixteen, Triton 3.5 spills and compiles for half a minute.
 _OUTPUTS = 8
 _PRODUCTS = 64
-# Programs that fill a GPU, four for each of the 132 multiprocessors of an H100; smaller problems get smaller tiles.
+# Programs that fill a GPU: four for each of the 132 multiprocessors of an H100; smaller problems get smaller tiles.
 _PROGRAMS = 528
 _WARPS = 4
 _THREADS = 32 * _WARPS
@@ -38,8 +38,8 @@ def _where(
 ):
     """The tile of this program: image, index among the (image, tile) pairs, first pixel, first channel; and sizes.
 
-    UNIT divides the extent that is contiguous in memory. Saying so by a multiplication lets the compiler use vector
-    loads without a specialisation for each size.
+    UNIT divides the extent that is contiguous in memory. The compiler sees that from the multiplication and uses vector
+    loads, without a specialisation for each size.
     """
     if CHANNELS_LAST:
         channels = channels // UNIT * UNIT
@@ -65,7 +65,7 @@ def _where(
 def _offsets(
     image, pixel, channel, channels, pixels, CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """Where a tile starts in a map (64 bits: maps may have over 2**31 elements), and offsets from there."""
+    """The offset of a tile in a map (64 bits: maps may have over 2**31 elements), and offsets within the tile."""
     p = tl.arange(0, BLOCK_P)[:, None]
     c = tl.arange(0, BLOCK_C)[None, :]
     if CHANNELS_LAST:
@@ -93,7 +93,7 @@ def _join_kernel(
     scales,  # (maps, rows, C)
     bias,  # (rows, C) or None
     rows,
-    out,  # or None: only the moments are wanted
+    out,  # or None for the moments only
     means,  # (parts, C) or None
     variances,
     channels,
@@ -122,7 +122,7 @@ def _join_kernel(
         x = tl.load(tensors[i] + start + inner, mask=mask, other=0).to(ACC)
         total += x * _per_channel(scales, (i - ADDENDS) * rows + row, channel, channels, ACC, BLOCK_C)
     if RELU:
-        total = tl.where(total <= 0, 0, total)  # not a maximum: NaN stays NaN, as in torch.relu
+        total = tl.where(total <= 0, 0, total)  # not maximum(): NaN stays NaN, as in torch.relu
 
     if out is not None:
         stored = total.to(out.dtype.element_ty)
@@ -131,7 +131,7 @@ def _join_kernel(
     if means is not None:
         count = tl.minimum(pixels - pixel, BLOCK_P).to(ACC)
         mean = tl.sum(tl.where(inside, total, 0), 0) / count
-        deviation = tl.where(inside, total - mean[None, :], 0)  # two passes over registers: nothing to cancel
+        deviation = tl.where(inside, total - mean[None, :], 0)  # two passes over registers avoid cancellation
         c = channel + tl.arange(0, BLOCK_C)
         at = part.to(tl.int64) * channels + c
         tl.store(means + at, mean, mask=c < channels)
@@ -182,11 +182,11 @@ def _merge_kernel(
 @triton.jit(do_not_specialize=["channels", "pixels", "parts"])
 def _pull_kernel(
     tensors,  # x, then grad if GRADS is 1, then the later gradients, then the maps
-    scales,  # one (rows, C) a later gradient, or None if there is none
+    scales,  # one (rows, C) per later gradient, or None if there are none
     offset,  # (rows, C) or None, as slope
     slope,
     out,
-    sums,  # (parts, C), or None where only out is wanted
+    sums,  # (parts, C), or None if only out is needed
     products,  # (maps, parts, C), or None without maps
     channels,
     pixels,
@@ -229,7 +229,7 @@ def _pull_kernel(
         if sums is not None:
             _put_sums(sums, total, part, channel, channels, BLOCK_C)
     else:
-        # A sum over pixels waits for all threads of a program. The next map is on its way meanwhile.
+        # A sum over pixels synchronises the threads of a program; the next map is loaded meanwhile.
         following = tl.load(tensors[FIRST] + start + inner, mask=mask, other=0)
         _put_sums(sums, total, part, channel, channels, BLOCK_C)
         for i in tl.static_range(FIRST, len(tensors)):
@@ -279,7 +279,7 @@ def _dots_kernel(
     products,  # (all grads, all maps, parts, C)
     channels,
     pixels,
-    tiles,  # tiles of pixels of a program
+    tiles,  # tiles of pixels per program
     parts,
     first,  # index of the first product of this launch among all of them
     columns,  # number of all maps
@@ -290,9 +290,9 @@ def _dots_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Here a program loops over the pixels of its chunk and sums over threads once, after the loop.
+    """A program loops over the pixels of its chunk and sums over threads only once, after the loop.
 
-    With G x M products a tile, a sum over threads for each would cost more than reading the G + M tensors.
+    A tile has G x M products: a sum over threads for each of them would cost more than reading the G + M tensors.
     """
     if CHANNELS_LAST:
         channels = channels // UNIT * UNIT
@@ -326,7 +326,7 @@ def _dots_kernel(
 
 
 class _Tiling(NamedTuple):
-    """How a launch cuts (images, channels, pixels) into tiles."""
+    """How a launch splits (images, channels, pixels) into tiles."""
 
     images: int
     channels: int
@@ -365,8 +365,8 @@ def _tiling(x: Tensor, elements: int, together: bool) -> _Tiling:
     Args:
         x: a map that is contiguous in its layout, (N, C, H, W).
         elements: elements of a tile, a power of two.
-        together: whether images need no keeping apart. The pixels of a channels_last batch are then those of one
-            large image, so that maps of 7 x 7 leave no tile half empty.
+        together: whether images may be merged. The pixels of a channels_last batch then count as one large image,
+            so maps of 7 x 7 leave no tile half empty.
     """
     images, channels, height, width = x.shape
     pixels, channels_last = height * width, _is_channels_last(x)
@@ -386,7 +386,7 @@ def _tiling(x: Tensor, elements: int, together: bool) -> _Tiling:
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    """Whether channels are innermost; a map that is both (one channel or one pixel) counts as NCHW."""
+    """Whether channels are innermost; a map that is in both layouts (one channel or one pixel) counts as NCHW."""
     if x.is_contiguous():
         return False
     if x.is_contiguous(memory_format=torch.channels_last):
@@ -395,13 +395,13 @@ def _is_channels_last(x: Tensor) -> bool:
 
 
 def _vector(x: Tensor) -> int:
-    """Elements of a map that a thread can load at once: 16 bytes, less where rows of memory start unaligned."""
+    """Elements of a map that a thread can load at once: 16 bytes, or less if rows in memory are not aligned."""
     _, channels, height, width = x.shape
     return math.gcd(channels if _is_channels_last(x) else height * width, 16 // x.element_size())
 
 
 def _laid_out(tensors: Sequence[Tensor], first: Tensor) -> list[Tensor]:
-    """The maps in the layout of `first`; those that are in it already are not copied."""
+    """The maps in the layout of `first`; maps that already have it are not copied."""
     layout = torch.channels_last if _is_channels_last(first) else torch.contiguous_format
     return [x.contiguous(memory_format=layout) for x in tensors]
 
@@ -412,7 +412,7 @@ def _dtype_of(tensors: Sequence[Tensor]) -> torch.dtype:
 
 
 def _warps(tensors: int) -> int:
-    """Warps of a program that adds up so many maps: ptxas may ask for all at once, 200 registers in four warps."""
+    """Warps of a program that adds up `tensors` maps: ptxas may load all at once, 200 registers with four warps."""
     return _WARPS if tensors <= 16 else 2 * _WARPS
 
 
@@ -421,7 +421,7 @@ def _power(number: int) -> int:
 
 
 def _same_rows(tensors: Sequence[Tensor], images: int) -> tuple[list[Tensor], bool]:
-    """Per-channel tensors (1 or N, C), contiguous and all with one row or all with N, and whether it is N."""
+    """Per-channel tensors (1 or N, C), contiguous and expanded to the same number of rows, and whether that is N."""
     per_image = any(t.shape[0] != 1 for t in tensors)
     rows = images if per_image else 1
     return [t.expand(rows, t.shape[1]).contiguous() for t in tensors], per_image
@@ -461,7 +461,7 @@ def _launch_join(
     statistics: bool,
     out_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`join` of lists that fit one launch, into out_dtype; None writes no map (the first tensor is returned)."""
+    """`join` in one launch, into out_dtype; with None, no map is written and the first tensor is returned."""
     tensors = _laid_out([*addends, *maps], (*addends, *maps)[0])
     x = tensors[0]
     wide = _dtype_of(tensors)
@@ -550,7 +550,7 @@ def pull(
     together = rows <= 1 and not per_image and not moved_per_image
     tiling = _tiling(x, _THREADS * min(32, max(8, 4 * _vector(x))), together)
     out = torch.empty_like(x, dtype=wide if other_maps else x.dtype)
-    partial = x.new_empty((1 + len(some_maps), tiling.parts, tiling.channels), dtype=wide)  # added up at one go
+    partial = x.new_empty((1 + len(some_maps), tiling.parts, tiling.channels), dtype=wide)  # added up in one call
     with torch.cuda.device_of(x):
         _pull_kernel[(tiling.programs,)](
             (x, *grads, *later_grads, *some_maps),
@@ -575,7 +575,7 @@ def pull(
     if not rows:
         return out.to(x.dtype), x.new_empty((0, 0, x.shape[1]), dtype=dtype), x.new_empty((0, x.shape[1]), dtype=dtype)
     sums = _over_parts(partial, rows, dtype)
-    bias_grad, scale_grads = sums[0].clone(), sums[1:]  # results of an operator may not share memory
+    bias_grad, scale_grads = sums[0].clone(), sums[1:]  # outputs of an operator must not share memory
     if other_maps:
         scale_grads = torch.cat([scale_grads, dots([out], other_maps, rows)[0].to(dtype)])
     return out.to(x.dtype), scale_grads, bias_grad
@@ -590,7 +590,7 @@ def _over_parts(partial: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
 
 
 def mix(maps: Sequence[Tensor], scales: Tensor) -> list[Tensor]:
-    """`reference.mix`. Maps are read once for each 8 outputs."""
+    """`reference.mix`, reading the maps once for every 8 outputs."""
     last = maps[-1]
     maps = _laid_out(maps, last)
     if len(maps) > _LIST:
@@ -602,11 +602,11 @@ def mix(maps: Sequence[Tensor], scales: Tensor) -> list[Tensor]:
 
 
 def _launch_mix(maps: Sequence[Tensor], scales: Tensor) -> list[Tensor]:
-    """`mix` to as many outputs as fit one launch."""
+    """`mix` in one launch."""
     last, outputs, rows = maps[-1], len(scales), scales.shape[2]
     wide = _dtype_of(maps)
     outs = [torch.empty_like(last) for _ in range(outputs)]
-    # A thread holds its elements of every output, 64 registers of them, and the scales of its channels.
+    # A thread holds its elements of every output, in 64 registers, and the coefficients of its channels.
     held = min(32, 8 * _OUTPUTS // _power(outputs)) // (1 if wide == torch.float32 else 2)
     if not _is_channels_last(last):
         held = min(held, 2 * _vector(last))
@@ -620,7 +620,7 @@ def _launch_mix(maps: Sequence[Tensor], scales: Tensor) -> list[Tensor]:
             tiling.channels,
             tiling.pixels,
             PER_IMAGE=rows > 1,
-            # Threads with few channels and many pixels load each of the outputs x maps scales for more products.
+            # With few channels and many pixels, a thread uses each of the outputs x maps coefficients more often.
             **tiling.constants(wide, vector=2 if tiling.channels_last else 16),
             num_warps=_WARPS,
         )
@@ -628,12 +628,12 @@ def _launch_mix(maps: Sequence[Tensor], scales: Tensor) -> list[Tensor]:
 
 
 def dots(grads: Sequence[Tensor], maps: Sequence[Tensor], rows: int) -> Tensor:
-    """`reference.dots`. Up to 64 products read every tensor once; more are cut into blocks of at most 8 gradients."""
+    """`reference.dots`. Up to 64 products read every tensor once; more are split into launches of up to 8 gradients."""
     grads, maps = _laid_out(grads, maps[0]), _laid_out(maps, maps[0])
     wide = _dtype_of([*grads, *maps])
     block_g = min(len(grads), 8)
     block_m = min(len(maps), _PRODUCTS // block_g)
-    # A thread holds its elements of every product: at most 128 registers of them.
+    # A thread holds its elements of every product, in at most 128 registers.
     held = min(8, 2 * _PRODUCTS // _power(block_g * block_m)) // (1 if wide == torch.float32 else 2)
     tiling = _tiling(maps[0], _THREADS * held, together=rows == 1)
     programs = tiling.images * triton.cdiv(tiling.channels, tiling.block_c)
