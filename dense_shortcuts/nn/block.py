@@ -39,9 +39,8 @@ class MapLayout(NamedTuple):
             return x.movedim(-1, 1).flatten(2).unsqueeze(2)
         x = x.movedim(-1, 1) if self.tokens else x
         axes = self._axes(x)
-        if axes == 2:
-            return x[:, :, None, None]
-        return x if axes == 4 else x.unsqueeze(2) if axes == 3 else x.flatten(2, 3)
+        wide = x.unsqueeze(-1) if axes == 2 else x
+        return wide.unsqueeze(2) if axes < 4 else x if axes == 4 else x.flatten(2, 3)
 
     def from_map(self, x: Tensor, like: Tensor) -> Tensor:
         """The map x in the layout of `like`, an input of `as_map`."""

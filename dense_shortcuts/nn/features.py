@@ -56,7 +56,7 @@ def make_feature(
     return Feature(x, outer[0] * scale, outer[0] * shift + outer[1], stats.links)
 
 
-def as_feature(norm: nn.Module | None, x: Tensor, stats: functional.Stats | functional.Added) -> Feature:
+def as_feature(norm: nn.Module | None, x: Tensor, stats: functional.MapStats) -> Feature:
     """The feature of a map whose moments and links are known."""
     if norm is None:
         return Feature(x, None, None, stats.links)

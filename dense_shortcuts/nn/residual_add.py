@@ -65,15 +65,10 @@ class ResidualAdd:
         """X_l, in the layout of `branch`.
 
         Args:
-            branch: the residual branch.
-            norm: the last norm of the branch, if it is still to be applied.
-            identity: the host's shortcut.
+            branch, norm: the residual branch, and its last norm if that is still to be applied.
+            identity, identity_norm: the host's shortcut, and its last norm if that is still to be applied.
             activation: s, or None.
             whole: whether `branch` already includes the identity.
-            identity_norm: the last norm of the projection, if it is still to be applied to `identity`.
-
-        Raises:
-            DenseShortcutError: the branch and the earlier maps differ in shape.
         """
         layout, like = self.context.layout, branch
         backend = self._backend(branch)

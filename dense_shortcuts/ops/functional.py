@@ -21,16 +21,8 @@ from .backends.reference import accumulation_dtype
 Links = Sequence[Tensor]
 
 
-class Stats(NamedTuple):
-    """Moments of a map, (N, C) each, or (0,) if they were not requested, and the links of later sums to it."""
-
-    mean: Tensor
-    var: Tensor
-    links: Links
-
-
-class Added(NamedTuple):
-    """A sum y (N, C, H, W), and the fields of `Stats` for it."""
+class MapStats(NamedTuple):
+    """A map (N, C, H, W), its moments, (N, C) each, or (0,) if not requested, and the links of later sums to it."""
 
     map: Tensor
     mean: Tensor
@@ -109,7 +101,7 @@ def add_features(
     num_consumers: int = 0,
     per_image: bool = False,
     backend: str,
-) -> Added:
+) -> MapStats:
     """`dense_add`, with the moments and links of its result that later sums need.
 
     Args:
@@ -127,7 +119,7 @@ def add_features(
     first = (*addends, *maps)[0]
     backend = choose(first, backend)
     if backend == "plain":
-        return Added(*reference.join(addends, maps, scales, bias, relu, statistics), ())
+        return MapStats(*reference.join(addends, maps, scales, bias, relu, statistics), ())
     recorded = is_grad_enabled()
     if recorded and not all(links):
         raise DenseShortcutError(
@@ -137,21 +129,20 @@ def add_features(
     if scales is None:
         scales = first.new_ones((len(maps), 1, first.shape[1]), dtype=accumulation_dtype(first.dtype))
     flat = [t for link in links for t in link] if recorded else []
-    consumers = num_consumers if recorded else 0
-    rows = first.shape[0] if per_image else 1
-    return Added(*autograd.dense_add(addends, maps, flat, scales, bias, relu, statistics, consumers, rows, backend))
+    consumers, rows = num_consumers if recorded else 0, first.shape[0] if per_image else 1
+    return MapStats(*autograd.dense_add(addends, maps, flat, scales, bias, relu, statistics, consumers, rows, backend))
 
 
 @torch.fx.wrap
-def feature_stats(x: Tensor, *, statistics: bool, num_consumers: int, per_image: bool, backend: str) -> Stats:
+def feature_stats(x: Tensor, *, statistics: bool, num_consumers: int, per_image: bool, backend: str) -> MapStats:
     """Moments and links of a map (N, C, H, W) that is not the result of a sum; arguments as in `add_features`."""
     backend, recorded = choose(x, backend), is_grad_enabled()
     if backend == "plain" and statistics:
-        return Stats(*reference.moments(x), ())
+        return MapStats(x, *reference.moments(x), ())
     if backend == "plain" or (not statistics and not recorded):
-        return Stats(x.new_empty(0), x.new_empty(0), ())
+        return MapStats(x, x.new_empty(0), x.new_empty(0), ())
     rows = x.shape[0] if per_image else 1
-    return Stats(*autograd.feature_stats(x, statistics, num_consumers if recorded else 0, rows, backend))
+    return MapStats(x, *autograd.feature_stats(x, statistics, num_consumers if recorded else 0, rows, backend))
 
 
 def _check(

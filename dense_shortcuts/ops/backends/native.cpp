@@ -231,9 +231,8 @@ void with_constant(int64_t m, F f) {
 
 // R rows of channels_last maps, n apart, one vector T per row from column j on: out = start + sum over M terms of a[m]
 // * x[m], then ReLU or a mask. `start` is one row for all rows, or has rows n apart too. With MOMENTS, `sums` are those
-// of `add_moments`, and `fresh` starts them. The R rows share each loaded coefficient. M is a compile-time constant
-// because then each term has its own load instruction, which the hardware prefetcher follows; with a loop over the
-// terms it does not.
+// of `add_moments`, and `fresh` starts them. The R rows share each loaded coefficient. M is a compile-time constant so
+// that each term has a load instruction of its own, which the hardware prefetcher follows.
 template <class T, int R, int M, End END, More MORE, class A>
 inline void sum_at(int64_t n, int64_t j, const A* start, int64_t start_stride, const A* const* x, const A* const* a,
                    const A* mask, A* out, A* sums, bool fresh) {
@@ -274,8 +273,8 @@ void sum_rows(int64_t n, const A* start, int64_t start_stride, const A* const* x
     sum_at<A, R, M, END, MORE>(n, j, start, start_stride, xs.data(), as.data(), mask, out, sums, fresh);
 }
 
-// R rows of a sum of channels_last maps, in as many passes as its terms need. Single rows take one term per pass: a
-// chunk has few of them, and this keeps the number of template instances small.
+// R rows of a sum of channels_last maps. Single rows, of which a chunk has few, take one term per pass: less to compile.
+template instances small.
 template <class A, int R, End END, More MORE>
 void sum_group(int64_t count, int64_t n, const A* start, const A* const* x, const A* const* a, const A* mask, A* out,
                A* sums, bool fresh) {
