@@ -27,11 +27,11 @@ def example(cls: Any, several: bool = False) -> str:
         "@ds.register_adapter",
         f"class Dense{cls.__name__}(ds.DenseBlock, {name}):",
         f"    def branch{_takes(own, of_stage=False)}:"
-        "  # all before the add; and the norm still to be applied to it, or None",
+        "  # everything before the add, and its last norm if still to be applied, or None",
         "        return ..., None",
-        "    def project(self, x):  # what the block adds to its branch: x, or its projection of x",
+        "    def project(self, x):  # what the block adds to its branch: x, or a projection of x",
         "        return x",
-        "    def projects(self):  # whether it adds a projection",
+        "    def projects(self):  # whether that is a projection",
         "        return False",
         "    def activation(self):  # what follows the add, or None",
         "        return None",
@@ -40,10 +40,10 @@ def example(cls: Any, several: bool = False) -> str:
     ]
     if several or own:
         lines += [
-            f"    def forward{_takes(own, of_stage=True)}:  # as the block's own, with the stage's part",
+            f"    def forward{_takes(own, of_stage=True)}:  # like the block's own, with the add left to the stage",
             f"        branch, norm = self.branch(x{_given(own)})",
             "        x = in_stage(residual_add)(branch, norm, self.project(x), self.activation())",
-            f"        return {'x, ...  # and what else the block gives back' if several else 'x'}",
+            f"        return {'x, ...  # and what else the block returns' if several else 'x'}",
         ]
     return "\n".join(lines)
 
