@@ -274,7 +274,6 @@ void sum_rows(int64_t n, const A* start, int64_t start_stride, const A* const* x
 }
 
 // R rows of a sum of channels_last maps. Single rows, of which a chunk has few, take one term per pass: less to compile.
-template instances small.
 template <class A, int R, End END, More MORE>
 void sum_group(int64_t count, int64_t n, const A* start, const A* const* x, const A* const* a, const A* mask, A* out,
                A* sums, bool fresh) {
