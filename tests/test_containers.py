@@ -532,6 +532,11 @@ class SequenceByIndex(_Owner):
         return x
 
 
+class AlsoByIndex(Loop):
+    def forward(self, x):
+        return super().forward(x) + self.blocks[2](x)
+
+
 class SequenceInSlices(_Owner):
     list_class = nn.Sequential
 
@@ -550,7 +555,7 @@ class SequenceByItsChildren(_Owner):
 
 NO_CHAINS = [
     AnotherLayerBetween, InPlaceMethod, InPlaceFunction, SetsAPart, ThroughAHelper, Twice, Backwards, EverySecond,
-    SideBySide, ChangedInASequence, SequenceInParallel, SequenceByIndex, SequenceInSlices,
+    SideBySide, ChangedInASequence, SequenceInParallel, SequenceByIndex, AlsoByIndex, SequenceInSlices,
     SequenceByItsChildren,
 ]  # fmt: skip
 
@@ -757,7 +762,7 @@ def test_a_list_that_could_not_be_seen_is_named_in_the_plan_of_the_rest():
 def test_seeing_leaves_the_network_and_its_hooks_and_random_numbers_alone():
     class Remembers(Loop):
         def forward(self, x):
-            self.last, self.noise = x, torch.rand(3)
+            self.last, self.noise = x, torch.rand(3, device="cpu")
             return super().forward(x)
 
     net, fired = Remembers(), []

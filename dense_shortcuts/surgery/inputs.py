@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 _CONVOLUTIONS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_USUAL = ((224, 224), (112, 112), (256, 256))
+_USUAL = ((224, 224), (256, 256))
 
 
 class Call(NamedTuple):
@@ -44,7 +44,8 @@ def without_data(value: Any) -> Any:
 
 def _image_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
     """Shapes of two images, or what else its first convolution takes; none where it has no convolution and no size."""
-    size: Any = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")  # timm's
+    config = getattr(model, "pretrained_cfg", None)  # timm's
+    size: Any = config.get("input_size") if isinstance(config, dict) else None
     convolution: Any = next((module for module in model.modules() if isinstance(module, _CONVOLUTIONS)), None)
     if convolution is None and size is None:
         return

@@ -44,10 +44,9 @@ class Seen:
     errors: list[Exception] = field(default_factory=list)
 
     def called(self) -> set[int]:
-        """The blocks that were called as steps of a pass, never twice in one, and in no other way."""
-        steps = Counter(step.n for steps in self.passes for step in steps)
-        once = Counter(n for steps in self.passes for n in {step.n for step in steps})
-        return {n for n, times in self.fired.items() if times == steps[n] == once[n]}
+        """The blocks that were called as steps of a pass and in no other way."""
+        counts = Counter(step.n for steps in self.passes for step in steps)
+        return {n for n, times in self.fired.items() if times == counts[n]}
 
     def unfed(self) -> set[int]:
         """The blocks that were ever given something else than what the one before gave back."""
