@@ -3,10 +3,27 @@
 from typing import Any
 
 import torch
+from timm.models._features import feature_take_indices
 from timm.models.resnet import ResNet
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import DenseShortcutError
+
+
+class CifarResNet(ResNet):
+    """timm's ResNet with as many intermediate maps as `feature_info` names; timm's own counts four stages always."""
+
+    def forward_intermediates(
+        self, x: Tensor, indices: int | list[int] | None = None, *args: Any, **kwargs: Any
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """As timm's, with indices that count the maps of this network."""
+        taken, _ = feature_take_indices(len(self.feature_info), indices)
+        return super().forward_intermediates(x, taken, *args, **kwargs)
+
+    def prune_intermediate_layers(self, indices: int | list[int] = 1, *args: Any, **kwargs: Any) -> list[int]:
+        """As timm's, with indices that count the maps of this network."""
+        taken, _ = feature_take_indices(len(self.feature_info), indices)
+        return super().prune_intermediate_layers(taken, *args, **kwargs)
 
 
 def cifar_resnet(
@@ -19,7 +36,7 @@ def cifar_resnet(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **kwargs: Any,
-) -> ResNet:
+) -> CifarResNet:
     """timm's ResNet with the stem for small images; the shortcut between stages is the 1x1 projection.
 
     Args:
@@ -35,7 +52,7 @@ def cifar_resnet(
             f"output_stride={output_stride} is not for the CIFAR networks, whose stages already keep 8x8: leave it out."
         )
     # timm gives the first stage 64 maps, or twice the width of a deep stem; the stem itself is replaced below.
-    model = ResNet(
+    model = CifarResNet(
         block,
         layers,
         channels=channels,
