@@ -204,8 +204,7 @@ def test_forward_intermediates_end_with_forward_features(swept):
     with torch.no_grad():
         final, maps = net.forward_intermediates(x)
         assert torch.equal(final, net.forward_features(x)) and torch.equal(maps[-1], final)
-    channels = [info["num_chs"] for info in net.feature_info]  # timm counts four stages: the empty one repeats a map
-    assert [m.shape[1] for m in maps] == channels + channels[-1:] * (5 - len(channels))
+    assert [m.shape[1] for m in maps] == [info["num_chs"] for info in net.feature_info]
 
 
 def test_gradient_checkpointing_runs_each_block_and_keeps_loss_and_gradients(swept, monkeypatch):
@@ -299,6 +298,34 @@ def test_pruning_to_an_intermediate_map_leaves_no_parameter_without_a_gradient(n
     assert_every_parameter_has_a_gradient(net, net(images(name)))
 
 
+@pytest.mark.parametrize("name", ["dsnet20", "dsnet29"])
+def test_indices_of_intermediate_maps_count_the_stages_of_a_network_for_small_images(name):
+    net, x = create(name).eval(), images(name)
+    with torch.no_grad():
+        maps = net.forward_intermediates(x, intermediates_only=True)
+        assert len(maps) == 4
+        for index in (0, 1, 3, -1, -3):
+            (alone,) = net.forward_intermediates(x, [index], stop_early=True, intermediates_only=True)
+            assert torch.equal(alone, maps[index])
+        assert all(map(torch.equal, net.forward_intermediates(x, 2, intermediates_only=True), maps[2:]))
+    for refused in ([4], [-5], 5):
+        with pytest.raises(AssertionError, match="out of range"):
+            net.forward_intermediates(x, refused)
+        with pytest.raises(AssertionError, match="out of range"):
+            net.prune_intermediate_layers(refused)
+
+
+@pytest.mark.parametrize(("index", "left"), [(-1, 3), (3, 3), (-2, 2), (1, 1)])
+def test_pruning_a_network_for_small_images_keeps_the_map_and_what_is_before_it(index, left):
+    net, x = create("dsnet20").eval(), images("dsnet20")
+    with torch.no_grad():
+        expected = net.forward_intermediates(x, intermediates_only=True)[index]
+        assert net.prune_intermediate_layers([index]) == [left]
+        assert torch.equal(net(x), expected)
+    assert [len(stage) for stage in (net.layer1, net.layer2, net.layer3)] == [3] * left + [0] * (3 - left)
+    assert net.num_features == expected.shape[1] and isinstance(net.fc, nn.Identity)
+
+
 def test_checkpointing_of_a_cut_network_runs_and_keeps_its_gradients(monkeypatch):
     import timm.models._features as module
 
@@ -370,7 +397,7 @@ def test_output_stride_of_a_cifar_network_is_refused(name):
 
 @pytest.mark.parametrize("name", ["dsnet18", "dsnet20", "ds2res2net50"])
 def test_registered_networks_are_timms_resnet(name):
-    assert type(create(name)) is ResNet
+    assert isinstance(create(name), ResNet)
 
 
 def lr_scales(net: nn.Module) -> dict[int, float]:

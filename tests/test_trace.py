@@ -847,3 +847,110 @@ def test_what_a_block_cannot_be_given_is_an_error_of_one_sentence_or_its_hosts()
         net(x, size={3})
     with pytest.raises(ds.DenseShortcutError, match="give it by name"):
         ds.plug_in(Gives(PassesOn))(x, 1)
+
+
+# Traced by torch.fx as part of a network ------------------------------------------------------------------------------
+
+
+class Masked(nn.Module):
+    """A layer that does without its mask, as attention does."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, power: float = 1.0) -> Tensor:
+        return F.dropout(x, 0.0) if mask is None else x * mask * power
+
+
+class HandsOn(Block):
+    """Leaves what it is given besides to a layer, by keyword and as timm's vision transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masked = Masked()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, power: float = 1.0) -> Tensor:
+        return x + self.f(self.masked(x, mask=mask, power=power))
+
+
+@block
+def TakesAMask(self, x, mask=None, power: float = 1.0):
+    out = self.f(x) * power
+    return x + (out if mask is None else out * mask)
+
+
+@block
+def TakesAPair(self, x, size, mask=None, *, power: float = 1.0):
+    out = F.interpolate(self.f(x) * power, size=(size[0], size[1]))
+    return x + (out if mask is None else out * mask)
+
+
+@block
+def AsksForATensor(self, x, mask=None):
+    return x + self.f(x) * (2 if isinstance(mask, Tensor) else 1)
+
+
+class Hands(nn.Module):
+    """A network whose blocks get its own arguments: a graph of it has a placeholder for each."""
+
+    def __init__(self, cls: type[nn.Module]) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.blocks = nn.ModuleList([cls() for _ in range(3)])
+        self.register_buffer("own", torch.rand(1, C, 1, 1))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, power: float = 1.0) -> Tensor:
+        for each in self.blocks:
+            x = each(x, mask=mask, power=power)
+        return x
+
+
+class HandsAMask(Hands):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        for each in self.blocks:
+            x = each(x, mask=mask)
+        return x
+
+
+class HandsItsBuffer(Hands):
+    def forward(self, x: Tensor, mask: Tensor | None = None, power: float = 1.0) -> Tensor:
+        for each in self.blocks:
+            x = each(x, self.own, power=0.5)
+        return x
+
+
+class HandsAPair(Hands):
+    def forward(self, x: Tensor, mask: Tensor | None = None, power: float = 1.0) -> Tensor:
+        for each in self.blocks:
+            x = each(x, (x.shape[2], x.shape[3]), mask, power=power)
+        return x
+
+
+@pytest.mark.parametrize("options", [{"norm": None}, {"keep_identity": True}], ids=str)
+@pytest.mark.parametrize(
+    ("make", "cls"),
+    [
+        (Hands, HandsOn),
+        (Hands, TakesAMask),
+        (HandsItsBuffer, HandsOn),
+        (HandsItsBuffer, TakesAMask),
+        (HandsAPair, TakesAPair),
+    ],
+)
+def test_a_block_passes_on_what_a_traced_network_gives_it(make, cls, options):
+    x, mask = (torch.rand(2, C, 6, 5, dtype=torch.float64) for _ in range(2))
+    host = make(cls).double()
+    net = ds.plug_in(copy.deepcopy(host), **options)
+    for train in (True, False):
+        graph = torch.fx.symbolic_trace(copy.deepcopy(net).train(train))
+        twin = torch.fx.symbolic_trace(copy.deepcopy(host).train(train))
+        for given in ({"mask": mask, "power": 0.3}, {"mask": mask}):
+            assert torch.equal(twin(x, **given), host.train(train)(x, **given))
+            assert_close(graph(x, **given), net.train(train)(x, **given), 1e-12, "output")
+        graph.graph.lint()
+
+
+def test_a_cut_for_a_traced_network_serves_no_call_with_tensors():
+    """A graph of the host asks a placeholder for its type too; a call with a tensor is not what was traced."""
+    net, x = ds.plug_in(HandsAMask(AsksForATensor), norm=None).eval(), torch.rand(1, C, 3, 3)
+    with torch.no_grad():
+        assert_close(torch.fx.symbolic_trace(net)(x), net(x).double(), 1e-5, "output")
+    with pytest.raises(ds.DenseShortcutError, match="misses some of what it does"):
+        net(x, mask=x)

@@ -69,11 +69,11 @@ class DenseSpatialBlock(_DenseDaViT, SpatialBlock):
 
         x = self.norm1(x.flatten(2).transpose(1, 2)).view(images, height, width, channels)
         x = F.pad(x, (0, 0, 0, -width % columns, 0, -height % rows))
-        padded = x.shape[1:3]
+        _, high, wide, _ = x.shape
 
         x = self.attn(window_partition(x, self.window_size).view(-1, rows * columns, channels))
 
-        x = window_reverse(x.view(-1, rows, columns, channels), self.window_size, *padded)
+        x = window_reverse(x.view(-1, rows, columns, channels), self.window_size, high, wide)
         return self.drop_path1(x[:, :height, :width].reshape(images, height * width, channels))
 
 

@@ -3,10 +3,27 @@
 from typing import Any
 
 import torch
+from timm.models._features import feature_take_indices
 from timm.models.resnet import ResNet
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import DenseShortcutError
+
+
+class CifarResNet(ResNet):
+    """timm's ResNet with as many intermediate maps as `feature_info` names; timm's own counts four stages always."""
+
+    def forward_intermediates(
+        self, x: Tensor, indices: int | list[int] | None = None, *args: Any, **kwargs: Any
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """As timm's, with indices that count the maps of this network."""
+        taken, _ = feature_take_indices(len(self.feature_info), indices)
+        return super().forward_intermediates(x, taken, *args, **kwargs)
+
+    def prune_intermediate_layers(self, indices: int | list[int] = 1, *args: Any, **kwargs: Any) -> list[int]:
+        """As timm's, with indices that count the maps of this network."""
+        taken, _ = feature_take_indices(len(self.feature_info), indices)
+        return super().prune_intermediate_layers(taken, *args, **kwargs)
 
 
 def cifar_resnet(
@@ -19,7 +36,7 @@ def cifar_resnet(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **kwargs: Any,
-) -> ResNet:
+) -> CifarResNet:
     """timm's ResNet with a stem for small images; shortcuts between stages are 1x1 projections.
 
     Args:
@@ -35,7 +52,7 @@ def cifar_resnet(
             f"output_stride={output_stride} does not apply to the CIFAR networks, which keep 8x8 or 4x4: leave it out."
         )
     # timm expects 64 channels from the stem, or twice the width of a deep one; the stem itself is replaced below.
-    model = ResNet(
+    model = CifarResNet(
         block,
         layers,
         channels=channels,

@@ -6,6 +6,7 @@ have an attribute or child of any name.
 """
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.fx._symbolic_trace import _maybe_revert_all_patches
 from torch.nn.utils.parametrize import is_parametrized
 
 from ...errors import DenseShortcutError
@@ -46,6 +49,8 @@ class Trace:
     def of(self, block: Any, call: Call, *inputs: Any) -> Parts:
         """The cut for the mode a block is in, called in this way, with these inputs; none stands for an example.
 
+        What is cut in a symbolic trace is not kept: a call with tensors is checked with those.
+
         Raises:
             DenseShortcutError: the block was changed, or is called, in a way that the trace does not understand.
         """
@@ -53,20 +58,46 @@ class Trace:
         if key in self.states and not torch.compiler.is_compiling() and self._is_stale(block, key):
             del self.parts[key], self.states[key]
         if key not in self.parts:
+            if any(map(_is_symbolic, inputs)):
+                with _maybe_revert_all_patches():  # else torch.fx records the check's calls of modules as well
+                    return self._traced_for(block, call, *self._stand_ins(call))
             example = tuple(map(_without_data, inputs)) or self.layout.example()
             while len(self.parts) >= _KEPT and not torch.compiler.is_compiling():
                 oldest = next(iter(self.parts))  # a number that differs at each call would fill the memory
                 del self.parts[oldest]
                 self.states.pop(oldest, None)
-            try:
-                self.parts[key] = trace(view(block, self.host), lambda: example, call)
-                self.note(block, key, None)
-            except NoResidual as reason:
-                name = self.host.__name__
-                raise DenseShortcutError(
-                    f"a plugged {name} is not understood as it is now set or called: {reason}."
-                ) from reason
+            self.parts[key] = self._traced_for(block, call, example)
+            self.note(block, key, None)
         return self.parts[key]
+
+    def _traced_for(self, block: Any, call: Call, *examples: tuple[Any, ...]) -> Parts:
+        """The cut of a block called in this way, checked with the first of the examples that it can be checked with."""
+
+        def attempt(example: tuple[Any, ...]) -> Parts:
+            return trace(view(block, self.host), lambda: example, call)
+
+        reason = None
+        for example in examples:
+            try:
+                return attempt(example)
+            except NoResidual as error:
+                reason = reason or error
+        raise DenseShortcutError(
+            f"a plugged {self.host.__name__} is not understood as it is now set or called: {reason}."
+        ) from reason
+
+    def _stand_ins(self, call: Call) -> Iterator[tuple[Any, ...]]:
+        """Examples to check a cut with in a symbolic trace, whose inputs have no values: those of plugging in.
+
+        Further arguments are at their defaults. None may stand for itself, where a layer gets it, or for a number,
+        where the block computes with it.
+        """
+        x, *others = self.layout.example()
+        parameters = inspect.signature(self.host.forward).parameters
+        defaults = {name: parameters[name].default if name in parameters else None for name in call.inputs}
+        defaults |= dict(zip(_needed_arguments(self.host), others, strict=True))
+        yield x, *defaults.values()
+        yield x, *(x.new_ones(()) if value is None else value for value in defaults.values())
 
     def _is_stale(self, block: Any, key: tuple[bool, Call]) -> bool:
         state, before = state_of(block, self.parts[key].opened), self.states[key]
@@ -81,6 +112,11 @@ class Trace:
 
 def _without_data(value: Any) -> Any:
     return torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
+
+
+def _is_symbolic(value: Any) -> bool:
+    """Whether it is a value of a symbolic trace by torch.fx, or a list or tuple with such."""
+    return isinstance(value, Proxy) or (isinstance(value, list | tuple) and any(map(_is_symbolic, value)))
 
 
 class TracedBlock:
@@ -200,7 +236,7 @@ def _arguments(host: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
         raise TypeError(f"{host.__name__}.forward() got an unexpected keyword argument '{next(iter(named))}'")
     given |= named
     needed = _needed_arguments(host)
-    inputs = {name: value for name, value in given.items() if name in needed or isinstance(value, Tensor)}
+    inputs = {n: v for n, v in given.items() if n in needed or isinstance(v, Tensor) or _is_symbolic(v)}
     try:
         return inputs, tuple((name, frozen(value)) for name, value in given.items() if name not in inputs)
     except NoResidual as reason:
