@@ -186,14 +186,13 @@ def test_memory_stays_flat_over_many_images_without_the_garbage_collector(method
         for number in range(images):
             cam_maps(model, torch.full((1, 3, 8, 8), number / 200), [number % 3], method)
             if number in (19, 59, 199):
-                alive = gc.get_objects()
-                counts.append((len(alive), sum(issubclass(type(o), Tensor) for o in alive)))
-                del alive
+                kinds = [type(o) for o in gc.get_objects()]
+                own = sum(str(kind.__module__).startswith("dense_shortcuts") for kind in kinds)
+                counts.append((own, sum(issubclass(kind, Tensor) for kind in kinds)))
     finally:
         gc.enable()
-    objects, tensors = zip(*counts, strict=True)
-    assert len(set(tensors)) == 1
-    assert max(objects) - min(objects) < 50
+    # closures of torch.library's own bookkeeping wait for the collector; no tensor and nothing of this package does
+    assert len(set(counts)) == 1
 
 
 # Layers ---------------------------------------------------------------------------------------------------------------

@@ -70,6 +70,9 @@ class DotsArgs(ctypes.Structure):
     _fields_ = [*_SHAPE, *_fields(grads=_MAPS, num_grads=_INT, maps=_MAPS, num_maps=_INT, rows=_INT, out=_ADDRESS)]
 
 
+_array = cache(lambda cls, count: cls * count)  # ctypes would make the class anew at each call
+
+
 def schema() -> str:
     """Every structure with its size and field offsets, in the format of the library's `dense_shortcuts_schema`."""
     structures: tuple[Any, ...] = (Map, Term, MomentsArgs, JoinArgs, PullArgs, MixArgs, DotsArgs)
@@ -128,11 +131,11 @@ class _Call:
         return Map(x.data_ptr(), KINDS[x.dtype])
 
     def maps(self, maps: Sequence[Tensor]) -> Any:
-        return (Map * len(maps))(*map(self.map, maps))
+        return _array(Map, len(maps))(*map(self.map, maps))
 
     def terms(self, maps: Sequence[Tensor], scales: Sequence[Tensor | None]) -> Any:
         found = [Term(self.map(x), *self.rows(a)) for x, a in zip(maps, scales, strict=True)]
-        return (Term * len(found))(*found)
+        return _array(Term, len(found))(*found)
 
     def rows(self, x: Tensor | None) -> tuple[int | None, int]:
         """Address and number of rows of coefficients (1 or N, C)."""
