@@ -9,8 +9,8 @@ from dense_shortcuts.experiments.bench.models import SWEEP_WIDTH, bare_stage
 from dense_shortcuts.experiments.bench.public_form import PublicStage
 from dense_shortcuts.experiments.bench.traffic import best_tile, host_traffic, least_traffic, operators, shortcut_bytes
 
-N, SIDE = 2, 8
-LITTLE_MORE = 1.7  # numbers for each channel and image weigh much beside such small maps
+N, SIDE = 2, 16
+LITTLE_MORE = 1.7
 MAP_BYTES = 8 * N * SWEEP_WIDTH * SIDE * SIDE  # float64
 
 
@@ -117,12 +117,25 @@ def test_the_public_form_moves_all_that_its_pairs_ask_for():
     assert found.moved == pytest.approx(by_hand * MAP_BYTES, rel=0.03)
 
 
+@pytest.mark.parametrize("depth", [1, 4, 8])
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_the_operator_moves_what_its_passes_read_and_write(norm, depth):
+    """Beside the least: statistics of X_0 and each branch, and backwards the maps once more for their scales."""
+    found = shortcut_bytes(stage(depth, norm=norm, backend="native"), stage(depth), step)
+    pairs = depth * (depth + 1) // 2
+    forward = (depth + 1) + (pairs + 2 * depth)  # feature_stats; dense_add
+    sums = 3 * depth + (pairs - depth) + (pairs + depth)  # y, its gradient, G; later gradients; maps and branch
+    others = 3 * depth + (2 + depth)  # pulls of branches and of X_0
+    by_hand = forward + sums + others + 3  # and X_0 has two gradients
+    assert found.moved == pytest.approx(by_hand * MAP_BYTES, rel=0.1)  # and numbers for each channel and image
+
+
 def infer(network: nn.Module) -> None:
     with torch.inference_mode():
         network.eval()(torch.randn(N, SWEEP_WIDTH, SIDE, SIDE, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3, 6, 16, *(pytest.param(n, marks=pytest.mark.long) for n in (23, 36))])
+@pytest.mark.parametrize("depth", [1, 2, 8, 36])
 @pytest.mark.parametrize("norm", ["group", "batch"])
 @pytest.mark.parametrize("projection", [False, True])
 @pytest.mark.parametrize("trains", [False, True])
@@ -143,7 +156,3 @@ def test_no_back_end_moves_less_than_the_least_and_the_fused_ones_little_more(de
     assert found["native"].moved <= found["plain"].moved
     if depth > 1:
         assert found["native"].moved < LITTLE_MORE * found["native"].least
-
-
-def test_a_network_without_shortcuts_has_no_such_bytes():
-    assert shortcut_bytes(stage(2), stage(2), step) is None

@@ -10,25 +10,24 @@ from ...errors import DenseShortcutError
 What = Literal["train", "infer"]
 Mode = Literal["eager", "compiled"]
 
-# The goals of the project are stated for these settings, and the plain command measures them.
+_DSNETS = ("dsnet50/group", "dsnet50/batch", "dsnet152/group", "dsnet152/batch")  # their peers come with them
+_BOTH: tuple[What, ...] = ("train", "infer")
+# What the plain command measures, for which the goals are stated; images a step and modes are the networks' own.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "cpu": {
-        "models": ("timm.resnet50", "torchvision.densenet121", "timm.rdnet_tiny", "dsnet50/*", "public_dsnet50"),
-        "modes": ("eager",),
-        "image_size": (128,),
-        "precision": "no",
-        "rounds": 7,
-    },
+    "cpu": {"models": _DSNETS, "what": _BOTH, "image_size": (224,), "precision": "no", "rounds": 7},
     "cuda": {
-        "models": (
-            *("torchvision.resnet50", "torchvision.densenet121", "timm.rdnet_tiny", "dsnet50/*", "public_dsnet50"),
-            *("torchvision.resnet152", "dsnet152/*"),
-        ),
-        "modes": ("eager", "compiled"),
+        "models": ("torchvision.densenet121", *_DSNETS),
+        "what": _BOTH,
         "image_size": (224,),
         "precision": "bf16",
         "rounds": 15,
     },
+}
+# Each network that is compiled takes from half a minute to two: under --gpu one norm, and training alone.
+DEFAULTS["gpu"] = DEFAULTS["cuda"] | {
+    "models": ("torchvision.densenet121", "dsnet50/group", "dsnet152/group"),
+    "what": ("train",),
+    "rounds": 7,
 }
 SWEEP_SIZE = {"cpu": 16, "cuda": 28}  # side of the feature maps of a depth sweep, in pixels
 
@@ -38,17 +37,23 @@ class BenchConfig:
     """What is measured and how; what is left at None or empty is chosen by the device."""
 
     models: tuple[str, ...] = ()
-    """Names or wildcards, such as timm.resnet50 or 'dsnet152/*'; '*' is everything."""
+    """Names or wildcards, such as timm.resnet50, 'plugged.*' or 'dsnet152/*'; '*' is everything."""
     depths: tuple[int, ...] = ()
     """Measure one stage of so many blocks for each number, not whole networks, and fit how the cost grows."""
-    what: tuple[What, ...] = ("train", "infer")
-    """Training step, inference, or both."""
+    what: tuple[What, ...] = ()
+    """Training step, inference, or both; empty is both, and under --gpu the training step."""
     modes: tuple[Mode, ...] = ()
-    """As PyTorch runs it by itself, or through torch.compile; each is compared with its like."""
+    """As PyTorch runs it by itself, or through torch.compile; each is compared with its like.
+
+    Empty is both on CUDA and for networks of depth 50, else eager."""
     device: Literal["cpu", "cuda"] | None = None
     """None is CUDA where there is one."""
+    gpu: bool = False
+    """Eight minutes of one NVIDIA card: hold the kernels to the reference, then measure what there is time for."""
     batch_size: int | None = None
-    """Images a step; None is 8 on a CPU; on CUDA 256, or 128 for the deeper networks and 64 in a depth sweep."""
+    """Images a step; None is 8 on a CPU, 256 on CUDA, and half of it for all networks but those of depth 50.
+
+    In a depth sweep it is 8, or 64 on CUDA."""
     image_size: tuple[int, ...] = ()
     """Sides of the square images in pixels, in a depth sweep those of the feature maps."""
     precision: Literal["no", "bf16"] | None = None
@@ -65,17 +70,18 @@ class BenchConfig:
     """Folder for the figures, which must not exist; None makes one under runs/ named by the time."""
 
     def resolved(self, device: str) -> "BenchConfig":
-        """The same with nothing left open but the batch size, which the networks decide.
+        """The same with nothing left open but the batch size and the modes, which the networks decide.
 
         Raises:
             DenseShortcutError: numbers that cannot work.
         """
-        _check(self)
-        own = dict(DEFAULTS[device])
+        own = dict(DEFAULTS["gpu" if self.gpu else device])
         if self.depths:
             own |= {"models": ("*",), "image_size": (SWEEP_SIZE[device],)}
         chosen = {key: value for key, value in own.items() if getattr(self, key) in (None, ())}
-        return dataclasses.replace(self, **chosen | {"device": device})
+        found = dataclasses.replace(self, **chosen | {"device": device})
+        _check(found)
+        return found
 
 
 def _check(config: BenchConfig) -> None:
@@ -93,5 +99,3 @@ def _check(config: BenchConfig) -> None:
         )
     if config.folded and "train" in config.what:
         raise DenseShortcutError("--folded leaves networks that only infer: add --what infer.")
-    if not config.what:
-        raise DenseShortcutError("--what is empty: take train, infer or both.")

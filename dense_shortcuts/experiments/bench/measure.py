@@ -27,6 +27,7 @@ _KEPT = {_TRIM_THRESHOLD: 2**31 - 1, _MMAP_MAX: 0}
 _OWN = {_TRIM_THRESHOLD: 2**26, _MMAP_THRESHOLD: 2**25, _MMAP_MAX: 2**16}  # what glibc comes to by itself at the most
 LEAST_SECONDS = 0.3  # a turn is as many calls as fill this time
 WARM_CALLS = 2
+TIME_IS_UP = "the time of --gpu was up"
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Row:
         launched: kernels (CUDA) or operators (CPU) of forward and backward pass, and of inference, by the same; empty
             where they cannot be counted.
         peak_bytes: of a training step, weights, gradients, optimizer state and batch included.
-        shortcut_bytes: of a training step's shortcuts; None where there are none, and in compiled form.
+        shortcut_bytes: of a training step's shortcuts; None where there are none that `traffic` knows, and compiled.
     """
 
     name: str
@@ -123,7 +124,7 @@ class Contender:
         state = [t for entry in self.optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]
         resident = [*self.model.parameters(), *self.model.buffers(), *state, self.images, self.labels]
         self.row.peak_bytes = peak_bytes(call, resident, self.device)
-        if not self.compiled:
+        if not self.compiled and self.entry.build_host is not None:
             host = self._placed(self.entry.build_host()).train()
             self.row.shortcut_bytes = shortcut_bytes(self.model, host, self._forward_backward)
             self.optimizer.zero_grad(set_to_none=True)
@@ -160,6 +161,7 @@ def compare(
     config: BenchConfig,
     device: torch.device,
     tell: Callable[[str], Any],
+    until: float = math.inf,
 ) -> Result:
     """Measure the networks of a comparison in turn, round by round.
 
@@ -170,6 +172,7 @@ def compare(
         config: a resolved configuration.
         device: where to measure.
         tell: takes a line about what is done.
+        until: time of `time.monotonic` after which no network but the peer is begun.
 
     Raises:
         DenseShortcutError: the peer cannot run; any other network that cannot is left out with the reason.
@@ -182,13 +185,20 @@ def compare(
     contenders, left_out = [], {}
     with settled(device, config.keep_heap):
         for entry in comparison.entries:
+            if time.monotonic() > until and entry.name != comparison.peer:
+                left_out[entry.name] = TIME_IS_UP
+                continue
             tell(f"warming up {entry.name}")
             try:
                 contenders.append(warmed_up(entry, mode, images, labels, config))
-            except (RuntimeError, DenseShortcutError) as error:  # out of memory, no compiler, no such kernel
-                left_out[entry.name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            # out of memory, no compiler, no such kernel; timm asserts that an image has a transformer's own size
+            except (RuntimeError, AssertionError, DenseShortcutError) as error:
+                left_out[entry.name] = reason(error)
             if comparison.peer in left_out:
-                raise DenseShortcutError(f"the peer {entry.name} cannot run here ({left_out[entry.name]}).")
+                raise DenseShortcutError(
+                    f"the peer {entry.name} cannot run here ({left_out[entry.name]}): take another --batch-size or "
+                    "--image-size, or other --models."
+                )
 
         for number in range(config.rounds or 1):
             tell(f"round {number + 1} of {config.rounds}")
@@ -198,6 +208,12 @@ def compare(
                     contender.turn(what)
     rows = [contender.row for contender in contenders]
     return Result(comparison.label, mode, comparison.peer, shape, comparison.depth, rows, left_out)
+
+
+def reason(error: Exception) -> str:
+    """An error's kind and first line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def warmed_up(entry: Entry, mode: Mode, images: Tensor, labels: Tensor, config: BenchConfig) -> Contender:

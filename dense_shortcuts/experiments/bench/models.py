@@ -1,4 +1,4 @@
-"""What is compared: families of networks of one depth, or stages of one depth, each with the peer of its ratios."""
+"""What is compared: networks of one depth, a host with what it is plugged, or stages of one depth, each with a peer."""
 
 import dataclasses
 import difflib
@@ -6,6 +6,7 @@ import fnmatch
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import timm
 import torchvision
@@ -15,20 +16,22 @@ from torch import nn
 from ...errors import DenseShortcutError
 from ...surgery.plug import plug_in
 from ..environment import backends
-from .config import BenchConfig
+from .config import BenchConfig, Mode
 from .public_form import PublicStage, public_dsnet
 
 NORMS = ("group", "batch")
+HOSTS = ("vit_small_patch16_224", "convnext_tiny", "mobilenetv3_large_100", "swin_tiny_patch4_window7_224")
+Variants = dict[str, tuple[str, str]]  # norm and back end by what a name ends in: without a back end what users get
 SWEEP_WIDTH = 256  # channels of the feature maps in a depth sweep
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A network by its name, and the host that it was made from."""
+    """A network by its name, and the ResNet that it was made from, if any: `traffic` knows what others move."""
 
     name: str
     build: Callable[[], nn.Module]
-    build_host: Callable[[], nn.Module]
+    build_host: Callable[[], nn.Module] | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Comparison:
         classes: channels of the output.
         batch_size: images a step.
         depth: blocks of the stage in a depth sweep.
+        modes: in which it is measured.
     """
 
     label: str
@@ -52,28 +56,31 @@ class Comparison:
     classes: int
     batch_size: int
     depth: int | None = None
+    modes: tuple[Mode, ...] = ("eager",)
 
 
-def comparisons(config: BenchConfig, device: str) -> tuple[list[Comparison], dict[str, str]]:
-    """What a resolved configuration asks for, and back ends that cannot run here with the reason.
+def comparisons(config: BenchConfig, device: str) -> list[Comparison]:
+    """What a resolved configuration asks for.
 
     Raises:
         DenseShortcutError: a name that nothing has, or of a back end that cannot run here.
     """
     runs = backends(device)
-    usable = [name for name, refusal in runs.items() if not refusal]
+    variants = {norm: (norm, "auto") for norm in NORMS}
+    variants |= {f"{norm}/{name}": (norm, name) for norm in NORMS for name, refusal in runs.items() if not refusal}
     if config.depths:
-        found = [_stage_of(depth, device, usable) for depth in dict.fromkeys(config.depths)]
+        found = [_stage_of(depth, device, variants) for depth in dict.fromkeys(config.depths)]
     else:
-        found = [_family(depth, device, usable) for depth in ("50", "101", "152")]
-    if config.batch_size is not None:
-        found = [dataclasses.replace(each, batch_size=config.batch_size) for each in found]
+        found = [_family(depth, device, variants) for depth in ("50", "101", "152")]
+        found += [_plugged(name, device) for name in HOSTS]
     _check_names(config.models, {e.name for each in found for e in each.entries}, runs)
-    kept = [dataclasses.replace(each, entries=_select(each, config.models)) for each in found]
-    return [each for each in kept if each.entries], {name: refusal for name, refusal in runs.items() if refusal}
+    asked: dict[str, Any] = {"batch_size": config.batch_size, "modes": config.modes}
+    asked = {field: value for field, value in asked.items() if value}
+    kept = [dataclasses.replace(each, entries=_select(each, config.models), **asked) for each in found]
+    return [each for each in kept if each.entries]
 
 
-def _family(depth: str, device: str, usable: Sequence[str]) -> Comparison:
+def _family(depth: str, device: str, variants: Variants) -> Comparison:
     host, dense = f"resnet{depth}", f"dsnet{depth}"
     build_host = partial(timm.create_model, host)
     others = [partial(_from_torchvision, host), build_host]
@@ -82,29 +89,41 @@ def _family(depth: str, device: str, usable: Sequence[str]) -> Comparison:
         wanted = ("densenet121", "densenet169", "densenet201")
         others += [*(partial(_from_torchvision, name) for name in wanted), partial(timm.create_model, "rdnet_tiny")]
         names += [*(f"torchvision.{name}" for name in wanted), "timm.rdnet_tiny"]
-    entries = [Entry(name, build, build) for name, build in zip(names, others, strict=True)]
+    entries = [Entry(name, build) for name, build in zip(names, others, strict=True)]
     entries += [
-        Entry(f"{dense}/{norm}/{backend}", partial(timm.create_model, dense, norm=norm, backend=backend), build_host)
-        for norm in NORMS
-        for backend in usable
+        Entry(f"{dense}/{name}", partial(timm.create_model, dense, norm=norm, backend=backend), build_host)
+        for name, (norm, backend) in variants.items()
     ]
     entries.append(Entry(f"public_{dense}", partial(public_dsnet, host), build_host))
-    batch_size = 8 if device == "cpu" else 256 if depth == "50" else 128
-    return Comparison(f"depth {depth}", names[device == "cpu"], tuple(entries), 3, 1000, batch_size)
+    images = {"cpu": 8, "cuda": 256}[device] // (1 if depth == "50" else 2)
+    modes = _modes(device, quick=depth == "50")
+    return Comparison(f"depth {depth}", names[device == "cpu"], tuple(entries), 3, 1000, images, modes=modes)
 
 
-def _stage_of(depth: int, device: str, usable: Sequence[str]) -> Comparison:
+def _plugged(host: str, device: str) -> Comparison:
+    """A network of another kind, and with the shortcuts that `plug_in` gives it by default."""
+    build = partial(timm.create_model, host)
+    entries = Entry(f"timm.{host}", build), Entry(f"plugged.{host}", lambda: plug_in(build()))
+    images = {"cpu": 4, "cuda": 128}[device]
+    return Comparison(host, entries[0].name, entries, 3, 1000, images, modes=_modes(device, quick=False))
+
+
+def _modes(device: str, quick: bool) -> tuple[Mode, ...]:
+    """Both where it does not take minutes to compile a network."""
+    return ("eager", "compiled") if quick or device == "cuda" else ("eager",)
+
+
+def _stage_of(depth: int, device: str, variants: Variants) -> Comparison:
     host = partial(bare_stage, depth)
-    entries = [Entry("host", host, host)]
+    entries = [Entry("host", host)]
     entries += [
-        Entry(f"dense/{norm}/{backend}", partial(_dense_stage, depth, norm, backend), host)
-        for norm in NORMS
-        for backend in usable
+        Entry(f"dense/{name}", partial(_dense_stage, depth, norm, backend), host)
+        for name, (norm, backend) in variants.items()
     ]
     entries.append(Entry("public", partial(_public_stage, depth), host))
-    batch_size = 8 if device == "cpu" else 64
+    images, modes = {"cpu": 8, "cuda": 64}[device], _modes(device, quick=False)
     label = f"stage of {depth} block{'s' * (depth > 1)}"
-    return Comparison(label, "host", tuple(entries), SWEEP_WIDTH, SWEEP_WIDTH, batch_size, depth)
+    return Comparison(label, "host", tuple(entries), SWEEP_WIDTH, SWEEP_WIDTH, images, depth, modes)
 
 
 def _from_torchvision(name: str) -> nn.Module:

@@ -1,8 +1,7 @@
-"""What a benchmark leaves to read: tables for the terminal and for RESULTS.md, JSON, and a plot."""
+"""What a benchmark leaves to read: tables for the terminal and for RESULTS.md, and JSON."""
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .figures import Growth, images_per_second, memory_ratio, speed_ratio
@@ -66,12 +65,9 @@ def cost_cells(result: Result, device: str) -> Cells:
 
 
 def goal_cells(outcomes: Sequence[Outcome]) -> Cells:
-    """The goals as a table, headings first: one row a goal, one column a norm."""
-    rows: dict[str, list[str]] = {}
-    for outcome in outcomes:
-        figure = "" if outcome.measured is None else f"{outcome.measured:.3f} {outcome.mode}, "
-        rows.setdefault(outcome.goal, [outcome.goal, outcome.needed]).append(figure + outcome.verdict)
-    return [["goal", "needed", *dict.fromkeys(outcome.norm for outcome in outcomes)], *rows.values()]
+    """The goals as a table, headings first."""
+    rows = [[o.goal, o.needed, _form(o.measured, ".3f"), o.mode or "-", o.verdict] for o in outcomes]
+    return [["goal", "needed", "measured", "mode", "verdict"], *rows]
 
 
 def growth_tables(growths: Sequence[Growth]) -> dict[str, Cells]:
@@ -126,65 +122,3 @@ def as_json(result: Result) -> dict[str, Any]:
         found["shortcut_bytes"] = row.shortcut_bytes._asdict() if row.shortcut_bytes is not None else None
         rows.append(found)
     return dataclasses.asdict(result) | {"rows": rows}
-
-
-def plot(path: Path, results: Sequence[Result], growths: Sequence[Growth]) -> None:
-    """The figures as a PNG: for a depth sweep the costs by depth, else ratios to the peer."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    if growths:
-        figure = Figure(figsize=(13, 4.5), layout="constrained")
-        plot_growths(figure, growths)
-    else:
-        height = sum(1.2 + 0.32 * len(result.rows) for result in results)
-        figure = Figure(figsize=(13, height), layout="constrained")
-        plot_ratios(figure, results)
-    FigureCanvasAgg(figure).print_png(path)
-
-
-def plot_ratios(figure: Any, results: Sequence[Result]) -> None:
-    """A row of panels for each result: speed of training step and inference, memory; bars with the rounds' spread."""
-    heights = [2 + len(result.rows) for result in results]
-    panels = figure.subplots(len(results), 3, squeeze=False, gridspec_kw={"height_ratios": heights})
-    for line, result in zip(panels, results, strict=True):
-        peer, names = result.rows[0], [row.name for row in result.rows]
-        for axes, what in zip(line, ("train", "infer"), strict=False):
-            found = [(row.name, speed_ratio(row, peer, what)) for row in result.rows]
-            ratios = {name: ratio for name, ratio in found if ratio is not None}
-            spread = [
-                [r.median - r.least for r in ratios.values()],
-                [r.most - r.median for r in ratios.values()],
-            ]
-            axes.barh(list(ratios), [r.median for r in ratios.values()], xerr=spread if ratios else None, capsize=2)
-            axes.set_title({"train": "training step", "infer": "inference"}[what] + ", speed over peer's", fontsize=9)
-        memory = [memory_ratio(row, peer) or 0.0 for row in result.rows]
-        line[2].barh(names, memory, color="tab:orange")
-        line[2].set_title("peak memory over peer's", fontsize=9)
-        line[0].set_ylabel(f"{result.label}\n{result.mode}, {result.shape[2]} px", fontsize=9)
-        for axes in line:
-            axes.axvline(1.0, color="black", linewidth=0.8)
-            axes.invert_yaxis()
-            axes.tick_params(labelsize=8)
-        for axes in line[1:]:
-            axes.tick_params(labelleft=False)
-
-
-def plot_growths(figure: Any, growths: Sequence[Growth]) -> None:
-    """A panel for each cost, by depth, both logarithmic; a cost that is not above 0 has no place there."""
-    kinds = list(dict.fromkeys(growth.what for growth in growths if growth.what != "least bytes"))
-    for axes, what in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
-        name, factor = GROWTH_NAMES[what]
-        for growth in growths:
-            points = {depth: cost * factor for depth, cost in growth.by_depth.items() if cost > 0}
-            if growth.what == what and points:
-                power = "" if growth.exponent is None else f": L^{growth.exponent:.2f}"
-                label = f"{growth.name}, {growth.mode}{power}"
-                axes.plot(list(points), list(points.values()), marker=".", label=label)
-        axes.set(xscale="log", yscale="log", xlabel="blocks L", title=name)
-        axes.set_xticks(sorted({d for g in growths for d in g.by_depth}), labels=None)
-        axes.xaxis.set_major_formatter("{x:.0f}")
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(fontsize=7)

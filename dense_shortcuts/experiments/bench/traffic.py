@@ -2,7 +2,7 @@
 
 Both are of one region: from the output of a branch's last convolution, and of the projection's, to the stage's maps
 X_l. In it are the batch norms behind these convolutions, the shortcuts, the sum and the activation, for the operator
-makes them in one pass, and what it saves of one must not be credited to another.
+makes them one sum, and what it saves of one must not be credited to another.
 """
 
 from collections.abc import Callable, Iterator
@@ -81,22 +81,20 @@ class ShortcutBytes(NamedTuple):
 
 def shortcut_bytes(
     network: nn.Module, host: nn.Module, step: Callable[[nn.Module], Any], *, trains: bool = True
-) -> ShortcutBytes | None:
-    """Bytes that a network moves for shortcuts, sums, activations and the norms before them; None without shortcuts.
+) -> ShortcutBytes:
+    """Bytes that a network moves for shortcuts, sums, activations and the norms before them.
 
     What is moved is what the operators of a step read and write, less those of the same step of the host, plus what the
     host moves in the region itself (`host_traffic`). An operator counts each of its tensors once, whatever it does
     inside. Nothing moves less than `least`, which bounds the same region.
 
     Args:
-        network: a plugged network or a public form.
+        network: a plugged ResNet, or its public form.
         host: the network that it was made from.
         step: forward and backward pass of a network, eager, or the forward pass alone.
         trains: whether there is a backward pass.
     """
     stages: list[Any] = [m for m in network.modules() if isinstance(m, DenseStage | PublicStage)]
-    if not stages:
-        return None
     sizes: dict[int, int] = {}  # of a map in bytes, by the stage's place
     hooks = [
         stage.register_forward_hook(lambda _, __, y, place=place: sizes.__setitem__(place, y.nbytes))
