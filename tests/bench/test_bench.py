@@ -132,7 +132,7 @@ def test_the_catalogue_has_every_network_for_every_norm_and_back_end_that_runs()
     usable = [name for name, refusal in backends("cpu").items() if not refusal]
     dsnets = {f"dsnet{d}/{n}/{b}" for d in (50, 101, 152) for n in ("group", "batch") for b in usable}
     assert names == hosts | dense_nets | dsnets | {f"public_dsnet{d}" for d in (50, 101, 152)}
-    assert {"plain", "cpu"} <= set(usable) and not set(usable) & set(refusals)
+    assert "plain" in usable and not set(usable) & set(refusals)
     assert {each.peer for each in found} == {"timm.resnet50", "timm.resnet101", "timm.resnet152"}
     on_cuda = comparisons(BenchConfig(models=("dsnet*",)).resolved("cuda"), "cpu")[0]
     assert [each.batch_size for each in on_cuda] == [8, 8, 8]
