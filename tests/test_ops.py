@@ -224,13 +224,13 @@ def test_the_best_kernels_run_by_default_and_a_named_back_end_is_kept(monkeypatc
 
 def test_without_the_library_networks_run_plain_and_say_so_once(monkeypatch, caplog):
     monkeypatch.setattr(native, "library", lambda: (None, "the package was installed without a C++ compiler"))
-    backend_module._automatic.cache_clear()
+    backend_module._automatic_once.cache_clear()
     net, x = ds.plug_in(timm.create_model("resnet18")), torch.randn(2, 3, 64, 64)
     for _ in range(2):
         net(x)
     said = [record.getMessage() for record in caplog.records if "without a C++ compiler" in record.getMessage()]
     assert len(said) == 1 and "plain" in said[0]
-    backend_module._automatic.cache_clear()
+    backend_module._automatic_once.cache_clear()
     with pytest.raises(ds.DenseShortcutError, match=r"'native' cannot run here \(the package was installed without"):
         ds.plug_in(timm.create_model("resnet18"), backend="native")(x)
 

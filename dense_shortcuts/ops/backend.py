@@ -35,12 +35,12 @@ def choose(x: Tensor, wanted: str = "auto", *, tiled: bool = False) -> str:
         DenseShortcutError: unknown name, or a named back end that cannot run on this machine, on this map or in this
             transform. An empty map needs no kernel and takes the plain path under any name.
     """
-    named = (os.environ.get(VARIABLE) or "auto") if wanted == "auto" else wanted
+    named, where = (wanted, "") if wanted != "auto" else (os.environ.get(VARIABLE) or "auto", f" in {VARIABLE}")
     if named not in BACKENDS:
-        where = f" in {VARIABLE}" if wanted == "auto" else ""
         raise DenseShortcutError(f"unknown back end {named!r}{where}: choose one of {', '.join(BACKENDS)}.")
     transformed = _are_functorch_transforms_active() or forward_ad._current_level >= 0
-    if named == "plain" or (named == "auto" and (transformed or _is_recording())):
+    recorded = torch.jit.is_tracing() or _is_exporting()  # for other runtimes, which know no custom operators
+    if named == "plain" or (named == "auto" and (transformed or recorded)):
         return "plain"
     if transformed:
         raise DenseShortcutError(
@@ -48,8 +48,7 @@ def choose(x: Tensor, wanted: str = "auto", *, tiled: bool = False) -> str:
             "choose 'auto' or 'plain'."
         )
     device = x.device.type
-    fault = None if named == "auto" else unusable(named, device, x.dtype)
-    if fault is not None:
+    if named != "auto" and (fault := unusable(named, device, x.dtype)) is not None:
         raise DenseShortcutError(f"the back end {named!r} cannot run here ({fault}): choose 'auto' or 'plain'.")
     if named == "auto" and device == "cpu" and is_compiling() and not tiled:
         return "plain"  # Inductor fuses these passes, without a Python call per block
@@ -99,18 +98,17 @@ def _without_triton(device: str) -> str | None:
     return f"Triton kernels are for NVIDIA GPUs, and maps are on {'ROCm' if torch.version.hip else device}"
 
 
-@torch.compiler.assume_constant_result
-@cache
+@torch.compiler.assume_constant_result  # which the compiler knows of a plain function only, not of a cached one
 def _automatic(device: str, dtype: torch.dtype) -> str:
+    return _automatic_once(device, dtype)
+
+
+@cache
+def _automatic_once(device: str, dtype: torch.dtype) -> str:
     own, reason = own_backend(device, dtype)
     level = logging.INFO if own != "plain" else logging.WARNING
     _logger.log(level, "dense shortcuts on %s in %s use the %s back end: %s", device, dtype, own, reason)
     return own
-
-
-def _is_recording() -> bool:
-    """Whether a graph for other runtimes is being traced, where custom operators would be unknown."""
-    return torch.jit.is_tracing() or _is_exporting()
 
 
 @torch.compiler.assume_constant_result  # PyTorch 2.9 would compile it to True
