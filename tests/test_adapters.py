@@ -466,7 +466,7 @@ def test_the_adapter_that_a_refusal_prints_works_once_its_dots_are_filled_in(cls
     with pytest.raises(ds.DenseShortcutError) as error:
         ds.plan(host)
     text = str(error.value).partition("\n\n")[2]
-    assert ("import Local" in text, "joined" in text) == (False, cls in (TakesMore, GivesTwo))
+    assert ("import Local" in text, "in_stage" in text) == (False, cls in (TakesMore, GivesTwo))
     text = text.replace("return ..., None", f"return {branch}, None").replace("return ...", "return 4")
     text = text.replace("return x, ...", "return x, x")
     exec(text, {} if "<locals>" not in cls.__qualname__ else {"Local": cls})
