@@ -333,8 +333,8 @@ def test_timms_switch_for_checkpointing_recomputes_and_keeps_every_gradient(make
     assert len(passes) == 2
     assert_all_close(actual, gradients(net), 1e-5)
     for place, stage in ds.dense_stages(net).items():  # what is not plugged in counts a batch twice, as in the host
-        for row in stage.rows:
-            for n in range(row.first, row.stop):
+        for segment in stage.segments:
+            for n in range(segment.first, segment.stop):
                 again = ds.dense_stages(twin)[place][n]
                 for (name, value), other in zip(stage[n].named_buffers(), again.buffers(), strict=True):
                     assert_close(other, value.double(), 1e-6, name)
