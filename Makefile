@@ -5,18 +5,21 @@ BIN := $(VENV)/bin
 BUILT_FROM := pyproject.toml setup.py dense_shortcuts/ops/backends/native.cpp
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: compare test test-long test-all accuracy check bench docs clean
+.PHONY: compare test test-long test-all families accuracy check bench docs clean
 
 compare: $(VENV)/installed
 	$(BIN)/dsnet compare
 
 test: $(VENV)/installed-dev
-	$(PYTEST) -m "not accuracy and not long"
+	$(PYTEST) -m "not accuracy and not families and not long"
 
 test-long: $(VENV)/installed-dev
-	$(PYTEST) -m "long and not accuracy"
+	$(PYTEST) -m "long and not accuracy and not families"
 
 test-all: test test-long
+
+families: $(VENV)/installed-dev
+	$(PYTEST) -m families
 
 accuracy: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m accuracy

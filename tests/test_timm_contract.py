@@ -313,20 +313,22 @@ def made(subject: str, plugged: bool, **options: Any) -> nn.Module:
     return found.create_plugged(**options) if plugged else found.create(**options)
 
 
-def sweep(subjects: Iterable[str], is_long: Callable[[str, Any], bool]) -> list[Any]:
-    """Each fact of each subject, those of one subject together."""
+def sweep(subjects: Iterable[str], mark: Any, is_marked: Callable[[str, Any], bool]) -> list[Any]:
+    """Each fact of each subject, those of one subject together; some are marked."""
     return [
-        pytest.param(name, fact, id=f"{name}-{fact.__name__}", marks=[pytest.mark.long] if is_long(name, fact) else [])
+        pytest.param(name, fact, id=f"{name}-{fact.__name__}", marks=[mark] if is_marked(name, fact) else [])
         for name, fact in itertools.product(subjects, FACTS)
     ]
 
 
-@pytest.mark.parametrize(("name", "fact"), sweep(OURS, lambda name, fact: name not in TRACED_OFTEN and fact in TRACED))
+@pytest.mark.parametrize(
+    ("name", "fact"), sweep(OURS, pytest.mark.long, lambda name, fact: name not in TRACED_OFTEN and fact in TRACED)
+)
 def test_our_networks_keep_what_timm_promises(name, fact):
     fact(lambda **options: copy.deepcopy(made(name, False, **options)), OURS[name].images())
 
 
-@pytest.mark.parametrize(("name", "fact"), sweep(HOSTS, lambda name, fact: name not in OFTEN))
+@pytest.mark.parametrize(("name", "fact"), sweep(HOSTS, pytest.mark.families, lambda name, fact: name not in OFTEN))
 def test_a_plugged_network_keeps_what_its_host_does(name, fact):
     host = HOSTS[name]
     if not timm.is_model(host.name):
