@@ -132,7 +132,7 @@ def test_a_make_target_installs_what_it_needs_and_calls_what_is_said(command, tm
     target = command.split()[1]
     calls = {
         "compare": "dsnet compare",
-        "test": 'python -m pytest -n logical --maxprocesses 4 --dist worksteal -m "not accuracy and not long"',
+        "test": 'python -m pytest -n logical --maxprocesses 4 --dist worksteal -m "not accuracy and not families and not long"',
         "accuracy": "python -m pytest -m accuracy",
         "docs": "mkdocs build --strict",
     }
@@ -158,7 +158,7 @@ def test_ci_runs_the_tests_of_the_readme_and_the_long_ones_once_each():
     rules = (ROOT / "Makefile").read_text()
     assert "\ntest-all: test test-long\n" in rules
     selections = re.findall(r"\$\(PYTEST\) -m \"(.*)\"", rules)
-    assert selections == ["not accuracy and not long", "long and not accuracy"]
+    assert selections == ["not accuracy and not families and not long", "long and not accuracy and not families"]
 
 
 # What else it states --------------------------------------------------------------------------------------------------
