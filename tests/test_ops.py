@@ -68,6 +68,22 @@ def test_each_pass_matches_the_reference(shape, rows, dtype, tolerance, channels
     close(k.dots(later, earlier, n), reference.dots(later, earlier, n), 4 * pixels)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("addends", [0, 1])
+@pytest.mark.parametrize("count", [2, 9, 19])
+def test_a_sum_written_over_its_first_tensor_has_the_same_bits(count, addends, dtype, channels_last):
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    xs = [x.contiguous(memory_format=layout) for x in maps(count, (2, 70, 9, 3), dtype)]
+    wide = ops.accumulation_dtype(dtype)
+    scales, bias = torch.randn(count - addends, 2, 70, dtype=wide), torch.randn(2, 70, dtype=wide)
+    given = (xs[:addends], xs[addends:], scales, bias, True, True)
+    expected = native.join(*given)
+    found = native.join(*given, out=xs[0])
+    assert found[0] is xs[0]
+    assert all(map(torch.equal, found, expected))
+
+
 def test_variance_of_a_map_far_from_zero_does_not_cancel():
     x = 100 + torch.randn(2, 8, 24, 24, generator=torch.Generator().manual_seed(0))
     for layout in (torch.contiguous_format, torch.channels_last):

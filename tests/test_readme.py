@@ -132,7 +132,8 @@ def test_a_make_target_installs_what_it_needs_and_calls_what_is_said(command, tm
     target = command.split()[1]
     calls = {
         "compare": "dsnet compare",
-        "test": 'python -m pytest -n logical --maxprocesses 4 --dist worksteal -m "not accuracy and not families and not long"',
+        "test": "python -m pytest -n logical --maxprocesses 4 --dist worksteal "
+        '-m "not accuracy and not families and not long"',
         "accuracy": "python -m pytest -m accuracy",
         "docs": "mkdocs build --strict",
     }

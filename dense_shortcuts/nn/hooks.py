@@ -9,7 +9,6 @@ _GLOBAL = (
     _module._global_backward_hooks,
     _module._global_backward_pre_hooks,
 )
-_OWN = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def observed(module: nn.Module) -> bool:
@@ -23,7 +22,9 @@ def observed(module: nn.Module) -> bool:
 
 def has_own_hooks(module: nn.Module) -> bool:
     """Whether the module itself has a hook, or a replaced forward pass, as Accelerate does it."""
-    return any(getattr(module, name) for name in _OWN) or "forward" in module.__dict__
+    forward = module._forward_hooks or module._forward_pre_hooks
+    backward = module._backward_hooks or module._backward_pre_hooks
+    return bool(forward or backward) or "forward" in module.__dict__
 
 
 def has_hooks(module: nn.Module) -> bool:

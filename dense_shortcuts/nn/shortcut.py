@@ -102,7 +102,7 @@ class DenseShortcut(nn.Module):
 
     def norm(self, i: int) -> nn.Module | None:
         """The norm of map X_i; None if no block sums it, or maps are summed without a norm."""
-        return self.norms[self._norm_of[i]] if i in self._norm_of and len(self.norms) else None
+        return self.norms[self._norm_of[i]] if i in self._norm_of else None
 
     def weight(self, k: int, features: Sequence[Feature] = ()) -> Tensor:
         """w of block l = k + 1 for the maps it sums: (maps, C), or (maps, N, C) if it depends on the maps."""
@@ -137,6 +137,7 @@ class DenseShortcut(nn.Module):
         branch: Feature | None = None,
         relu: bool = False,
         finish: bool = False,
+        overwrite: bool = False,
         backend: str = "plain",
     ) -> tuple[Tensor, Feature | None]:
         """addends + branch + sum_i w_{l,i} * N(X_i) for block l = k + 1.
@@ -146,8 +147,9 @@ class DenseShortcut(nn.Module):
             addends: the residual branch and anything else that is added unscaled, each (N, C, H, W).
             state: with the k + 1 earlier maps.
             branch: the residual branch before its last norm, instead of as an addend.
-            relu: whether to apply ReLU, the activation, in the same pass.
+            relu: whether to apply ReLU in the same pass.
             finish: whether the result is X_l itself, so its moments may be computed in the same pass.
+            overwrite: whether the sum may be written over its first tensor, a partial sum or the branch.
             backend: from `ops.choose`.
 
         Returns:
@@ -181,6 +183,7 @@ class DenseShortcut(nn.Module):
             num_consumers=self._num_consumers(k + 1) if one_pass else 0,
             per_image=self.per_image,
             backend=backend,
+            out=(*addends, *maps)[0] if overwrite else None,
         )
         return added.map, as_feature(norm, added.map, added) if one_pass else None
 

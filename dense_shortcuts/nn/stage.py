@@ -1,7 +1,8 @@
 """The stage container: runs its blocks, keeps their feature maps, and adds each block's dense shortcut."""
 
 from collections.abc import Iterator
-from typing import Any, overload
+from contextlib import nullcontext
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -90,8 +91,7 @@ class DenseStage(nn.Module):
 
         Args:
             context: one of `contexts`.
-            x: the stage's input X_in for the first block, else the previous block's output.
-            state: what the previous step returned; an empty one for the first.
+            x, state: what the previous step returned; the stage's input X_in and an empty state for the first.
             args, kwargs: what else the host passes to its blocks.
 
         Returns:
@@ -100,15 +100,12 @@ class DenseStage(nn.Module):
         if context.shortcut is None:
             return context.block(x, *args, **kwargs), StageState()
         recomputes = is_recomputing()
-        if context.k == 0:
-            state = StageState()
-        else:
-            _check_follows(context.k, x, state, recomputes)
-        add = ResidualAdd(context, state, self.aggregate, self.keep_identity)
-        if not recomputes:
-            return _run(context.block, add, x, args, kwargs)
-        with frozen_statistics(context.block, context.shortcut):
-            return _run(context.block, add, x, args, kwargs)
+        state = StageState() if context.k == 0 else state
+        _check_follows(context.k, x, state, recomputes)
+        add = ResidualAdd(self, context, x, state)
+        with frozen_statistics(context.block, context.shortcut) if recomputes else nullcontext():
+            result = context.block(x, *args, residual_add=add, **kwargs)
+            return result, add.finish(context.block, result)
 
     def contexts(self) -> list[BlockContext]:
         """Where each block stands. Shortcuts may be wrapped by PEFT, whose wrappers forward every attribute."""
@@ -119,18 +116,14 @@ class DenseStage(nn.Module):
             hooked = [has_hooks(blocks[n]) for n in inside]
             for k, n in enumerate(inside):
                 last = n + 1 == segment.stop
-                seen = observed(blocks[n]), not last and hooked[k + 1]
+                seen = observed(blocks[n]), hooked[k], not last and hooked[k + 1]
                 contexts[n] = BlockContext(blocks[n], shortcut, k, last, *seen, layout_of(blocks[n]))
         return contexts
 
     def __len__(self) -> int:
         return len(self._modules) - len(self.segments)
 
-    @overload
-    def __getitem__(self, index: int) -> nn.Module: ...
-    @overload
-    def __getitem__(self, index: slice) -> "list[Step]": ...
-    def __getitem__(self, index: int | slice) -> "nn.Module | list[Step]":
+    def __getitem__(self, index: int | slice) -> Any:
         """Block `index`; for a slice, the steps of one pass, for host code that runs them in sequence."""
         return list(self)[index] if isinstance(index, slice) else self.blocks[index]
 
@@ -148,21 +141,13 @@ class DenseStage(nn.Module):
         return f"aggregate={self.aggregate!r}, keep_identity={self.keep_identity}"
 
 
-def _run(
-    block: nn.Module, add: ResidualAdd, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, StageState]:
-    """The block's output, and the state after it."""
-    result = block(x, *args, residual_add=add, **kwargs)
-    return result, add.finish(block, result)
-
-
 def _check_follows(k: int, x: Tensor, state: StageState, recomputes: bool) -> None:
     """Check that block l = k + 1 of a segment is given the previous block's output.
 
     Raises:
         DenseShortcutError: the map was changed in between, or the previous block was skipped.
     """
-    if len(state.features) != k + 1:
+    if k and len(state.features) != k + 1:
         raise DenseShortcutError(
             "a block of a dense stage was run without those before it (a slice, or blocks dropped at random), so it "
             "has no earlier maps: run all blocks, or leave the stage out with plug_in(stages=..)."

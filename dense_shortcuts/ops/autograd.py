@@ -165,8 +165,8 @@ def through_moments(
         return None, None
     pixels = x.shape[2] * x.shape[3]
     slope = torch.zeros_like(mean) if grad_var is None else grad_var * (2 / pixels)
-    offset = -slope * mean
-    return offset if grad_mean is None else offset + grad_mean / pixels, slope
+    own = torch.zeros_like(mean) if grad_mean is None else grad_mean / pixels
+    return torch.addcmul(own, slope, mean, value=-1), slope
 
 
 def pull(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

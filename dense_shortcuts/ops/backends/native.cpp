@@ -290,11 +290,11 @@ void sum_group(int64_t count, int64_t n, const A* start, const A* const* x, cons
 // map has one coefficient. The row stays in the L1 cache from term to term.
 template <class A, End END>
 void sum_row(int64_t count, int64_t n, A start, const A* const* x, const A* const* a, const A* mask, A* acc) {
-  std::fill(acc, acc + n, start);
-  for (int64_t m = 0; m < count; ++m) {
+  if (count == 0) std::fill(acc, acc + n, start);
+  for (int64_t m = 0; m < count; ++m) {  // acc may be the first map
     const A scale = *a[m], *from = x[m];
 #pragma omp simd
-    for (int64_t j = 0; j < n; ++j) acc[j] += scale * from[j];
+    for (int64_t j = 0; j < n; ++j) acc[j] = (m == 0 ? start : acc[j]) + scale * from[j];
   }
   if (END == End::NONE) return;
 #pragma omp simd
@@ -497,29 +497,6 @@ constexpr int64_t BLOCK = 64;  // channels that a thread processes at a time
 
 // All functions named team_* are called by every thread of a parallel region, and share the work among the threads.
 
-// Mean and sum of squared deviations of n channels, starting at `from`, over several chunks, by Chan's formula; returns
-// the number of pixels.
-double merge_moments(const Shape& shape, const double* parts, int64_t first, int64_t chunks, int64_t from, int64_t n,
-                     double* mean, double* about) {
-  const double* part = parts + first * 2 * shape.channels + from;
-  std::copy(part, part + n, mean);
-  std::copy(part + shape.channels, part + shape.channels + n, about);
-  double count = double(chunk_pixels(shape, first % shape.splits()));
-  for (int64_t k = first + 1; k < first + chunks; ++k) {
-    part += 2 * shape.channels;
-    const double more = double(chunk_pixels(shape, k % shape.splits())), total = count + more;
-    const double share = more / total, between = count * share;
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) {
-      const double delta = part[j] - mean[j];
-      mean[j] += delta * share;
-      about[j] += part[shape.channels + j] + delta * delta * between;
-    }
-    count = total;
-  }
-  return count;
-}
-
 // Adds up the sums of chunks, (chunks, terms, C), to (terms, rows, C): the last term goes to `last`, the others to
 // `out`.
 template <class A>
@@ -572,19 +549,21 @@ void team_sum(const Sum<A>& sum, void* out, int64_t kind, double* moments, A* pr
   }
 }
 
-// Moments of each image, (N, C), from those of its chunks, (chunks, 2, C).
+// Moments of each image, (N, C), from those of its chunks, (chunks, 2, C), by the law of total variance.
 template <class A>
 void team_image_moments(const Shape& shape, const double* parts, A* mean, A* var) {
-  const int64_t c = shape.channels, splits = shape.splits(), blocks = (c + BLOCK - 1) / BLOCK;
+  const int64_t c = shape.channels, splits = shape.splits();
 #pragma omp for
-  for (int64_t unit = 0; unit < shape.images * blocks; ++unit) {
-    const int64_t image = unit / blocks, from = unit % blocks * BLOCK, n = std::min(BLOCK, c - from);
-    double m[BLOCK], about[BLOCK];
-    const double count = merge_moments(shape, parts, image * splits, splits, from, n, m, about);
-    for (int64_t j = 0; j < n; ++j) {
-      mean[image * c + from + j] = A(m[j]);
-      var[image * c + from + j] = A(about[j] / count);
+  for (int64_t unit = 0; unit < shape.images * c; ++unit) {
+    const double* part = parts + unit / c * splits * 2 * c + unit % c;
+    double sum = 0, about = 0;
+    for (int64_t k = 0; k < splits; ++k) sum += part[k * 2 * c] * chunk_pixels(shape, k);
+    const double whole = sum / shape.pixels;
+    for (int64_t k = 0; k < splits; ++k) {
+      const double between = part[k * 2 * c] - whole;
+      about += part[k * 2 * c + c] + between * between * chunk_pixels(shape, k);
     }
+    mean[unit] = A(whole), var[unit] = A(about / shape.pixels);
   }
 }
 

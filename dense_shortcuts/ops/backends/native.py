@@ -170,13 +170,19 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join(
-    addends: Sequence[Tensor], maps: Sequence[Tensor], scales: Tensor, bias: Tensor | None, relu: bool, statistics: bool
+    addends: Sequence[Tensor],
+    maps: Sequence[Tensor],
+    scales: Tensor,
+    bias: Tensor | None,
+    relu: bool,
+    statistics: bool,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.join`."""
+    """See `reference.join`; y is written over `out` if that, the first tensor of the sum, is given."""
     first = _dense((*addends, *maps)[0])
     call = _Call(first)
     terms = call.terms([*addends, *maps], [*[None] * len(addends), *scales])
-    y = torch.empty_like(first)
+    y = torch.empty_like(first) if out is None else out
     mean, var = (call.new(*first.shape[:2]) if statistics else call.new(0) for _ in range(2))
     found = (mean.data_ptr(), var.data_ptr()) if statistics else (None, None)
     call.run("join", JoinArgs(*call.sizes, terms, len(terms), *call.rows(bias), relu, call.map(y), *found))
