@@ -17,7 +17,6 @@
 namespace {
 
 constexpr int64_t CHUNK = 512;  // pixels of one image that are summed without double precision
-constexpr int64_t GROUP = 4;    // rows held in registers in one pass
 
 enum Kind : int64_t { F32 = 0, F64 = 1, BF16 = 2, F16 = 3 };
 
@@ -164,61 +163,21 @@ void put(void* out, int64_t kind, const Chunk& chunk, int64_t row, const A* from
   });
 }
 
-// Up to GROUP rows of a map in the accumulation type, in place or converted into `scratch`: the first row, and the
-// distance from one row to the next.
+// A row of a map in the accumulation type, in place or converted into `scratch`.
 template <class A>
-struct Rows {
-  const A* first;
-  int64_t stride;
-  const A* operator[](int64_t r) const { return first + r * stride; }
-};
-
-template <class A>
-Rows<A> rows_of(const Map& map, const Chunk& chunk, int64_t row, int64_t rows, A* scratch) {
+const A* row_of(const Map& map, const Chunk& chunk, int64_t row, A* scratch) {
   const int64_t n = chunk.columns(), at = chunk.at(row);
-  if (map.kind == kind_of<A>())
-    return {static_cast<const A*>(map.data) + at, chunk.shape.last ? chunk.shape.channels : chunk.shape.pixels};
-  for (int64_t r = 0; r < rows; ++r)
-    typed(map.data, map.kind, chunk.at(row + r), [&](auto x) {
+  if (map.kind == kind_of<A>()) return static_cast<const A*>(map.data) + at;
+  typed(map.data, map.kind, at, [&](auto x) {
 #pragma omp simd
-      for (int64_t j = 0; j < n; ++j) scratch[r * n + j] = A(x[j]);
-    });
-  return {scratch, n};
+    for (int64_t j = 0; j < n; ++j) scratch[j] = A(x[j]);
+  });
+  return scratch;
 }
 
 enum End { NONE, RELU, MASK };
-enum More { NOTHING, MOMENTS, PRODUCTS };
 
-// Bytes in a vector register of the instruction set.
-#if defined(__AVX512F__)
-constexpr int WIDTH = 64;
-#elif defined(__AVX__)
-constexpr int WIDTH = 32;
-#else
-constexpr int WIDTH = 16;
-#endif
-template <class A>
-struct Wide {
-  typedef A type __attribute__((vector_size(WIDTH)));
-};
-
-template <class T, class A>
-inline T load(const A* from) {
-  T value;
-  std::memcpy(&value, from, sizeof(T));
-  return value;
-}
-
-template <class T, class A>
-inline void store(A* to, const T& value) { std::memcpy(to, &value, sizeof(T)); }
-
-// 0 where x is negative, or where the mask is not positive; NaN stays NaN, as in torch.relu.
-template <class T>
-inline T positive(const T& x) { return x < T{} ? T{} : x; }
-template <class T>
-inline T masked(const T& x, const T& mask) { return mask <= T{} ? T{} : x; }
-
-constexpr int64_t TERMS = 8;  // terms added in one pass over registers
+constexpr int64_t TERMS = 8;  // terms added in one pass over a row
 
 // Calls f with m, at most MOST, as a compile-time constant.
 template <int64_t MOST, class F>
@@ -229,138 +188,78 @@ void with_constant(int64_t m, F f) {
   f(std::integral_constant<int, MOST>{});
 }
 
-// R rows of channels_last maps, n apart, one vector T per row from column j on: out = start + sum over M terms of a[m]
-// * x[m], then ReLU or a mask. `start` is one row for all rows, or has rows n apart too. With MOMENTS, `sums` are those
-// of `add_moments`, and `fresh` starts them. The R rows share each loaded coefficient. M is a compile-time constant so
-// that each term has a load instruction of its own, which the hardware prefetcher follows.
-template <class T, int R, int M, End END, More MORE, class A>
-inline void sum_at(int64_t n, int64_t j, const A* start, int64_t start_stride, const A* const* x, const A* const* a,
-                   const A* mask, A* out, A* sums, bool fresh) {
-  T v[R];
-  for (int r = 0; r < R; ++r) v[r] = load<T>(start + j + r * start_stride);
-  for (int m = 0; m < M; ++m) {
-    const T scale = load<T>(a[m] + j);
-    for (int r = 0; r < R; ++r) v[r] += scale * load<T>(x[m] + j + r * n);
-  }
-  for (int r = 0; r < R; ++r) {
-    if (END == RELU) v[r] = positive(v[r]);
-    if (END == MASK) v[r] = masked(v[r], load<T>(mask + j + r * n));
-    store(out + j + r * n, v[r]);
-  }
-  if (MORE != MOMENTS) return;
-  const T shift = fresh ? v[0] : load<T>(sums + j);
-  T sum{}, square{};
-  for (int r = 0; r < R; ++r) {
-    const T d = v[r] - shift;
-    sum += d, square += d * d;
-  }
-  if (fresh) store(sums + j, shift);
-  store(sums + n + j, fresh ? sum : load<T>(sums + n + j) + sum);
-  store(sums + 2 * n + j, fresh ? square : load<T>(sums + 2 * n + j) + square);
-}
-
-template <class A, int M, int R, End END, More MORE>
-void sum_rows(int64_t n, const A* start, int64_t start_stride, const A* const* x, const A* const* a, const A* mask,
-              A* out, A* sums, bool fresh) {
-  using V = typename Wide<A>::type;
-  constexpr int64_t step = sizeof(V) / sizeof(A);
+// out = start + sum over M terms of a[m] * x[m], then ReLU or a mask, for a row of n columns; `out` may be one of the x.
+// Coefficients are one per column (LAST, channels_last) or one per row. A pass that is not the FIRST adds to `out`. M is
+// a compile-time constant so that each term has a load instruction of its own, which the hardware prefetcher follows.
+// NaN stays NaN, as in torch.relu.
+template <class A, int M, End END, bool LAST, bool FIRST>
+void add_terms(int64_t n, const A* start, const A* const* x, const A* const* a, const A* mask, A* out) {
   std::array<const A*, M == 0 ? 1 : M> xs{}, as{};
   for (int m = 0; m < M; ++m) xs[m] = x[m], as[m] = a[m];
-  int64_t j = 0;
-  for (; j + step <= n; j += step)
-    sum_at<V, R, M, END, MORE>(n, j, start, start_stride, xs.data(), as.data(), mask, out, sums, fresh);
-  for (; j < n; ++j)
-    sum_at<A, R, M, END, MORE>(n, j, start, start_stride, xs.data(), as.data(), mask, out, sums, fresh);
-}
-
-// R rows of a sum of channels_last maps. Single rows, of which a chunk has few, take one term per pass: less to compile.
-template <class A, int R, End END, More MORE>
-void sum_group(int64_t count, int64_t n, const A* start, const A* const* x, const A* const* a, const A* mask, A* out,
-               A* sums, bool fresh) {
-  constexpr int64_t terms = R == 1 ? 1 : TERMS;
-  int64_t stride = 0;
-  for (; count > terms; count -= terms, x += terms, a += terms, start = out, stride = n)
-    sum_rows<A, terms, R, End::NONE, NOTHING>(n, start, stride, x, a, mask, out, sums, fresh);
-  with_constant<terms>(count, [&](auto m) {
-    sum_rows<A, decltype(m)::value, R, END, MORE>(n, start, stride, x, a, mask, out, sums, fresh);
-  });
-}
-
-// acc = start + sum of a[m] * x[m], then ReLU or a mask, for a row of contiguous maps: pixels of one channel, so each
-// map has one coefficient. The row stays in the L1 cache from term to term.
-template <class A, End END>
-void sum_row(int64_t count, int64_t n, A start, const A* const* x, const A* const* a, const A* mask, A* acc) {
-  if (count == 0) std::fill(acc, acc + n, start);
-  for (int64_t m = 0; m < count; ++m) {  // acc may be the first map
-    const A scale = *a[m], *from = x[m];
 #pragma omp simd
-    for (int64_t j = 0; j < n; ++j) acc[j] = (m == 0 ? start : acc[j]) + scale * from[j];
+  for (int64_t j = 0; j < n; ++j) {
+    A v = FIRST ? start[LAST ? j : 0] : out[j];
+    for (int m = 0; m < M; ++m) v += as[m][LAST ? j : 0] * xs[m][j];
+    if (END == RELU) v = v < 0 ? A(0) : v;
+    if (END == MASK) v = mask[j] <= 0 ? A(0) : v;
+    out[j] = v;
   }
-  if (END == End::NONE) return;
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) acc[j] = END == RELU ? positive(acc[j]) : masked(acc[j], mask[j]);
 }
 
-// sums[c] += sum over rows of x * y, or of x if y is null; `fresh` starts the sums at zero.
+// `add_terms` for any number of terms.
+template <class A, End END, bool LAST>
+void sum_row(int64_t count, int64_t n, const A* start, const A* const* x, const A* const* a, const A* mask, A* out) {
+  const auto last = [&](auto m, auto first) {
+    add_terms<A, decltype(m)::value, END, LAST, decltype(first)::value>(n, start, x, a, mask, out);
+  };
+  if (count <= TERMS) return with_constant<TERMS>(count, [&](auto m) { last(m, std::true_type{}); });
+  add_terms<A, TERMS, NONE, LAST, true>(n, start, x, a, mask, out);
+  for (count -= TERMS, x += TERMS, a += TERMS; count > TERMS; count -= TERMS, x += TERMS, a += TERMS)
+    add_terms<A, TERMS, NONE, LAST, false>(n, start, x, a, mask, out);
+  with_constant<TERMS>(count, [&](auto m) { last(m, std::false_type{}); });
+}
+
+// Adds a row of x * y, or of x if y is null, to the sums over pixels, (C,), which row 0 starts.
 template <class A>
-void add_products(A* sums, bool fresh, const Chunk& chunk, int64_t row, int64_t rows, const Rows<A>& x,
-                  const Rows<A>* y) {
+void add_products(A* sums, const Chunk& chunk, int64_t row, const A* x, const A* y) {
   const int64_t n = chunk.columns();
-  if (chunk.shape.last && fresh) std::fill(sums, sums + n, A(0));
-  for (int64_t r = 0; r < rows; ++r) {
-    const A *from = x[r], *with = y == nullptr ? nullptr : (*y)[r];
-    if (chunk.shape.last) {
+  if (chunk.shape.last) {
+    if (row == 0) std::fill(sums, sums + n, A(0));
 #pragma omp simd
-      for (int64_t j = 0; j < n; ++j) sums[j] += with == nullptr ? from[j] : from[j] * with[j];
-      continue;
-    }
-    A sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < n; ++j) sum += with == nullptr ? from[j] : from[j] * with[j];
-    sums[row + r] = sum;
+    for (int64_t j = 0; j < n; ++j) sums[j] += y == nullptr ? x[j] : x[j] * y[j];
+    return;
   }
+  A sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < n; ++j) sum += y == nullptr ? x[j] : x[j] * y[j];
+  sums[row] = sum;
 }
 
-// Adds some rows of a map to the sums, (3, C), from which a chunk's moments are computed: a shift, and the sums of
-// x - shift and of its square. The shift is the chunk's first pixel; it avoids cancellation in maps with a large mean.
+// Adds a row to the sums, (3, C), from which a chunk's moments are computed: a shift, and the sums of x - shift and of
+// its square. The shift is the chunk's first pixel; it avoids cancellation in maps with a large mean.
 template <class A>
-void add_moments(A* sums, const Chunk& chunk, int64_t row, int64_t rows, const Rows<A>& x) {
+void add_moments(A* sums, const Chunk& chunk, int64_t row, const A* x) {
   const int64_t n = chunk.columns(), c = chunk.shape.channels;
   A *k = sums, *s = sums + c, *q = sums + 2 * c;
-  if (chunk.shape.last && row == 0) {
-    std::copy(x[0], x[0] + n, k);
-    std::fill(s, s + 2 * c, A(0));
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    const A* from = x[r];
-    if (chunk.shape.last) {
+  if (chunk.shape.last) {
+    if (row == 0) std::copy(x, x + n, k), std::fill(s, s + 2 * c, A(0));
 #pragma omp simd
-      for (int64_t j = 0; j < n; ++j) {
-        const A d = from[j] - k[j];
-        s[j] += d;
-        q[j] += d * d;
-      }
-      continue;
-    }
-    const A shift = from[0];
-    A sum = 0, square = 0;
-#pragma omp simd reduction(+ : sum, square)
     for (int64_t j = 0; j < n; ++j) {
-      const A d = from[j] - shift;
-      sum += d;
-      square += d * d;
+      const A d = x[j] - k[j];
+      s[j] += d;
+      q[j] += d * d;
     }
-    k[row + r] = shift, s[row + r] = sum, q[row + r] = square;
+    return;
   }
-}
-
-// Calls f(row, rows) over the rows of a chunk: GROUP at a time, then one by one.
-template <class F>
-void by_groups(const Chunk& chunk, F f) {
-  for (int64_t row = 0, rows; row < chunk.rows(); row += rows) {
-    rows = chunk.rows() - row >= GROUP ? GROUP : 1;
-    f(row, rows);
+  const A shift = x[0];
+  A sum = 0, square = 0;
+#pragma omp simd reduction(+ : sum, square)
+  for (int64_t j = 0; j < n; ++j) {
+    const A d = x[j] - shift;
+    sum += d;
+    square += d * d;
   }
+  k[row] = shift, s[row] = sum, q[row] = square;
 }
 
 // Mean, and sum of squared deviations from it, of each channel of a chunk, (2, C), from the sums of `add_moments`.
@@ -390,7 +289,7 @@ struct Sum {
   // Buffers of one thread.
   struct Scratch {
     std::vector<const A*> x, a;
-    std::vector<A> converted, out;  // GROUP rows of each map in another type
+    std::vector<A> converted, out;  // a row of each map in another type
   };
 
   // Whether some map is not in the accumulation type, so its rows must be converted.
@@ -403,93 +302,54 @@ struct Sum {
   Scratch scratch(int64_t kind) const {
     Scratch made;
     made.x.resize(terms.size()), made.a.resize(terms.size());
-    if (is_foreign()) made.converted.resize((terms.size() + 1) * GROUP * room_of(shape));
-    if (kind != kind_of<A>()) made.out.resize(GROUP * room_of(shape));
+    if (is_foreign()) made.converted.resize((terms.size() + 1) * room_of(shape));
+    if (kind != kind_of<A>()) made.out.resize(room_of(shape));
     return made;
   }
 
-  // One chunk: writes the rows to `out`, and to `sums`, depending on MORE, (3, C) for MOMENTS or (others + 1, C) for
-  // PRODUCTS.
-  template <More MORE>
-  void run(const Chunk& chunk, void* out, int64_t kind, A* sums, Scratch& scratch) const {
-    by_groups(chunk, [&](int64_t row, int64_t rows) { run_rows<MORE>(chunk, row, rows, out, kind, sums, scratch); });
+  // One chunk into `out`. Where they are not null, `moments`, (3, C), takes the sums of `add_moments`, and `products`,
+  // (others + 1, C), those of `add_products`.
+  void run(const Chunk& chunk, void* out, int64_t kind, A* moments, A* products, Scratch& scratch) const {
+    for (int64_t row = 0; row < chunk.rows(); ++row) {
+      const A* done = run_row(chunk, row, out, kind, scratch);
+      if (moments != nullptr)  // of the values as stored, which may have been rounded
+        add_moments(moments, chunk, row, row_of(Map{out, kind}, chunk, row, scratch.out.data()));
+      if (products == nullptr) continue;
+      A* sums = products;
+      for (const Map& other : others) {
+        add_products(sums, chunk, row, done, row_of(other, chunk, row, scratch.converted.data()));
+        sums += shape.channels;
+      }
+      add_products<A>(sums, chunk, row, done, nullptr);
+    }
   }
 
-  // GROUP rows of a chunk, or a single one.
-  template <More MORE>
-  void run_rows(const Chunk& chunk, int64_t row, int64_t rows, void* out, int64_t kind, A* sums,
-                Scratch& scratch) const {
-    const bool stored = kind == kind_of<A>();
-    const Rows<A> done =
-        stored ? rows_of<A>(Map{out, kind}, chunk, row, rows, nullptr) : Rows<A>{scratch.out.data(), chunk.columns()};
-    // moments are of the values as stored, which may have been rounded
-    constexpr More WHILE = MORE == PRODUCTS ? PRODUCTS : NOTHING;
-    if (shape.last && stored) run_last<MORE>(chunk, row, rows, done, sums, scratch);
-    else if (shape.last) run_last<WHILE>(chunk, row, rows, done, sums, scratch);
-    else run_contiguous<WHILE>(chunk, row, rows, done, sums, scratch);
-    if (!stored)
-      for (int64_t r = 0; r < rows; ++r) put(out, kind, chunk, row + r, done[r]);
-    if (MORE == MOMENTS && !(shape.last && stored))
-      add_moments(sums, chunk, row, rows, rows_of(Map{out, kind}, chunk, row, rows, scratch.out.data()));
-  }
-
-  template <More MORE>
-  void run_last(const Chunk& chunk, int64_t row, int64_t rows, const Rows<A>& done, A* sums, Scratch& scratch) const {
-    if (mask.data != nullptr) run_group<MORE, MASK>(chunk, row, rows, done, sums, scratch);
-    else if (relu) run_group<MORE, RELU>(chunk, row, rows, done, sums, scratch);
-    else run_group<MORE, End::NONE>(chunk, row, rows, done, sums, scratch);
-    if (MORE == PRODUCTS) add_all_products(chunk, row, rows, done, sums, scratch);
-  }
-
-  template <More MORE, End END>
-  void run_group(const Chunk& chunk, int64_t row, int64_t rows, const Rows<A>& done, A* sums, Scratch& scratch) const {
+  // A row of a chunk; returns it in the accumulation type.
+  const A* run_row(const Chunk& chunk, int64_t row, void* out, int64_t kind, Scratch& scratch) const {
     A* slot = scratch.converted.data();
     const auto taken = [&](const Map& map) {
-      const A* first = rows_of(map, chunk, row, rows, slot).first;
-      if (!scratch.converted.empty()) slot += GROUP * room_of(shape);
-      return first;
+      const A* x = row_of(map, chunk, row, slot);
+      if (x == slot) slot += room_of(shape);
+      return x;
     };
     for (size_t i = 0; i < terms.size(); ++i) {
       scratch.x[i] = taken(terms[i].map);
       scratch.a[i] = coefficient(static_cast<const A*>(terms[i].scale), terms[i].rows, chunk, row);
     }
-    const A *from = coefficient(start, start_rows, chunk, row), *masks = END == MASK ? taken(mask) : nullptr;
+    const A *from = coefficient(start, start_rows, chunk, row), *masks = mask.data == nullptr ? nullptr : taken(mask);
+    A* to = kind == kind_of<A>() ? static_cast<A*>(out) + chunk.at(row) : scratch.out.data();
+    if (shape.last) add_row<true>(chunk.columns(), from, masks, to, scratch);
+    else add_row<false>(chunk.columns(), from, masks, to, scratch);
+    put(out, kind, chunk, row, to);
+    return to;
+  }
+
+  template <bool LAST>
+  void add_row(int64_t n, const A* from, const A* masks, A* to, const Scratch& scratch) const {
     const A *const *x = scratch.x.data(), *const *a = scratch.a.data();
-    constexpr More WHILE = MORE == MOMENTS ? MOMENTS : NOTHING;
-    const int64_t count = terms.size(), n = chunk.columns();
-    A* out = const_cast<A*>(done.first);
-    if (rows == GROUP) sum_group<A, GROUP, END, WHILE>(count, n, from, x, a, masks, out, sums, row == 0);
-    else sum_group<A, 1, END, WHILE>(count, n, from, x, a, masks, out, sums, row == 0);
-  }
-
-  template <More MORE>
-  void run_contiguous(const Chunk& chunk, int64_t row, int64_t rows, const Rows<A>& done, A* sums,
-                      Scratch& scratch) const {
-    const int64_t n = chunk.columns(), room = room_of(shape);
-    for (int64_t r = 0; r < rows; ++r) {
-      A* slot = scratch.converted.data();
-      for (size_t i = 0; i < terms.size(); ++i, slot += room) {
-        scratch.x[i] = rows_of(terms[i].map, chunk, row + r, 1, slot).first;
-        scratch.a[i] = coefficient(static_cast<const A*>(terms[i].scale), terms[i].rows, chunk, row + r);
-      }
-      const A from = *coefficient(start, start_rows, chunk, row + r);
-      const A* masks = mask.data == nullptr ? nullptr : rows_of(mask, chunk, row + r, 1, slot).first;
-      const A *const *x = scratch.x.data(), *const *a = scratch.a.data();
-      A* acc = const_cast<A*>(done[r]);
-      if (masks != nullptr) sum_row<A, MASK>(terms.size(), n, from, x, a, masks, acc);
-      else if (relu) sum_row<A, RELU>(terms.size(), n, from, x, a, nullptr, acc);
-      else sum_row<A, End::NONE>(terms.size(), n, from, x, a, nullptr, acc);
-    }
-    if (MORE == PRODUCTS) add_all_products(chunk, row, rows, done, sums, scratch);
-  }
-
-  void add_all_products(const Chunk& chunk, int64_t row, int64_t rows, const Rows<A>& done, A* sums,
-                        Scratch& scratch) const {
-    for (size_t i = 0; i < others.size(); ++i) {
-      const Rows<A> other = rows_of(others[i], chunk, row, rows, scratch.converted.data());
-      add_products(sums + i * shape.channels, row == 0, chunk, row, rows, done, &other);
-    }
-    add_products<A>(sums + others.size() * shape.channels, row == 0, chunk, row, rows, done, nullptr);
+    if (masks != nullptr) sum_row<A, MASK, LAST>(terms.size(), n, from, x, a, masks, to);
+    else if (relu) sum_row<A, RELU, LAST>(terms.size(), n, from, x, a, nullptr, to);
+    else sum_row<A, NONE, LAST>(terms.size(), n, from, x, a, nullptr, to);
   }
 };
 
@@ -522,30 +382,30 @@ void team_merge(const Shape& shape, const A* parts, int64_t terms, int64_t rows,
 template <class A>
 void team_moments(const Shape& shape, const Map& x, double* parts) {
   const int64_t c = shape.channels;
-  std::vector<A> sums(3 * c), converted(x.kind == kind_of<A>() ? 0 : GROUP * room_of(shape));
+  std::vector<A> sums(3 * c), converted(x.kind == kind_of<A>() ? 0 : room_of(shape));
 #pragma omp for
   for (int64_t index = 0; index < shape.chunks(); ++index) {
     const Chunk chunk(shape, index);
-    by_groups(chunk, [&](int64_t row, int64_t rows) {
-      add_moments(sums.data(), chunk, row, rows, rows_of(x, chunk, row, rows, converted.data()));
-    });
+    for (int64_t row = 0; row < chunk.rows(); ++row)
+      add_moments(sums.data(), chunk, row, row_of(x, chunk, row, converted.data()));
     write_moments(sums.data(), c, chunk.pixels, parts + index * 2 * c);
   }
 }
 
-// Computes a sum over all chunks. With static scheduling, a thread gets the same chunks in every pass.
-template <More MORE, class A>
+// Computes a sum over all chunks, and where they are not null the moments of each, (chunks, 2, C), and the products,
+// (chunks, others + 1, C). With static scheduling, a thread gets the same chunks in every pass.
+template <class A>
 void team_sum(const Sum<A>& sum, void* out, int64_t kind, double* moments, A* products) {
   const Shape& shape = sum.shape;
   const int64_t c = shape.channels, chunks = shape.chunks(), terms = sum.others.size() + 1;
   typename Sum<A>::Scratch scratch = sum.scratch(kind);
-  std::vector<A> sums(MORE == MOMENTS ? 3 * c : 0);
+  std::vector<A> sums(moments == nullptr ? 0 : 3 * c);
 #pragma omp for
   for (int64_t index = 0; index < chunks; ++index) {
     const Chunk chunk(shape, index);
-    A* to = MORE == PRODUCTS ? products + index * terms * c : sums.data();
-    sum.template run<MORE>(chunk, out, kind, to, scratch);
-    if (MORE == MOMENTS) write_moments(to, c, chunk.pixels, moments + index * 2 * c);
+    A* to = products == nullptr ? nullptr : products + index * terms * c;
+    sum.run(chunk, out, kind, moments == nullptr ? nullptr : sums.data(), to, scratch);
+    if (moments != nullptr) write_moments(sums.data(), c, chunk.pixels, moments + index * 2 * c);
   }
 }
 
@@ -604,12 +464,8 @@ void join(const JoinArgs& args) {
   void* out = const_cast<void*>(args.out.data);
 #pragma omp parallel num_threads(args.threads)
   {
-    if (statistics) {
-      team_sum<MOMENTS>(sum, out, args.out.kind, parts.get(), static_cast<A*>(nullptr));
-      team_image_moments(shape, parts.get(), static_cast<A*>(args.mean), static_cast<A*>(args.var));
-    } else {
-      team_sum<NOTHING>(sum, out, args.out.kind, nullptr, static_cast<A*>(nullptr));
-    }
+    team_sum<A>(sum, out, args.out.kind, statistics ? parts.get() : nullptr, nullptr);
+    if (statistics) team_image_moments(shape, parts.get(), static_cast<A*>(args.mean), static_cast<A*>(args.var));
   }
 }
 
@@ -627,13 +483,10 @@ void pull(const PullArgs& args) {
   const auto parts = room_for<A>(args.rows ? shape.chunks() * terms * shape.channels : 0);
 #pragma omp parallel num_threads(args.threads)
   {
-    if (args.rows) {
-      team_sum<PRODUCTS>(sum, args.out, args.x.kind, nullptr, parts.get());
+    team_sum<A>(sum, args.out, args.x.kind, nullptr, args.rows ? parts.get() : nullptr);
+    if (args.rows)
       team_merge(shape, parts.get(), terms, args.rows, static_cast<A*>(args.grad_scales),
                  static_cast<A*>(args.grad_bias));
-    } else {
-      team_sum<NOTHING>(sum, args.out, args.x.kind, nullptr, static_cast<A*>(nullptr));
-    }
   }
 }
 
@@ -653,11 +506,9 @@ void mix(const MixArgs& args) {
 #pragma omp for
     for (int64_t index = 0; index < shape.chunks(); ++index) {
       const Chunk chunk(shape, index);
-      by_groups(chunk, [&](int64_t row, int64_t group) {  // rows of the maps stay in cache for all outputs
+      for (int64_t row = 0; row < chunk.rows(); ++row)  // which stays in cache for all outputs
         for (int64_t o = 0; o < args.num_outputs; ++o)
-          sums[o].template run_rows<NOTHING>(chunk, row, group, const_cast<void*>(args.outputs[o].data),
-                                             args.outputs[o].kind, nullptr, scratch);
-      });
+          sums[o].run_row(chunk, row, const_cast<void*>(args.outputs[o].data), args.outputs[o].kind, scratch);
     }
   }
 }
@@ -665,25 +516,25 @@ void mix(const MixArgs& args) {
 template <class A>
 void dots(const DotsArgs& args) {
   const Shape shape(args);
-  const int64_t c = shape.channels, terms = args.num_grads * args.num_maps, room = GROUP * room_of(shape);
+  const int64_t c = shape.channels, terms = args.num_grads * args.num_maps, room = room_of(shape);
   const auto parts = room_for<A>(shape.chunks() * terms * c);
 #pragma omp parallel num_threads(args.threads)
   {
     std::vector<A> buffer((args.num_grads + 1) * room);
-    std::vector<Rows<A>> taken(args.num_grads);
+    std::vector<const A*> taken(args.num_grads);
 #pragma omp for
     for (int64_t index = 0; index < shape.chunks(); ++index) {
       const Chunk chunk(shape, index);
       A* sums = parts.get() + index * terms * c;
-      by_groups(chunk, [&](int64_t row, int64_t group) {
+      for (int64_t row = 0; row < chunk.rows(); ++row) {
         for (int64_t g = 0; g < args.num_grads; ++g)
-          taken[g] = rows_of(args.grads[g], chunk, row, group, buffer.data() + g * room);
+          taken[g] = row_of(args.grads[g], chunk, row, buffer.data() + g * room);
         for (int64_t i = 0; i < args.num_maps; ++i) {
-          const Rows<A> x = rows_of(args.maps[i], chunk, row, group, buffer.data() + args.num_grads * room);
+          const A* x = row_of(args.maps[i], chunk, row, buffer.data() + args.num_grads * room);
           for (int64_t g = 0; g < args.num_grads; ++g)
-            add_products(sums + (g * args.num_maps + i) * c, row == 0, chunk, row, group, taken[g], &x);
+            add_products(sums + (g * args.num_maps + i) * c, chunk, row, taken[g], x);
         }
-      });
+      }
     }
     team_merge(shape, parts.get(), terms, args.rows, static_cast<A*>(args.out), static_cast<A*>(nullptr));
   }
