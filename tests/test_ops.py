@@ -79,7 +79,7 @@ def test_a_sum_written_over_its_first_tensor_has_the_same_bits(count, addends, d
     scales, bias = torch.randn(count - addends, 2, 70, dtype=wide), torch.randn(2, 70, dtype=wide)
     given = (xs[:addends], xs[addends:], scales, bias, True, True)
     expected = native.join(*given)
-    found = native.join(*given, out=xs[0])
+    found = native.join(*given, overwrite=True)
     assert found[0] is xs[0]
     assert all(map(torch.equal, found, expected))
 

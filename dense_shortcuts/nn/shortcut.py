@@ -102,7 +102,7 @@ class DenseShortcut(nn.Module):
 
     def norm(self, i: int) -> nn.Module | None:
         """The norm of map X_i; None if no block sums it, or maps are summed without a norm."""
-        return self.norms[self._norm_of[i]] if i in self._norm_of else None
+        return self.norms[self._norm_of[i]] if i in self._norm_of and len(self.norms) else None  # `fuse` takes all away
 
     def weight(self, k: int, features: Sequence[Feature] = ()) -> Tensor:
         """w of block l = k + 1 for the maps it sums: (maps, C), or (maps, N, C) if it depends on the maps."""
@@ -183,7 +183,7 @@ class DenseShortcut(nn.Module):
             num_consumers=self._num_consumers(k + 1) if one_pass else 0,
             per_image=self.per_image,
             backend=backend,
-            out=(*addends, *maps)[0] if overwrite else None,
+            overwrite=overwrite,
         )
         return added.map, as_feature(norm, added.map, added) if one_pass else None
 

@@ -102,7 +102,7 @@ class DenseStage(nn.Module):
         recomputes = is_recomputing()
         state = StageState() if context.k == 0 else state
         _check_follows(context.k, x, state, recomputes)
-        add = ResidualAdd(self, context, x, state)
+        add = ResidualAdd(self, context, state)
         with frozen_statistics(context.block, context.shortcut) if recomputes else nullcontext():
             result = context.block(x, *args, residual_add=add, **kwargs)
             return result, add.finish(context.block, result)

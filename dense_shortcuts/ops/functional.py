@@ -101,7 +101,7 @@ def add_features(
     num_consumers: int = 0,
     per_image: bool = False,
     backend: str,
-    out: Tensor | None = None,
+    overwrite: bool = False,
 ) -> MapStats:
     """`dense_add`, with the moments and links of its result that later sums need.
 
@@ -113,7 +113,7 @@ def add_features(
         num_consumers: number of later sums that read the result, each of which takes a link.
         per_image: whether the coefficients in those sums have a row for each image; otherwise one row.
         backend: "auto", or a result of `choose`.
-        out: the first addend or map, if the native back end may write the result over it; gradients must be off.
+        overwrite: whether the native back end may write the result over the first addend or map; gradients must be off.
 
     Raises:
         DenseShortcutError: gradients are on, but a map was made while they were off.
@@ -130,8 +130,8 @@ def add_features(
         )
     if scales is None:
         scales = first.new_ones((len(maps), 1, first.shape[1]), dtype=accumulation_dtype(first.dtype))
-    if out is not None:
-        return MapStats(*native.join(addends, maps, scales, bias, relu, statistics, out), ())
+    if overwrite:
+        return MapStats(*native.join(addends, maps, scales, bias, relu, statistics, overwrite=True), ())
     flat = [t for link in links for t in link] if recorded else []
     consumers, rows = num_consumers if recorded else 0, first.shape[0] if per_image else 1
     return MapStats(*autograd.dense_add(addends, maps, flat, scales, bias, relu, statistics, consumers, rows, backend))

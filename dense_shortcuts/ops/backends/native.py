@@ -176,13 +176,14 @@ def join(
     bias: Tensor | None,
     relu: bool,
     statistics: bool,
-    out: Tensor | None = None,
+    *,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.join`; y is written over `out` if that, the first tensor of the sum, is given."""
+    """See `reference.join`; with `overwrite`, y is written over the first addend or map."""
     first = _dense((*addends, *maps)[0])
     call = _Call(first)
     terms = call.terms([*addends, *maps], [*[None] * len(addends), *scales])
-    y = torch.empty_like(first) if out is None else out
+    y = first if overwrite else torch.empty_like(first)
     mean, var = (call.new(*first.shape[:2]) if statistics else call.new(0) for _ in range(2))
     found = (mean.data_ptr(), var.data_ptr()) if statistics else (None, None)
     call.run("join", JoinArgs(*call.sizes, terms, len(terms), *call.rows(bias), relu, call.map(y), *found))
