@@ -226,6 +226,7 @@ def weights(net: nn.Module) -> list[nn.Parameter]:
     return [p for _, p in ds.shortcut_parameters(net)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", HOSTS)
 def test_the_nearest_map_as_it_is_gives_the_host_and_its_gradients(name):
     host, x = host_of(name), images(name)
@@ -239,6 +240,7 @@ def test_the_nearest_map_as_it_is_gives_the_host_and_its_gradients(name):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in weights(net))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", HOSTS)
 def test_keep_identity_starts_as_the_host_bit_for_bit_and_unplugs_to_it(name):
     host, x = host_of(name), images(name)

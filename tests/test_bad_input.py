@@ -65,6 +65,7 @@ COMPILED: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("part", COMPILED)
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_was_compiled_in_place_runs_the_plugged_network(kind, part):

@@ -184,6 +184,7 @@ def test_one_compiled_graph_serves_another_batch_size_and_resolution(norm, backe
     assert graphs.frame_count <= 3, "a ragged batch is compiled anew each time"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("norm", ["group", "batch"])
 def test_for_a_cpu_the_compiler_is_left_the_sums_of_all_but_deep_stages(norm):
     torch._dynamo.reset()

@@ -22,6 +22,7 @@ def interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("per_sample", [True, False])
 @pytest.mark.parametrize("with_bias", [True, False])

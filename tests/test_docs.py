@@ -106,6 +106,7 @@ def test_a_command_that_another_test_runs_is_there(command):
     assert re.search(rf"main\(\[{verb} str\(folder\) {' '.join(flags)}\]\)", code)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", [command for command in commands() if command not in RUN_BY])
 def test_a_command_runs(command, place, capsys, monkeypatch):
     monkeypatch.delenv("DENSE_SHORTCUTS_DATA", raising=False)

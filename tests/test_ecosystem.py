@@ -157,6 +157,7 @@ def pulled(net: nn.Module) -> dict[str, Tensor]:
     return {n: p.grad for n, p in net.named_parameters() if ".shortcut." not in f".{n}" and p.grad is not None}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", HUGGING_FACE)
 def test_networks_of_transformers_start_as_their_host_train_and_are_given_back(name):
     net = hugging_face(name)
@@ -441,6 +442,7 @@ def one_rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.long
 def test_ddp_and_fsdp_take_the_step_of_one_process(tmp_path):
     mp.start_processes(one_rank, args=(str(tmp_path),), nprocs=2, start_method="fork")
     losses = torch.load(tmp_path / "0.pt", weights_only=True)

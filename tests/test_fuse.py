@@ -97,6 +97,7 @@ FUSED = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("weighting", "norm", "aggregate", "inner", "sums"),
     [case for case in FUSED if case[0] == "channel" or "keep_identity" not in case[-1]],  # others are refused

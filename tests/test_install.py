@@ -137,6 +137,7 @@ print(json.dumps(found))
     return json.loads(done.stdout)
 
 
+@pytest.mark.long
 def test_the_commands_of_the_core_run(core, tmp_path):
     found = outcomes([command for command, _ in RUNS], core, tmp_path)
     for (command, told), (code, out, error) in zip(RUNS, found, strict=True):
@@ -149,6 +150,7 @@ def test_a_command_whose_extra_is_missing_is_one_sentence_with_code_2_and_leaves
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_the_extra_for_training_is_enough_to_compare(tmp_path):
     (tmp_path / "site").mkdir()
     site = installation(tmp_path / "site", *CORE, *EXTRAS["train"].values())

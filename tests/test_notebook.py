@@ -27,17 +27,20 @@ def printed() -> str:
     return "".join(o.get("text", "") for cell in done.cells for o in cell.get("outputs", []))
 
 
+@pytest.mark.long
 def test_equal_things_are_equal_to_rounding(printed):
     differences = [float(text) for text in re.findall(r"greatest difference: (\S+)", printed)]
     assert len(differences) == 4 and max(differences) < 1e-10 and any(differences)
 
 
+@pytest.mark.long
 def test_both_networks_learn(printed):
     found = re.findall(r"(\w+-20): loss ([\d.]+) in the first five steps, ([\d.]+) in the last", printed)
     assert [name for name, _, _ in found] == ["ResNet-20", "DSNet-20"]
     assert all(float(last) < 0.8 * float(first) for _, first, last in found)
 
 
+@pytest.mark.long
 def test_it_is_stored_without_outputs():
     text = NOTEBOOK.read_text(encoding="utf-8")
     assert '"outputs": []' in text and not re.search(r'"outputs": \[\s*\{', text)

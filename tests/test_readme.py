@@ -112,6 +112,7 @@ def test_commands_are_found():
     assert {"make compare", "make test"} <= set(commands("make"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", commands("dsnet"))
 def test_a_command_runs(command, place, capsys, monkeypatch):
     monkeypatch.delenv("DENSE_SHORTCUTS_DATA", raising=False)

@@ -141,6 +141,7 @@ def test_every_network_of_torchvision_is_listed_but_none_of_this_package():
     assert not timms & {*ds.list_models(), "densenet121_cifar", "rdnet_tiny_cifar"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", sorted(names.NOT_RESIDUAL))
 def test_no_network_can_be_plugged_of_a_family_that_is_called_not_residual(family):
     members = [place for place in names.places() if place.family.rpartition(".")[2] == family]

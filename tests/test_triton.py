@@ -380,6 +380,7 @@ print(json.dumps(dict(names=sorted({n for n, _ in compiled}), wide=wide, atomics
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(GPU, reason="the other tests of this file compile the kernels for the GPU that is here")
 def test_kernels_compile_for_an_h100(tmp_path, monkeypatch):
     """Lists of 3, 6 and 37 maps: vector loads, no atomics, no spilled registers, no recompilation by batch size."""

@@ -135,6 +135,7 @@ def infer(network: nn.Module) -> None:
         network.eval()(torch.randn(N, SWEEP_WIDTH, SIDE, SIDE, dtype=torch.float64))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("depth", [1, 2, 8, 36])
 @pytest.mark.parametrize("norm", ["group", "batch"])
 @pytest.mark.parametrize("projection", [False, True])

@@ -176,6 +176,7 @@ class OneStage(nn.Module):
         return self.fc(self.stage(x).mean((2, 3)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("method", "images"), [("gradcam", 200), ("shapleycam", 60), ("fullgrad", 60)])
 def test_memory_stays_flat_over_many_images_without_the_garbage_collector(method, images):
     model = ds.plug_in(OneStage()).eval()

@@ -49,6 +49,7 @@ def commands(before: str) -> list[list[str]]:
     return [shlex.split(each) for each in re.findall(r"^#   (?:\w+=\w+ )?dsnet (.+)$", text, re.MULTILINE)]
 
 
+@pytest.mark.long
 def test_the_commands_run_one_after_the_other_and_not_the_second_alone(monkeypatch, capsys):
     pretrain, sweep = commands("pretrain-cpu")
     cut = Path("cut")

@@ -92,6 +92,7 @@ def die_in_the_second_epoch_of_the_second_run(rank: int) -> int:
     return main(["sweep", "s.yaml"])
 
 
+@pytest.mark.long
 def test_a_killed_worker_is_followed_by_another_that_runs_nothing_twice(finished, tmp_path):
     killed = Group(1, die_in_the_second_epoch_of_the_second_run, tmp_path / "output")
     assert killed.codes() == [-signal.SIGKILL], killed.said(0)

@@ -46,6 +46,7 @@ def place(monkeypatch):
     assert main(["train", "--model", "dsnet20", *flags, "--name", "NAME"]) == 0
 
 
+@pytest.mark.long
 def test_every_command_of_the_guide_runs(place, capsys):
     assert {command.split()[1] for command in commands()} == {"sweep", "rerun"}
     small = [text for key, value in TINY.items() for text in ("--set", f"{key}={value}")]

@@ -109,6 +109,7 @@ def test_compare_leaves_table_curves_configuration_metrics_and_checkpoints():
     assert environment["packages"]["timm"] and environment["seed"] == 0 and environment["command"] == "compare"
 
 
+@pytest.mark.long
 def test_the_command_that_a_run_prints_as_the_next_step_runs_where_it_was_printed(tmp_path):
     """From a folder with a blank, with the environment's commands not on the path, and for a lone host too."""
     place = tmp_path / "a place"
@@ -127,6 +128,7 @@ def is_learned(key: str) -> bool:
     return not key.endswith(("running_mean", "running_var", "num_batches_tracked"))
 
 
+@pytest.mark.long
 def test_an_interrupted_comparison_resumes_to_the_same_result(made):
     command = [DSNET, "compare", *LONG, "--name", "cut"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

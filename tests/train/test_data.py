@@ -231,6 +231,7 @@ def test_an_image_folder_is_read_with_its_classes(image_folder):
     assert set(sample.train.images.labels.tolist()) == {0, 1}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("content", [b"no image", png(3)[:60]], ids=["corrupt", "truncated"])
 def test_where_none_may_be_broken_a_file_is_named_also_from_a_worker_process(image_folder, workers, content):

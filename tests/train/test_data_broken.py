@@ -161,6 +161,7 @@ def test_a_parquet_stream_names_a_broken_image_by_its_path(tmp_path, monkeypatch
     assert numbers_in(data.test[(0, 1)][0][None]) == [0] and len(data.test.broken.take()) == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_a_run_with_broken_images_ends_well_says_so_once_and_repeats(
     image_folder, workers, tmp_path, monkeypatch, capsys

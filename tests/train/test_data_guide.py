@@ -66,6 +66,7 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_of_the_guide_runs(command, folders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(folders)

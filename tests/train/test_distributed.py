@@ -140,6 +140,7 @@ def curve(folder: Path) -> list[float]:
     return [row[key] for row in loop.read_metrics(folder / loop.METRICS) for key in ("train_loss", "test_loss")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("count", "name"), [(count, name) for count, names in WITH.items() for name in names])
 def test_many_processes_have_the_curve_and_the_weights_of_one(folders, alone, count, name):
     here, expected = folders / str(count) / name, alone / name

@@ -109,6 +109,7 @@ def results(folder: Path) -> tuple:
     return unclocked(read_metrics(network / METRICS)), read_record(network / SHORTCUTS), files
 
 
+@pytest.mark.long
 def test_a_run_killed_twenty_times_at_random_moments_ends_as_if_it_had_not_been(recipe, tmp_path):
     recipe(RECIPE)
     assert main(command(tmp_path / "whole")) == 0
@@ -255,6 +256,7 @@ def backend():
     return dist.group.WORLD._get_backend(torch.device("cpu"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_process_ends_the_others_in_time_and_the_run_goes_on(recipe, tmp_path, number):
     recipe(tiny(epochs=3, model="resnet_tiny_gn", limit_test=20))

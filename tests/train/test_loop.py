@@ -38,6 +38,7 @@ def base(tiny, fit, tmp_path_factory) -> list[dict]:
     return fit(tiny(epochs=1), tmp_path_factory.mktemp("base"))
 
 
+@pytest.mark.long
 def test_a_short_run_learns_the_digits(fit, tmp_path):
     config = TrainConfig(img_size=8, crop_padding=1, limit_train=640, epochs=8, batch_size=32, lr=0.1)
     rows = fit(config, tmp_path)

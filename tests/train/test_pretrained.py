@@ -147,6 +147,7 @@ def test_what_does_not_fit_is_told_before_a_folder_is_made(capsys):
     assert not Path("runs/a").exists()
 
 
+@pytest.mark.long
 def test_both_twins_start_from_the_hosts_weights_and_the_folder_says_which_they_were():
     assert main(["compare", *TINY, *STILL, "--classes=7-9", "--weights=runs/host", "--name=a"]) == 0
     host = read_tensors(Path("runs/host/identity") / WEIGHTS)[0]
@@ -166,6 +167,7 @@ def test_both_twins_start_from_the_hosts_weights_and_the_folder_says_which_they_
     assert log.count("shortcut keys are not in the weights and stay at their start") == 1
 
 
+@pytest.mark.long
 def test_a_resumed_run_needs_the_weights_no_more_and_a_rerun_does(monkeypatch, capsys):
     command = ["train", *TINY, "--classes=7-9", "--weights=runs/host", "--epochs=2"]
     assert main([*command, "--name=whole"]) == 0

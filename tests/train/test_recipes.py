@@ -44,6 +44,7 @@ def folders(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_trains_at_a_tiny_size(path, folders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
