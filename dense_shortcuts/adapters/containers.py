@@ -18,9 +18,9 @@ from ..nn.stage import DenseStage
 
 
 class OnePass:
-    """A stage as its host's forward pass is to see it once: each block of a row is its step, all else is the stage's.
+    """A stage as its host's forward pass is to see it once: segments' blocks are steps, all else is the stage's.
 
-    The steps go by the order of the blocks in the stage, so the host has to call those of a row in this order.
+    The steps go by the order of the blocks in the stage, so the host has to call those of a segment in this order.
     """
 
     def __init__(self, stage: DenseStage) -> None:

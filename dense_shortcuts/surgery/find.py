@@ -1,4 +1,4 @@
-"""Where a network has rows of residual blocks: its containers, what feeds what in them, and which are residual."""
+"""Where a network has segments of residual blocks: its containers, what feeds what in them, and which are residual."""
 
 import re
 from collections import Counter
@@ -38,7 +38,7 @@ class Found:
     Attributes:
         name: its module name in the network.
         segments: segments of residual blocks.
-        blocks: by position, a reading of each block of the rows (`adapters.read`).
+        blocks: by position, a reading of each block of the segments (`adapters.read`).
         names: the blocks' names in the container, all of them in order.
     """
 
@@ -63,7 +63,7 @@ class Refused:
 
 
 def find_stages(model: nn.Module, example: Any = None) -> tuple[list[Found], list[Refused]]:
-    """Every container with rows of residual blocks, in the network's order, and the blocks that stay as they are.
+    """Every container with segments of residual blocks, in the network's order, and the blocks that stay as they are.
 
     Args:
         model: the network.
@@ -82,7 +82,7 @@ def find_stages(model: nn.Module, example: Any = None) -> tuple[list[Found], lis
         stage = _stage(name, module, observed, refused)
         if stage is not None:
             found.append(stage)
-            # a residual block of a row is one block, whatever it has inside
+            # a residual block of a segment is one block, whatever it has inside
             inside += [f"{name}.{stage.names[n]}." if name else f"{stage.names[n]}." for n in stage.blocks]
     if not found:
         raise DenseShortcutError(_nothing_found(model, refused))
@@ -104,10 +104,10 @@ def _stage(name: str, module: nn.Module, observed: Observation, refused: list[Re
         except NoResidual as error:
             refused.append(Refused(type(child), name, child_name, str(error)))
     seen = observed.containers.get(name, Seen())
-    rows = tuple(_rows(views, seen.unfed()))
-    if not rows:
+    segments = tuple(_segments(views, seen.unfed()))
+    if not segments:
         return None
-    unfed = _why_unfed(module, rows, len(list(_rows(views, set()))), seen, observed.failure)
+    unfed = _why_unfed(module, segments, len(list(_segments(views, set()))), seen, observed.failure)
     if unfed and written:
         holds = f"{name or 'the network'} is a {type(module).__name__} that holds {type(written[0]).__name__} blocks"
         raise DenseShortcutError(f"{holds}{_UNFED_KNOWN if unfed == _UNFED else f': {unfed}'}.")
@@ -115,8 +115,8 @@ def _stage(name: str, module: nn.Module, observed: Observation, refused: list[Re
         block_name, block = children[next(iter(views))]
         refused.append(Refused(type(block), name, block_name, unfed))
         return None
-    kept = {n: view for n, view in views.items() if any(row.first <= n < row.stop for row in rows)}
-    return Found(name, rows, kept, tuple(child_name for child_name, _ in children))
+    kept = {n: view for n, view in views.items() if any(each.first <= n < each.stop for each in segments)}
+    return Found(name, segments, kept, tuple(child_name for child_name, _ in children))
 
 
 def _may_be_block(module: nn.Module) -> bool:
@@ -130,16 +130,16 @@ def _may_be_block(module: nn.Module) -> bool:
     return has_adapter(type(module)) or not runs
 
 
-def _rows(views: dict[int, Any], cuts: set[int]) -> Iterator[Segment]:
-    """Cut the residual blocks of a container into rows that share a shape.
+def _segments(views: dict[int, Any], cuts: set[int]) -> Iterator[Segment]:
+    """Cut the residual blocks of a container into segments that share a shape.
 
-    A row begins with a block that projects its input, with the first block behind any other layer, and with those of
-    `cuts`, before which the container's owner changes the map.
+    A segment begins with a block that projects its input, with the first block behind any other layer, and with those
+    of `cuts`, before which the container's owner changes the map.
     """
     first: int | None = None
     count = 0
 
-    def row(stop: int) -> Iterator[Segment]:
+    def segment(stop: int) -> Iterator[Segment]:
         nonlocal count
         assert first is not None
         if any(views[n].is_certain() for n in range(first, stop)):
@@ -150,7 +150,7 @@ def _rows(views: dict[int, Any], cuts: set[int]) -> Iterator[Segment]:
     for n in range(last + 2):
         ends = n not in views or n in cuts or views[n].projects() or (first is not None and _changes_width(views, n))
         if first is not None and ends:
-            yield from row(n)
+            yield from segment(n)
             first = None
         if n in views and first is None:
             first = n
@@ -160,13 +160,13 @@ def _changes_width(views: dict[int, Any], n: int) -> bool:
     return views[n].out_channels() != views[n - 1].out_channels() or views[n].tokens != views[n - 1].tokens
 
 
-def _why_unfed(module: nn.Module, rows: tuple[Segment, ...], uncut: int, seen: Seen, failure: str) -> str:
+def _why_unfed(module: nn.Module, segments: tuple[Segment, ...], uncut: int, seen: Seen, failure: str) -> str:
     """Why the blocks of a container are no sequence, as far as was seen; "" where they are one.
 
     Args:
         module: the container.
-        rows: its rows, cut where a block is not given what the one before gave back.
-        uncut: how many rows there would be without these cuts.
+        segments: its segments, cut where a block is not given what the one before gave back.
+        uncut: how many segments there would be without these cuts.
         seen: what the network did with its blocks.
         failure: why the network could not be run, "" where it was.
     """
@@ -174,15 +174,15 @@ def _why_unfed(module: nn.Module, rows: tuple[Segment, ...], uncut: int, seen: S
         return ""
     if not is_list(module):
         return _UNFED
-    blocks = {n for row in rows for n in range(row.first, row.stop)}
+    blocks = {n for each in segments for n in range(each.first, each.stop)}
     if not seen.fired or (failure and not blocks <= set(seen.fired)):  # a stage looks again as it runs
         return "" if isinstance(module, nn.Sequential) else f"{_UNSEEN} ({failure or 'it ran without these blocks'})"
-    alone = len(rows) > uncut + 1 and all(row.stop - row.first == 1 for row in rows)
+    alone = len(segments) > uncut + 1 and all(each.stop - each.first == 1 for each in segments)
     return _UNFED if alone or seen.shares() or not blocks <= seen.called() else ""
 
 
 def _check_unshared(model: nn.Module, found: list[Found]) -> None:
-    """A block that stands in two places has no single row of earlier maps."""
+    """A block that stands in two places has no single segment of earlier maps."""
     places = Counter(id(child) for module in model.modules() for child in module._modules.values())
     for stage in found:
         container = model.get_submodule(stage.name)
@@ -222,7 +222,7 @@ def _nothing_found(model: nn.Module, refused: list[Refused]) -> str:
 
 
 def _scattered(model: nn.Module) -> Iterator[Refused]:
-    """Modules outside any row that are residual blocks by their name or by a trace."""
+    """Modules outside any segment that are residual blocks by their name or by a trace."""
     for name, module in model.named_modules():
         if module is model or next(module.children(), None) is None:
             continue

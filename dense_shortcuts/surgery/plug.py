@@ -62,14 +62,14 @@ class StagePlan:
 
     Attributes:
         name: the module name of the container in the host, such as "layer1".
-        row: the segment of the container.
+        segment: the segment of the container.
         blocks: the class of its blocks.
         shortcut: the dense shortcut to be added.
         inner: the DS2 shortcuts to be added to its blocks, by the block's name in the container.
     """
 
     name: str
-    row: Segment
+    segment: Segment
     blocks: type[nn.Module]
     shortcut: DenseShortcut
     inner: dict[str, InnerShortcut]
@@ -155,7 +155,7 @@ def plan_options(model: nn.Module, options: Options, example: Any = None) -> Pla
     chosen = _chosen_stages(found, options)
     _check_blocks(found, options.blocks)
     segments = [(stage, segment) for stage in chosen for segment in stage.segments]
-    stages = [_plan_row(model, *each, options) for each in segments if any(_sources(model, *each, options))]
+    stages = [_plan_segment(model, *each, options) for each in segments if any(_sources(model, *each, options))]
     if not stages:
         raise DenseShortcutError(
             f"no block is chosen by stages={options.stages!r}, blocks={options.blocks!r} and every={options.every}: "
@@ -169,7 +169,7 @@ def plan_options(model: nn.Module, options: Options, example: Any = None) -> Pla
     return Plan(tuple(stages), tuple(stage for stage in chosen if stage.name in names), kept, options)
 
 
-def _plan_row(model: nn.Module, stage: Found, segment: Segment, options: Options) -> StagePlan:
+def _plan_segment(model: nn.Module, stage: Found, segment: Segment, options: Options) -> StagePlan:
     container = model.get_submodule(stage.name)
     blocks = {stage.names[n]: stage.blocks[n] for n in range(segment.first, segment.stop)}
     devices = {str(p.device) for name in blocks for p in container.get_submodule(name).parameters()}
@@ -394,7 +394,7 @@ def _match_hosts(model: nn.Module, planned: Plan) -> None:
     for stage in planned.found:
         container = model.get_submodule(stage.name)
         for segment_plan in (each for each in planned.stages if each.name == stage.name):
-            first = container.get_submodule(stage.names[segment_plan.row.first])
+            first = container.get_submodule(stage.names[segment_plan.segment.first])
             _match(segment_plan.shortcut, first, container.training)
             for name, inner in segment_plan.inner.items():
                 block = container.get_submodule(name)
@@ -402,7 +402,7 @@ def _match_hosts(model: nn.Module, planned: Plan) -> None:
 
 
 def _plug_stage(container: nn.Module, stage: Found, planned: Plan) -> None:
-    plans = {each.row: each for each in planned.stages if each.name == stage.name}
+    plans = {each.segment: each for each in planned.stages if each.name == stage.name}
     for segment, segment_plan in plans.items():
         for n in range(segment.first, segment.stop):
             name = stage.names[n]

@@ -237,10 +237,10 @@ def _look(block: nn.Module, call: Call) -> _Seen:
 
 
 def _check_no_chain(block: nn.Module, opened: frozenset[str]) -> None:
-    """A list of residual modules is a row of blocks, and what runs it is none; a block has its wrappers by name."""
+    """A list of residual modules is a stage, and what runs it is no block; a block has its wrappers by name."""
     lists = Counter(name.rpartition(".")[0] for name in opened)
     if any(n > 1 and isinstance(block.get_submodule(name), nn.ModuleList) for name, n in lists.items() if name):
-        raise NoResidual("it runs a list of residual blocks, which is a row of its own")
+        raise NoResidual("it runs a list of residual blocks, which are a stage of their own")
 
 
 def _look_at(block: nn.Module, call: Call, opened: frozenset[str]) -> _Seen:
