@@ -98,7 +98,8 @@ class DenseShortcut(nn.Module):
     @property
     def per_image(self) -> bool:
         """Whether the coefficients differ from image to image."""
-        return self.weighting == "attention" or any(map(is_per_image, self.norms))
+        kinds = {type(norm): norm for norm in self.norms}  # of which there is one, and this is asked for every map
+        return self.weighting == "attention" or any(map(is_per_image, kinds.values()))
 
     def norm(self, i: int) -> nn.Module | None:
         """The norm of map X_i; None if no block sums it, or maps are summed without a norm."""
@@ -160,9 +161,7 @@ class DenseShortcut(nn.Module):
         summed = [state.features[i] for i in self.sources[k]]
         direct = self.sources[k] if backend == "plain" else self._direct[k]
         features = [state.features[i] for i in direct]
-        scales, bias = self._coeffs(k, summed)
-        if scales is not None and len(features) < len(summed):
-            scales = scales[len(summed) - len(features) :]
+        scales, bias = self._coeffs(k, summed, len(summed) - len(features))
         maps = [f.map for f in features]
         links = [() if backend == "plain" else self._link(f, i, k) for i, f in zip(direct, features, strict=True)]
         if branch is not None:
@@ -187,13 +186,13 @@ class DenseShortcut(nn.Module):
         )
         return added.map, as_feature(norm, added.map, added) if one_pass else None
 
-    def _coeffs(self, k: int, summed: Sequence[Feature]) -> tuple[Tensor | None, Tensor | None]:
-        """a_i of block k for the maps it sums, (maps, 1 or N, C), and b, (1 or N, C); None for ones and zero."""
+    def _coeffs(self, k: int, summed: Sequence[Feature], first: int) -> tuple[Tensor | None, Tensor | None]:
+        """a_i of block k for the maps it sums from `first` on, (maps, 1 or N, C), and b of all, (1 or N, C)."""
         weight = self.weight(k, summed) if self.weighted and summed else None
         if weight is not None and self.weighting != "attention":
             weight = weight[:, None]
         scales = [f.scale for f in summed if f.scale is not None]
-        return sum_coeffs(weight, scales, [f.shift for f in summed if f.shift is not None])
+        return sum_coeffs(weight, scales, [f.shift for f in summed if f.shift is not None], first)
 
     def _link(self, feature: Feature, i: int, k: int) -> Sequence[Tensor]:
         """The link of map X_i to the sum of block k."""

@@ -60,21 +60,22 @@ def affine_from_running(
 
 
 def sum_coeffs(
-    weight: Tensor | None, scales: Sequence[Tensor], shifts: Sequence[Tensor]
+    weight: Tensor | None, scales: Sequence[Tensor], shifts: Sequence[Tensor], first: int = 0
 ) -> tuple[Tensor | None, Tensor | None]:
     """Coefficients of a weighted sum of normalised maps: a_i = w_i * scale_i and b = sum_i w_i * shift_i.
 
     Args:
         weight: w, (maps, 1 or N, C); None for ones.
         scales, shifts: the affine form of each map, (1 or N, C); empty if maps are used without a norm.
+        first: the first map whose coefficient is needed; those before are in a partial sum.
 
     Returns:
-        a, (maps, 1 or N, C), or None for ones; b, (1 or N, C), or None for zero.
+        a, (maps - first, 1 or N, C), or None for ones; b, (1 or N, C), of all maps, or None for zero.
     """
     if weight is None:
         return None, None
     weight = weight.to(accumulation_dtype(weight.dtype))
     if not scales:
-        return weight, None
-    scale, shift = (torch.stack(torch.broadcast_tensors(*each)) for each in (scales, shifts))
-    return weight * scale, (weight * shift).sum(0)
+        return weight[first:], None
+    own = torch.stack(torch.broadcast_tensors(*scales[first:])) if scales[first:] else scales[-1]
+    return weight[first:] * own, (weight * torch.stack(torch.broadcast_tensors(*shifts))).sum(0)
