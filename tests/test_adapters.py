@@ -370,12 +370,15 @@ def test_a_network_of_another_class_has_its_rows_cut_where_it_changes_the_map():
         """Its class is not known by anybody."""
 
     net = OfSomebody(depth=3, embed_dim=16, num_heads=2, img_size=32, patch_size=8, local_up_to_layer=2)
-    assert [(s.name, s.row.first, s.row.stop) for s in ds.plan(net).stages] == [("blocks", 0, 2), ("blocks", 2, 3)]
+    assert [(s.name, s.segment.first, s.segment.stop) for s in ds.plan(net).stages] == [
+        ("blocks", 0, 2),
+        ("blocks", 2, 3),
+    ]
 
 
 def test_blocks_that_their_host_sets_to_add_no_shortcut_stay_as_they_are():
     planned = ds.plan(host_of("vovnet"))
-    assert [(s.name, s.row.first, s.row.stop) for s in planned.stages] == [
+    assert [(s.name, s.segment.first, s.segment.stop) for s in planned.stages] == [
         ("stages.2.blocks", 1, 3),
         ("stages.3.blocks", 1, 2),
     ]

@@ -187,6 +187,18 @@ def test_without_gradients_a_sum_is_written_over_the_branch_unless_another_may_h
     assert torch.equal(block.conv3[1].seen, result)
 
 
+def test_tensors_without_data_never_reach_the_kernels():
+    net = ds.plug_in(hosts.small_net("timm_bottleneck")).eval().to("meta")
+    x = torch.randn(2, 3, 9, 7, device="meta")
+    with torch.no_grad():
+        assert net(x).shape == (2, 5)
+    assert net(x).shape == (2, 5)
+    map_, scales = torch.empty(2, 3, 4, 4, device="meta"), torch.ones(1, 1, 3)
+    for maps, coefficients in (([map_], scales), ([torch.ones(2, 3, 4, 4)], scales.to("meta"))):
+        with pytest.raises(ValueError, match="on the device meta"):
+            native.join([], maps, coefficients, None, False, False)
+
+
 @VARIANTS
 @pytest.mark.parametrize("layout", ["expanded", "sliced", "transposed"])
 def test_input_and_upstream_gradient_of_any_layout_are_taken(layout, variant):

@@ -169,6 +169,7 @@ def test_the_whole_network_is_one_graph_for_the_compiler(kind, variant, backend)
         assert_close(buffer, other.double(), 1e-4, name)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", [pytest.param("plain", marks=pytest.mark.long), "native"])
 @pytest.mark.parametrize("norm", ["group", "batch"])
 def test_one_compiled_graph_serves_another_batch_size_and_resolution(norm, backend):

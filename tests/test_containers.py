@@ -627,7 +627,7 @@ def test_a_sequence_whose_owner_calls_a_layer_before_the_blocks_by_its_index_is_
 
 def test_a_host_that_may_call_a_method_of_a_block_is_plugged_for_its_other_passes():
     net = timm.create_model("xception41", num_classes=3)
-    assert [(s.row.first, s.row.stop) for s in ds.plan(net).stages] == [(0, 1), (1, 2), (2, 11), (11, 12)]
+    assert [(s.segment.first, s.segment.stop) for s in ds.plan(net).stages] == [(0, 1), (1, 2), (2, 11), (11, 12)]
 
 
 # What the network is run on to see it

@@ -321,6 +321,7 @@ def sweep(subjects: Iterable[str], mark: Any, is_marked: Callable[[str, Any], bo
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "fact"), sweep(OURS, pytest.mark.long, lambda name, fact: name not in TRACED_OFTEN and fact in TRACED)
 )

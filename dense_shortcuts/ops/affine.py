@@ -52,11 +52,11 @@ def affine_from_running(
 
     They are computed at each use, because the buffers may change in between.
     """
-    dtype = accumulation_dtype(mean.dtype)
-    scale = torch.rsqrt(var.to(dtype) + eps)
-    scale = scale if weight is None else scale * weight.to(dtype)
-    shift = -mean.to(dtype) * scale if bias is None else torch.addcmul(bias.to(dtype), mean.to(dtype), scale, value=-1)
-    return scale[None], shift[None]
+    mean, var = _wide(mean), _wide(var)
+    scale = torch.rsqrt(var + eps)
+    scale = scale if weight is None else scale * _wide(weight)
+    shift = -mean * scale if bias is None else torch.addcmul(_wide(bias), mean, scale, value=-1)
+    return scale.unsqueeze(0), shift.unsqueeze(0)
 
 
 def sum_coeffs(
@@ -74,8 +74,14 @@ def sum_coeffs(
     """
     if weight is None:
         return None, None
-    weight = weight.to(accumulation_dtype(weight.dtype))
+    weight = _wide(weight)
     if not scales:
         return weight[first:], None
     own = torch.stack(torch.broadcast_tensors(*scales[first:])) if scales[first:] else scales[-1]
     return weight[first:] * own, (weight * torch.stack(torch.broadcast_tensors(*shifts))).sum(0)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in the accumulation type, without a call to PyTorch for those that are: there are a dozen for every block."""
+    dtype = accumulation_dtype(x.dtype)
+    return x if x.dtype is dtype else x.to(dtype)

@@ -140,11 +140,11 @@ def add_features(
 @torch.fx.wrap
 def feature_stats(x: Tensor, *, statistics: bool, num_consumers: int, per_image: bool, backend: str) -> MapStats:
     """Moments and links of a map (N, C, H, W) that is not the result of a sum; arguments as in `add_features`."""
-    backend, recorded = choose(x, backend), is_grad_enabled()
-    if backend == "plain" and statistics:
-        return MapStats(x, *reference.moments(x), ())
-    if backend == "plain" or (not statistics and not recorded):
-        return MapStats(x, x.new_empty(0), x.new_empty(0), ())
+    recorded = is_grad_enabled()
+    backend = choose(x, backend) if statistics or recorded else "plain"
+    if backend == "plain":
+        mean, var = reference.moments(x) if statistics else [x.new_empty(0)] * 2
+        return MapStats(x, mean, var, ())
     rows = x.shape[0] if per_image else 1
     return MapStats(x, *autograd.feature_stats(x, statistics, num_consumers if recorded else 0, rows, backend))
 

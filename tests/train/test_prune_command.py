@@ -3,6 +3,7 @@
 import json
 import signal
 
+import pytest
 import torch
 
 import dense_shortcuts as ds
@@ -10,6 +11,7 @@ from dense_shortcuts.cli import main
 from dense_shortcuts.experiments.train.checkpoint import read_model
 
 
+@pytest.mark.long
 def test_the_command_leaves_a_checkpoint_that_builds_itself_and_trains_on(trained, tmp_path, capsys):
     assert main(["prune", str(trained), "--keep", "0.5"]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out

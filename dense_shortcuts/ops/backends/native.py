@@ -126,26 +126,39 @@ class _Call:
             return Map(None, 0)
         if x.shape != self.shape:
             raise ValueError(f"maps of shapes {tuple(self.shape)} and {tuple(x.shape)} cannot be summed.")
-        x = x.contiguous(memory_format=self.layout)
-        self.kept.append(x)
-        return Map(x.data_ptr(), KINDS[x.dtype])
+        return Map(self.address(x.contiguous(memory_format=self.layout)), KINDS[x.dtype])
 
     def maps(self, maps: Sequence[Tensor]) -> Any:
         return _array(Map, len(maps))(*map(self.map, maps))
 
-    def terms(self, maps: Sequence[Tensor], scales: Sequence[Tensor | None]) -> Any:
-        found = [Term(self.map(x), *self.rows(a)) for x, a in zip(maps, scales, strict=True)]
-        return _array(Term, len(found))(*found)
+    def terms(self, maps: Sequence[Tensor], scales: Tensor | Sequence[Tensor], addends: Sequence[Tensor] = ()) -> Any:
+        """Terms of addends, and of maps with coefficients, (maps, 1 or N, C) or (1 or N, C) for each."""
+        if isinstance(scales, Tensor):
+            address, rows = self.rows(scales)
+            step = rows * self.shape[1] * self.dtype.itemsize
+            found = [(address + i * step, rows) for i in range(len(scales))]
+        else:
+            found = [self.rows(a) for a in scales]
+        terms = [Term(self.map(x), None, 1) for x in addends]
+        terms += [Term(self.map(x), *each) for x, each in zip(maps, found, strict=True)]
+        return _array(Term, len(terms))(*terms)
 
-    def rows(self, x: Tensor | None) -> tuple[int | None, int]:
+    def optional_rows(self, x: Tensor | None) -> tuple[int | None, int]:
+        """`rows`, or a null pointer."""
+        return (None, 1) if x is None else self.rows(x)
+
+    def rows(self, x: Tensor) -> tuple[int, int]:
         """Address and number of rows of coefficients (1 or N, C)."""
-        if x is None:
-            return None, 1
         if x.shape[-1] != self.shape[1] or x.shape[-2] not in (1, self.shape[0]):
             raise ValueError(f"coefficients of shape {tuple(x.shape)} do not fit maps of shape {tuple(self.shape)}.")
-        x = x.to(self.dtype).contiguous()
+        return self.address(x.to(self.dtype).contiguous()), x.shape[-2]
+
+    def address(self, x: Tensor) -> int:
+        """The address of a tensor, which is kept alive."""
+        if not x.is_cpu:
+            raise ValueError(f"a tensor on the device {x.device} was given to the kernels for the CPU.")
         self.kept.append(x)
-        return x.data_ptr(), x.shape[-2]
+        return x.data_ptr()
 
     def new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype)
@@ -182,11 +195,11 @@ def join(
     """See `reference.join`; with `overwrite`, y is written over the first addend or map."""
     first = _dense((*addends, *maps)[0])
     call = _Call(first)
-    terms = call.terms([*addends, *maps], [*[None] * len(addends), *scales])
+    terms = call.terms(maps, scales, addends)
     y = first if overwrite else torch.empty_like(first)
     mean, var = (call.new(*first.shape[:2]) if statistics else call.new(0) for _ in range(2))
     found = (mean.data_ptr(), var.data_ptr()) if statistics else (None, None)
-    call.run("join", JoinArgs(*call.sizes, terms, len(terms), *call.rows(bias), relu, call.map(y), *found))
+    call.run("join", JoinArgs(*call.sizes, terms, len(terms), *call.optional_rows(bias), relu, call.map(y), *found))
     return y, mean, var
 
 
@@ -206,7 +219,7 @@ def pull(
     given, later, earlier = call.map(x), call.terms(later_grads, later_scales), call.maps(maps)
     if offset is not None and slope is not None:
         offset, slope = torch.broadcast_tensors(offset, slope)
-    moved = (call.rows(offset)[0], *call.rows(slope))
+    moved = (call.optional_rows(offset)[0], *call.optional_rows(slope))
     pulled = torch.empty_like(x)
     scales, bias = call.new(len(maps), rows, x.shape[1]), call.new(rows, x.shape[1])
     told = (given, call.map(grad), *moved, later, len(later), earlier, len(maps), rows, relu)
