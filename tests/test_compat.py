@@ -280,12 +280,12 @@ def test_a_moving_average_of_timm_follows_the_shortcut_weights():
 # Processes ------------------------------------------------------------------------------------------------------------
 
 
-def batch_free_net(norm: str) -> nn.Module:
+def batch_free_net(norm: str, center: bool) -> nn.Module:
     """Group norms in the host, since SyncBatchNorm of PyTorch itself does not run on a CPU; N is what is tested."""
     torch.manual_seed(21)
     net = hosts.Net("timm_bottleneck", (3, 2), (16, 16), norm_layer=partial(nn.GroupNorm, 2))
     hosts.randomise(net, seed=22)
-    ds.plug_in(net, norm=norm, inner=True)
+    ds.plug_in(net, norm=norm, center=center, inner=True)
     hosts.randomise_parameters(ds.shortcut_parameters(net), seed=23)
     return net.double()
 
@@ -305,32 +305,35 @@ def sgd_steps(net: nn.Module, x: Tensor, share: float) -> dict[str, Tensor]:
 
 
 # The images of the first of two processes, of seven: statistics must be weighted by the count, which may be zero.
-PARTS = [("group", 3), ("batch", 3), ("group", 7), ("batch", 7)]
+PARTS = [(norm, first, True) for first in (3, 7) for norm in ("group", "batch")] + [
+    ("batch", 3, False),
+    ("batch", 7, False),
+]
 
 
 def one_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     x = joint_batch()
-    for norm, first in PARTS:
-        ddp = nn.parallel.DistributedDataParallel(batch_free_net(norm))
+    for norm, first, center in PARTS:
+        ddp = nn.parallel.DistributedDataParallel(batch_free_net(norm, center))
         nn.SyncBatchNorm.convert_sync_batchnorm(ddp)  # after wrapping: DDP refuses PyTorch's GPU-only layer on a CPU
         mine = x[:first] if rank == 0 else x[first:]
-        torch.save(sgd_steps(ddp, mine, 2 / len(x)), Path(folder) / f"{norm}{first}-{rank}.pt")
+        torch.save(sgd_steps(ddp, mine, 2 / len(x)), Path(folder) / f"{norm}{first}{center}-{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_two_processes_take_the_step_of_one_process_on_the_joined_batch(tmp_path):
     mp.start_processes(one_rank, args=(str(tmp_path),), nprocs=2, start_method="fork")
     x = joint_batch()
-    for norm, first in PARTS:
-        net = batch_free_net(norm)
+    for norm, first, center in PARTS:
+        net = batch_free_net(norm, center)
         start = {name: value.clone() for name, value in net.state_dict().items()}
         expected = sgd_steps(net, x, 1 / len(x))
-        ranks = [torch.load(tmp_path / f"{norm}{first}-{rank}.pt", weights_only=True) for rank in range(2)]
+        ranks = [torch.load(tmp_path / f"{norm}{first}{center}-{rank}.pt", weights_only=True) for rank in range(2)]
         assert list(ranks[0]) == list(expected)
         for name, value in expected.items():
             # X_0 is seen through N alone, and batch norm takes what its own norm adds to a channel out again
-            still = norm == "batch" and name.endswith("downsample.1.bias")
+            still = norm == "batch" and name.endswith("downsample.1.bias" if center else "running_mean")
             assert still or not torch.equal(value, start[name]), f"{name} did not move"
             assert_close(ranks[0][name], value.double(), 1e-8, f"{norm}: {name}")
             assert_close(ranks[1][name], value.double(), 1e-8, f"{norm}: {name} of the second process")

@@ -95,14 +95,15 @@ def _fold_shortcut(stage: DenseStage, segment: Segment, seen: Seen) -> None:
     blocks = stage.blocks[segment.first : segment.stop]
     summing = shortcut.summing
     ends = [_end(blocks[k], seen) for k in summing]
-    if not all(known) or None in ends:
+    if not all(known) or (shortcut.center and None in ends):
         return
     folded = []
     for k, end in zip(summing, ends, strict=True):
         weight = shortcut.weight(k)
         affine = [_running_form(norms[i]) for i in shortcut.sources[k]]
         scales, shifts = (torch.cat(parts) for parts in zip(*affine, strict=True))
-        end.bias.add_((weight * shifts).sum(0))
+        if shortcut.center:  # otherwise all shifts are zero
+            end.bias.add_((weight * shifts).sum(0))
         folded.append(nn.Parameter(weight * scales, requires_grad=False))
     shortcut.weights, shortcut.weighting = nn.ParameterList(folded), "channel"
     shortcut.norms = nn.ModuleList()

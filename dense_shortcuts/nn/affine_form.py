@@ -47,16 +47,21 @@ def uses_running_stats(norm: Any) -> bool:
     return tracked and norm.running_mean is not None and norm.running_var is not None
 
 
-def affine_form(norm: nn.Module, mean: Tensor, var: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def affine_form(
+    norm: nn.Module, mean: Tensor, var: Tensor, x: Tensor, *, center: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """scale and shift with norm(x) = scale * x + shift. In training, batch norm updates its running statistics.
 
     Args:
         norm: a module for which `has_affine_form` is true.
         mean, var: moments of x, (N, C) each; not read if `needs_moments` is false.
         x: the map, (N, C, H, W).
+        center: whether the norm subtracts the mean. Otherwise it divides by the root mean square, of which batch norm
+            keeps the running square in place of its running variance, with a running mean of zero.
 
     Returns:
-        scale and shift, (1, C) for batch norm and (N, C) for the others, in float32 (float64 for a float64 map).
+        scale and shift, (1, C) for batch norm and (N, C) for the others, in float32 (float64 for a float64 map); the
+        shift is None if there is none.
 
     Raises:
         ValueError: norm and map have different numbers of channels.
@@ -67,18 +72,23 @@ def affine_form(norm: nn.Module, mean: Tensor, var: Tensor, x: Tensor) -> tuple[
         raise ValueError(f"a norm of {width} channels was given a map of {x.shape[1]} channels.")
     weight, bias = _tensor(norm.weight), _tensor(norm.bias)
     if uses_running_stats(norm):
-        return _running_form(x, _tensor(norm.running_mean), _tensor(norm.running_var), norm.eps, weight, bias)
+        form = _running_form(x, _tensor(norm.running_mean), _tensor(norm.running_var), norm.eps, weight, bias)
+        return form[0], form[1] if center or bias is not None else None  # by index: a traced graph cannot unpack
+    if not center:
+        mean, var = torch.zeros_like(mean), torch.addcmul(var, mean, mean)
     if isinstance(norm, BATCH_NORMS):
-        scale, shift = _batch_form(norm, mean, var, _count(x))
+        scale, shift = _batch_form(norm, mean, var, _count(x), center)
     else:
         groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else norm.num_features
         scale, shift = affine_from_moments(mean, var, _tensor(groups), norm.eps)[:2]
     if weight is not None:
         scale, shift = scale * weight.to(scale.dtype), shift * weight.to(shift.dtype)
-    return scale, shift if bias is None else shift + bias.to(shift.dtype)
+    if bias is not None:
+        return scale, shift + bias.to(shift.dtype)
+    return scale, shift if center else None
 
 
-def _batch_form(norm: nn.Module, mean: Tensor, var: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
+def _batch_form(norm: nn.Module, mean: Tensor, var: Tensor, count: int | Tensor, center: bool) -> tuple[Tensor, Tensor]:
     """scale and shift, (1, C), of batch norm over this batch, without affine parameters."""
     assert isinstance(norm, BATCH_NORMS)
     if is_synchronised(norm):
@@ -90,7 +100,7 @@ def _batch_form(norm: nn.Module, mean: Tensor, var: Tensor, count: int | Tensor)
     if not (norm.training and norm.track_running_stats):
         return scale, shift
     buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
-    return _update_running(scale, mean, var, count, norm.momentum, *buffers), shift
+    return _update_running(scale, mean, var, count, int(center), norm.momentum, *buffers), shift
 
 
 @torch.fx.wrap
@@ -121,6 +131,7 @@ def _update_running(
     mean: Tensor,
     var: Tensor,
     count: int | Tensor,
+    fitted: int,
     momentum: float | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -128,6 +139,7 @@ def _update_running(
 ) -> Tensor:
     """Update the running statistics from a batch's mean and biased variance, both (1, C), over `count` values.
 
+    `fitted` is 1 if the variance is about a mean of the same values, so it is too small, and 0 if it is about zero.
     Returns `scale` unchanged: a traced graph would drop an update whose result is not used.
     """
     if running_mean is None or running_var is None or num_batches_tracked is None:
@@ -138,7 +150,7 @@ def _update_running(
     dtype = running_mean.dtype
     # momentum=None means a cumulative average, as in PyTorch
     step: float | Tensor = 1.0 / num_batches_tracked.to(dtype) if momentum is None else momentum
-    unbiased = (var[0].detach() * (count / (count - 1))).to(dtype)
+    unbiased = (var[0].detach() * (count / (count - fitted))).to(dtype)
     running_mean.lerp_(mean[0].detach().to(dtype), step)
     running_var.lerp_(unbiased, step)
     return scale

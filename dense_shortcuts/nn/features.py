@@ -13,8 +13,8 @@ from .affine_form import affine_form, has_affine_form, needs_moments
 class Feature(NamedTuple):
     """A map with its affine form, N(X) = scale * map + shift.
 
-    map is (N, C, H, W); scale and shift are (1 or N, C), or None if the map is used without a norm. links are those of
-    the operator, two tensors for each later sum (`ops/autograd.py`); there are none on the plain path.
+    map is (N, C, H, W); scale and shift are (1 or N, C), or None if there is no norm, or one that does not shift. links
+    are those of the operator, two tensors for each later sum (`ops/autograd.py`); there are none on the plain path.
     """
 
     map: Tensor
@@ -30,6 +30,7 @@ def make_feature(
     num_consumers: int,
     per_image: bool,
     backend: str,
+    center: bool = True,
     inner_norm: nn.Module | None = None,
 ) -> Feature:
     """The feature of x, (N, C, H, W): from its moments if the norm has an affine form, else by calling the norm.
@@ -47,21 +48,20 @@ def make_feature(
         backend=backend,
     )
     if inner_norm is None or norm is None:
-        return as_feature(norm, x, stats)
-    inner = affine_form(inner_norm, stats.mean, stats.var, x)
-    scale, shift, mean, var = inner[0], inner[1], stats.mean, stats.var
-    if needs_moments(norm):
-        mean, var = scale * mean + shift, scale.square() * var
-    outer = affine_form(norm, mean, var, x)
-    return Feature(x, outer[0] * scale, outer[0] * shift + outer[1], stats.links)
+        return as_feature(norm, x, stats, center)
+    scale, shift = affine_form(inner_norm, stats.mean, stats.var, x)
+    assert shift is not None
+    moved = (scale * stats.mean + shift, scale.square() * stats.var) if needs_moments(norm) else (stats.mean, stats.var)
+    outer = affine_form(norm, *moved, x, center=center)
+    shift = outer[0] * shift if outer[1] is None else outer[0] * shift + outer[1]
+    return Feature(x, outer[0] * scale, shift, stats.links)
 
 
-def as_feature(norm: nn.Module | None, x: Tensor, stats: functional.MapStats) -> Feature:
+def as_feature(norm: nn.Module | None, x: Tensor, stats: functional.MapStats, center: bool) -> Feature:
     """The feature of a map whose moments and links are known."""
     if norm is None:
         return Feature(x, None, None, stats.links)
-    affine = affine_form(norm, stats.mean, stats.var, x)
-    return Feature(x, affine[0], affine[1], stats.links)  # by index: a traced graph cannot unpack
+    return Feature(x, *affine_form(norm, stats.mean, stats.var, x, center=center), stats.links)
 
 
 class StageState(NamedTuple):

@@ -1,5 +1,7 @@
 """The weighted shortcut inside a bottleneck (DS2)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,7 @@ class InnerShortcut(nn.Module):
     Args:
         channels: width of H_1.
         weighted: how many of its first channels pass a 3x3 and get a weight (all but Res2Net's last piece).
-        norm, groups: N, see `make_norm`.
+        norm, groups, center: N, see `make_norm`.
         start: initial value of v; with 0, DS2 starts as DS.
         backend: the back end, see `ops.choose`.
 
@@ -29,13 +31,14 @@ class InnerShortcut(nn.Module):
         *,
         norm: Norm = "group",
         groups: int | None = None,
+        center: bool = True,
         start: float = 0.0,
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.start, self.backend = start, backend
+        self.start, self.backend, self.center = start, backend, center
         self.weight = nn.Parameter(torch.full((weighted,), start))
-        self.norm = make_norm(norm, channels, groups)
+        self.norm = make_norm(norm, channels, groups, center=center)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -44,12 +47,15 @@ class InnerShortcut(nn.Module):
 
     def feature(self, hidden: Tensor) -> Feature:
         """The feature of H_1, (N, channels, H, W): the map with the affine form of its norm."""
-        return make_feature(self.norm, hidden, num_consumers=0, per_image=False, backend=self.backend)
+        options: Any = {"num_consumers": 0, "per_image": False, "backend": self.backend, "center": self.center}
+        return make_feature(self.norm, hidden, **options)
 
     def forward(self, branch: Tensor, feature: Feature, start: int = 0) -> Tensor:
         """branch + v * N(H_1), where the branch, (N, C, H, W), holds the channels of H_1 from `start` on."""
         part = slice(start, start + branch.shape[1])
         scales, bias = self.weight[None, None, part].to(ops.accumulation_dtype(branch.dtype)), None
-        if feature.scale is not None and feature.shift is not None:
-            scales, bias = scales * feature.scale[:, part], scales[0] * feature.shift[:, part]
+        if feature.shift is not None:
+            bias = scales[0] * feature.shift[:, part]
+        if feature.scale is not None:
+            scales = scales * feature.scale[:, part]
         return ops.dense_add([branch], [feature.map[:, part]], scales, bias, backend=self.backend)

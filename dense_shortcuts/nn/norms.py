@@ -29,12 +29,22 @@ class TokenNorm(nn.LayerNorm):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
-def make_norm(norm: Norm, channels: int, groups: int | None = None, *, tokens: bool = False) -> nn.Module | None:
+class TokenRMSNorm(nn.RMSNorm):
+    """Each token divided by its root mean square over the channels, for tokens laid out as maps, (N, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def make_norm(
+    norm: Norm, channels: int, groups: int | None = None, *, tokens: bool = False, center: bool = True
+) -> nn.Module | None:
     """A new norm for maps of `channels` channels, or None if maps are summed without a norm.
 
     "layer" normalises each image as a whole, as group norm with one group, which is usual for feature maps; for tokens
     it normalises the channels of each token, which is usual there. "auto" is "layer" for tokens and "group" for feature
-    maps. "none" means None, which `timm.create_model` does not pass on.
+    maps. "none" means None, which `timm.create_model` does not pass on. Without `center`, tokens get a norm of another
+    class. The others are only read, for groups, eps and running statistics, and `affine_form` leaves out the mean.
 
     Raises:
         DenseShortcutError: unknown name, or a group count that does not divide the channels.
@@ -46,7 +56,8 @@ def make_norm(norm: Norm, channels: int, groups: int | None = None, *, tokens: b
     if norm is None or norm == "none":
         return None
     if norm == "layer" and tokens:
-        return TokenNorm(channels, elementwise_affine=False)
+        cls = TokenNorm if center else TokenRMSNorm
+        return cls(channels, eps=1e-5, elementwise_affine=False)
     if norm == "group":
         groups = default_groups(channels) if groups is None else groups
         if groups < 1 or channels % groups:

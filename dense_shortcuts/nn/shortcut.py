@@ -1,6 +1,7 @@
 """The dense shortcut of a segment: one norm per earlier feature map, one weight per channel and pair (l, i)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ class DenseShortcut(nn.Module):
     Args:
         depth: number of blocks L.
         channels: width C of its feature maps.
-        norm, groups: N, see `make_norm`.
+        norm, groups, center: N, see `make_norm`.
         init: initial weights, see `start_weight`.
         weighted: False omits norm and weight, for the plain sum of the dense identity control.
         weighting: how weights are computed from parameters, see `weighting.py`.
@@ -43,6 +44,7 @@ class DenseShortcut(nn.Module):
         *,
         norm: Norm = "group",
         groups: int | None = None,
+        center: bool = True,
         init: str = "nearest",
         weighted: bool = True,
         weighting: str = "channel",
@@ -53,7 +55,7 @@ class DenseShortcut(nn.Module):
         super().__init__()
         everything = all_sources([True] * depth)
         self.sources = everything if sources is None else sources
-        self.depth, self.channels, self.init = depth, channels, init
+        self.depth, self.channels, self.init, self.center = depth, channels, init, center
         # attention weights depend on all maps that a block sums, so there can be no partial sums
         tiled = self.sources == everything and weighting != "attention"
         self.tiling: Tiling | Sparse = Tiling.best(depth) if tiled else Sparse(self.sources)
@@ -65,7 +67,7 @@ class DenseShortcut(nn.Module):
         starts = [start_parameter(weighting, init, count, channels) for count in counts]
         self.weights = nn.ParameterList([nn.Parameter(w) for w in starts])
         used = sorted({i for maps in self.sources for i in maps}) if weighted else []
-        norms = [make_norm(norm, channels, groups, tokens=tokens) for _ in used]
+        norms = [make_norm(norm, channels, groups, tokens=tokens, center=center) for _ in used]
         self.norms = nn.ModuleList([n for n in norms if n is not None])
         self._norm_of = {i: n for n, i in enumerate(used)} if len(self.norms) else {}
 
@@ -117,8 +119,8 @@ class DenseShortcut(nn.Module):
 
         With `inner_norm`, X_i is inner_norm(x); this requires `is_fusable(inner_norm)` and `fuses_norm(i)`.
         """
-        options = {"num_consumers": self._num_consumers(i), "per_image": self.per_image, "backend": backend}
-        return make_feature(self.norm(i), x, inner_norm=inner_norm, **options)  # type: ignore[arg-type]
+        options: Any = {"num_consumers": self._num_consumers(i), "per_image": self.per_image, "center": self.center}
+        return make_feature(self.norm(i), x, inner_norm=inner_norm, backend=backend, **options)
 
     def fuses_norm(self, i: int) -> bool:
         """Whether the batch norm that produces X_i can be folded into N(X_i), without computing X_i itself."""
@@ -184,15 +186,15 @@ class DenseShortcut(nn.Module):
             backend=backend,
             overwrite=overwrite,
         )
-        return added.map, as_feature(norm, added.map, added) if one_pass else None
+        return added.map, as_feature(norm, added.map, added, self.center) if one_pass else None
 
     def _coeffs(self, k: int, summed: Sequence[Feature], first: int) -> tuple[Tensor | None, Tensor | None]:
         """a_i of block k for the maps it sums from `first` on, (maps, 1 or N, C), and b of all, (1 or N, C)."""
         weight = self.weight(k, summed) if self.weighted and summed else None
         if weight is not None and self.weighting != "attention":
             weight = weight[:, None]
-        scales = [f.scale for f in summed if f.scale is not None]
-        return sum_coeffs(weight, scales, [f.shift for f in summed if f.shift is not None], first)
+        scales, shifts = [f.scale for f in summed if f.scale is not None], [f.shift for f in summed]
+        return sum_coeffs(weight, scales, shifts, first)
 
     def _link(self, feature: Feature, i: int, k: int) -> Sequence[Tensor]:
         """The link of map X_i to the sum of block k."""

@@ -60,13 +60,14 @@ def affine_from_running(
 
 
 def sum_coeffs(
-    weight: Tensor | None, scales: Sequence[Tensor], shifts: Sequence[Tensor], first: int = 0
+    weight: Tensor | None, scales: Sequence[Tensor], shifts: Sequence[Tensor | None], first: int = 0
 ) -> tuple[Tensor | None, Tensor | None]:
     """Coefficients of a weighted sum of normalised maps: a_i = w_i * scale_i and b = sum_i w_i * shift_i.
 
     Args:
         weight: w, (maps, 1 or N, C); None for ones.
-        scales, shifts: the affine form of each map, (1 or N, C); empty if maps are used without a norm.
+        scales, shifts: the affine form of each map, (1 or N, C). No scales if maps are used without a norm; a shift is
+            None for a norm without centring.
         first: the first map whose coefficient is needed; those before are in a partial sum.
 
     Returns:
@@ -78,7 +79,11 @@ def sum_coeffs(
     if not scales:
         return weight[first:], None
     own = torch.stack(torch.broadcast_tensors(*scales[first:])) if scales[first:] else scales[-1]
-    return weight[first:] * own, (weight * torch.stack(torch.broadcast_tensors(*shifts))).sum(0)
+    shifted = [i for i, shift in enumerate(shifts) if shift is not None]
+    if not shifted:
+        return weight[first:] * own, None
+    shift = torch.stack(torch.broadcast_tensors(*(each for each in shifts if each is not None)))
+    return weight[first:] * own, ((weight if len(shifted) == len(shifts) else weight[shifted]) * shift).sum(0)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ class Options:
     aggregate: str = "stage"
     norm: Norm = "auto"
     groups: int | None = None
+    center: bool = True
     init: str | None = None
     weighting: str = "channel"
     pattern: str = "all"
@@ -184,6 +185,7 @@ def _plan_segment(model: nn.Module, stage: Found, segment: Segment, options: Opt
         first.out_channels(),
         norm=options.norm,
         groups=options.groups,
+        center=options.center,
         init=options.start(),
         weighted=options.aggregate != "dense_identity",
         weighting=options.weighting,
@@ -205,7 +207,12 @@ def _inner_shortcuts(blocks: dict[str, Any], options: Options) -> dict[str, Inne
         widths = block.inner_widths()
         if widths is not None:
             inner[name] = InnerShortcut(
-                *widths, norm=options.norm, groups=options.groups, start=options.inner_start, backend=options.backend
+                *widths,
+                norm=options.norm,
+                groups=options.groups,
+                center=options.center,
+                start=options.inner_start,
+                backend=options.backend,
             )
     return inner
 
@@ -269,6 +276,11 @@ def _check_options(options: Options) -> None:
     for what, word, names in (("norm", options.norm, NORMS), ("init", options.start(), INITS)):
         if isinstance(word, str) and word not in names:
             raise DenseShortcutError(f"unknown {what} {word!r}: choose one of {', '.join(names)}.")
+    if not options.center and (callable(options.norm) or options.norm in (None, "none")):
+        raise DenseShortcutError(
+            "center=False is for a norm by name, such as norm='group': leave it out, and let a factory make norms "
+            "without centring."
+        )
     if isinstance(options.norm, nn.Module):
         raise DenseShortcutError(
             f"norm is a single {type(options.norm).__name__}, but every map needs its own: give a callable that takes "
@@ -316,6 +328,7 @@ def plug_in(
     aggregate: str = "stage",
     norm: Norm = "auto",
     groups: int | None = None,
+    center: bool = True,
     init: str | None = None,
     weighting: str = "channel",
     pattern: str = "all",
@@ -339,6 +352,8 @@ def plug_in(
             which `timm.create_model` does not pass on), or a callable that takes a channel count and returns a module.
             "auto" is "layer" for tokens, and "group" for feature maps.
         groups: groups of the group norm; None means 32, or fewer to keep four channels per group.
+        center: whether the norm subtracts the mean, as in the paper; False divides by the root mean square alone, so
+            maps behind a ReLU stay non-negative and keep their direction.
         init: initial weights: "nearest" (1 for the nearest map, 0 for the rest), "uniform" (1/l each), "ones", "zeros",
             "random" (-1 to 1). None means "nearest", or "zeros" with keep_identity, or "uniform" with attention.
         weighting: "channel", as in the paper; "softmax", "gate" or "attention", as in related methods (`weighting.py`).
@@ -369,6 +384,7 @@ def plug_in(
         aggregate=aggregate,
         norm=norm,
         groups=groups,
+        center=center,
         init=init,
         weighting=weighting,
         pattern=pattern,

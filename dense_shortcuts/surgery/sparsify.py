@@ -114,6 +114,7 @@ def _with_fewer(old: DenseShortcut, sources: Sources) -> DenseShortcut:
         old.channels,
         norm=(lambda channels: next(left)) if old.normalised else None,  # type: ignore[arg-type, return-value]
         init=old.init,
+        center=old.center,
         backend=old.backend,
         sources=sources,
     )

@@ -37,6 +37,8 @@ class TrainConfig:
     """Normalisation of each summed feature map; `auto` is layer norm for tokens, such as a ViT's, else group norm."""
     groups: int | None = None
     """Groups of the group norm; None takes at most 32, four channels each at least."""
+    center: bool = True
+    """Whether the norm subtracts the mean, as in the paper; else it divides by the root mean square alone."""
     init: Literal["nearest", "uniform", "ones", "zeros", "random"] | None = None
     """Start of the shortcut weights; None is `nearest`, or `zeros` with keep-identity."""
     inner: bool | None = None
@@ -200,7 +202,7 @@ class TrainConfig:
             "keep_identity": self.keep_identity,
         }
         open_options = {"groups": self.groups, "init": self.init, "inner": self.inner, "window": self.window}
-        usual = {"inner_start": 0.0, "weighting": "channel", "pattern": "all"}
+        usual = {"center": True, "inner_start": 0.0, "weighting": "channel", "pattern": "all"}
         changed = {key: getattr(self, key) for key, value in usual.items() if getattr(self, key) != value}
         return options | changed | {key: value for key, value in open_options.items() if value is not None}
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config", bound="DataclassInstance")
 PLUGGING_FIELDS = (
-    *("norm", "groups", "init", "inner", "inner_start"),
+    *("norm", "groups", "center", "init", "inner", "inner_start"),
     *("weighting", "pattern", "window", "keep_identity"),
 )
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -79,6 +79,7 @@ def network_label(config: TrainConfig) -> str:
     if config.aggregate in ("identity", "dense_identity"):
         return config.aggregate
     extras = [
+        None if config.center else "uncentered",
         config.init,
         f"inner{config.inner_start or ''}" if config.inner else None,
         config.weighting if config.weighting != "channel" else None,

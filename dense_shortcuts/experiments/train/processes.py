@@ -95,6 +95,7 @@ class SyncBatchNormOnCPU(nn.SyncBatchNorm):
             return super().forward(input)
         mean, variance = input.mean((2, 3)), input.var((2, 3), correction=0)
         scale, shift = affine_form(self, mean, variance, input)
+        assert shift is not None
         return input * scale[:, :, None, None].to(input.dtype) + shift[:, :, None, None].to(input.dtype)
 
 
