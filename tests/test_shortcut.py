@@ -170,7 +170,7 @@ def test_group_norm_statistics_are_formed_once_for_each_map_and_not_for_each_pai
     from dense_shortcuts.nn import features as module
 
     real = module.affine_form
-    monkeypatch.setattr(module, "affine_form", lambda norm, *moments: calls.append(norm) or real(norm, *moments))
+    monkeypatch.setattr(module, "affine_form", lambda norm, *a, **k: calls.append(norm) or real(norm, *a, **k))
     stage = plugged_stage(6)
     stage(torch.randn(2, 8, 5, 3))
     own = {id(n) for n in stage.shortcut.norms}
