@@ -76,14 +76,15 @@ def sum_coeffs(
     if weight is None:
         return None, None
     weight = _wide(weight)
+    part = weight[first:] if first else weight
     if not scales:
-        return weight[first:], None
+        return part, None
     own = torch.stack(torch.broadcast_tensors(*scales[first:])) if scales[first:] else scales[-1]
     shifted = [i for i, shift in enumerate(shifts) if shift is not None]
     if not shifted:
-        return weight[first:] * own, None
+        return part * own, None
     shift = torch.stack(torch.broadcast_tensors(*(each for each in shifts if each is not None)))
-    return weight[first:] * own, ((weight if len(shifted) == len(shifts) else weight[shifted]) * shift).sum(0)
+    return part * own, ((weight if len(shifted) == len(shifts) else weight[shifted]) * shift).sum(0)
 
 
 def _wide(x: Tensor) -> Tensor:
