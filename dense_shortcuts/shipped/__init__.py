@@ -1,10 +1,12 @@
-"""The small trained network that comes with the package: DSNet-20 on CIFAR-100, from the recipe `shipped`.
+"""What comes with the package beside code: a small trained network, and images of Fashion-MNIST to train on.
 
-It is laid out as a run's folder is, so that whatever reads one reads it: `dsnet eval shipped`.
+The network is DSNet-20 on CIFAR-100, from the recipe `shipped`, laid out as a run's folder is, so that whatever reads
+one reads it: `dsnet eval shipped`.
 """
 
 from pathlib import Path
 
+FASHION = Path(__file__).parent / "fashion"  # train.png and test.png, from scripts/embed_fashion.py
 NAME = "shipped"  # what the commands take in place of a path
 
 

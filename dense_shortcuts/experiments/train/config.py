@@ -18,7 +18,7 @@ from ..command import dsnet
 Config = TypeVar("Config")
 DATA_FOLDER_VARIABLE = "DENSE_SHORTCUTS_DATA"
 DataName = Literal[
-    "digits", "cifar10", "cifar100", "tiny-imagenet", "imagefolder", "parquet", "streaming", "webdataset"
+    "fashion", "digits", "cifar10", "cifar100", "tiny-imagenet", "imagefolder", "parquet", "streaming", "webdataset"
 ]
 
 STREAMS = ("streaming", "webdataset")
@@ -64,8 +64,9 @@ class TrainConfig:
     and a classifier of another size is left out. They are read where training begins, not by --resume."""
 
     data: DataName = "digits"
-    """scikit-learn's handwritten digits, CIFAR-10 and -100, Tiny ImageNet, a folder with train/ and val/ or test/,
-    parquet files as on the Hugging Face hub (in memory, or streamed), or WebDataset shards: docs/data.md."""
+    """A part of Fashion-MNIST that comes with the package, scikit-learn's handwritten digits, CIFAR-10 and -100, Tiny
+    ImageNet, a folder with train/ and val/ or test/, parquet files as on the Hugging Face hub (in memory, or streamed),
+    or WebDataset shards: docs/data.md."""
     data_dir: str | None = None
     """Folder of the data; None is the folder of that name in $DENSE_SHORTCUTS_DATA for CIFAR and Tiny ImageNet."""
     hub: str | None = None
@@ -102,7 +103,8 @@ class TrainConfig:
     """Where images are prepared: `device` keeps them there as bytes and crops, flips and normalises them there,
     `workers` are processes; `auto` takes the device for sets of small images that fit, without auto-augment."""
     workers: int | None = None
-    """Worker processes that prepare images; None is 0 for digits, else one less than the cores, 8 at most."""
+    """Worker processes that prepare images; None is 0 for images in the package, else one less than the cores, 8 at
+    most."""
     max_broken: float = 0.001
     """Share of the images of a set that may be broken files (one may always be, unless this is 0)."""
 
@@ -146,8 +148,8 @@ class TrainConfig:
     flip: bool | None = None
     """Mirror half of the training images; None is no for digits, else yes."""
     crop_padding: int | None = None
-    """Random crop from the image padded by so many pixels, 0 is no crop; None is the data's own: 2 for digits, 4 for
-    CIFAR, 8 for Tiny ImageNet, a random resized crop for photographs."""
+    """Random crop from the image padded by so many pixels, 0 is no crop; None is the data's own: 2 for images in the
+    package, 4 for CIFAR, 8 for Tiny ImageNet, a random resized crop for photographs."""
     drop_path: float = 0.0
     """Highest rate of stochastic depth, rising linearly with depth."""
     ema_decay: float | None = None
@@ -212,6 +214,7 @@ SMALL = {"flip": True, "workers": WORKERS, "crop_pct": 1.0, "interpolation": "bi
 CIFAR = SMALL | {"img_size": 32, "crop_padding": 4}
 PHOTOGRAPHS = {"img_size": 224, "flip": True, "workers": WORKERS, "crop_pct": 0.875, "interpolation": "bicubic"}
 DATA_DEFAULTS: dict[str, dict[str, Any]] = {
+    "fashion": SMALL | {"img_size": 16, "crop_padding": 2, "workers": 0},
     "digits": SMALL | {"img_size": 16, "flip": False, "crop_padding": 2, "workers": 0},
     "cifar10": CIFAR,
     "cifar100": CIFAR,

@@ -15,6 +15,7 @@ from .broken import BrokenImages
 from .cifar import load_cifar
 from .device import DeviceImages, free_memory
 from .digits import load_digits
+from .fashion import load_fashion
 from .folders import load_folder, load_tiny_imagenet
 from .images import Kept, chosen_classes, of_classes
 from .parquet import load_parquet
@@ -42,6 +43,7 @@ class Data:
 
 # Sets of small images that are all of one size, which a device can hold.
 SMALL: dict[str, Callable[[TrainConfig], tuple[Kept, Kept, tuple[str, ...]]]] = {
+    "fashion": load_fashion,
     "digits": load_digits,
     "cifar10": load_cifar,
     "cifar100": load_cifar,
@@ -107,6 +109,8 @@ def channels(config: TrainConfig) -> tuple[tuple[float, ...], tuple[float, ...]]
 
     from ....models.dsnet import CIFAR_MEAN, CIFAR_STD
 
+    if config.data == "fashion":
+        return (0.287,) * 3, (0.354,) * 3  # of the 28x28 training images
     if config.data == "digits":
         return (0.305,) * 3, (0.376,) * 3  # of the 8x8 training images
     if config.data in ("cifar10", "cifar100"):
