@@ -82,22 +82,25 @@ class StageState(NamedTuple):
     backend: str | None = None
 
     def add(self, feature: Feature) -> "StageState":
-        return self._replace(features=(*self.features, feature))
+        return self.replace(features=(*self.features, feature))
+
+    def replace(self, **changes: Any) -> "StageState":
+        """As `_replace`, which torch.compile of PyTorch 2.9 cannot trace."""
+        return StageState(**(self._asdict() | changes))
 
     def after(self, x: Tensor) -> "StageState":
         """This state after a block that returned x."""
         if type(x) is not Tensor or is_compiling():
             return self
-        return self._replace(last=(x, -1 if x.is_inference() else x._version))
+        return self.replace(last=(x, -1 if x.is_inference() else x._version))
 
     def follows(self, x: Tensor) -> bool:
         """Best-effort check that x is the previous block's unmodified output."""
         if self.last is None:
             return True
         last, version = self.last
-        if x is not last:
-            if type(x) is not Tensor or x.is_meta or is_compiling():
-                return True
-            if x.data_ptr() != last.data_ptr() or x.shape != last.shape or x.stride() != last.stride():
-                return False
+        if x is not last and (type(x) is not Tensor or x.is_meta or is_compiling()):
+            return True
+        if x is not last and (x.data_ptr() != last.data_ptr() or x.shape != last.shape or x.stride() != last.stride()):
+            return False
         return version == -1 or x.is_inference() or x._version == version

@@ -33,7 +33,7 @@ def start_group(shortcut: DenseShortcut, k: int, state: StageState, backend: str
         sizes=[len(tiling.finished(first)) for first in begun],
         backend=backend,
     )
-    return state._replace(partial_sums=sums, group_links=all_links)
+    return state.replace(partial_sums=sums, group_links=all_links)
 
 
 def _scales(shortcut: DenseShortcut, blocks: range, features: Sequence[Feature]) -> Tensor | None:

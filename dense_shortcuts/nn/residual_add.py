@@ -112,7 +112,7 @@ class ResidualAdd:
             return "plain" if ops.choose(like, shortcut.backend) == "plain" else shortcut.backend
         if backend is None:
             backend = ops.choose(x, shortcut.backend, tiled=shortcut.tiled)
-            self.state = self.state._replace(backend=backend)
+            self.state = self.state.replace(backend=backend)
         return backend
 
     def _check_shape(self, branch: Tensor) -> None:
@@ -129,20 +129,19 @@ class ResidualAdd:
         shortcut, k, last, fused = self.shortcut, self.k, self.context.last, bool(self.shortcut.sources[self.k])
         state = later = start_group(shortcut, k, self.state, backend) if shortcut.tiled else self.state
         if self.keeps_branch:
-            later, self.finished = state.add(shortcut.feature(k + 1, branch, backend)), True
+            later = state.add(shortcut.feature(k + 1, branch, backend))
         x, feature = shortcut(
             k,
             [branch, *addends] if norm is None else addends,
             state,
             branch=None if norm is None else shortcut.branch_feature(norm, branch, backend),
             relu=relu,
-            finish=ends and not self.finished and not last and not self._is_observed(),
+            finish=ends and not self.keeps_branch and not last and not self._is_observed(),
             overwrite=norm is not None and backend == "native" and self._is_own(branch),
             backend=backend if fused else "plain",
         )
-        if feature is not None:
-            later, self.finished = later.add(feature), True
-        self.state = later
+        self.state = later if feature is None else later.add(feature)
+        self.finished = self.keeps_branch or feature is not None
         return x
 
     def _fuses_norm(self, norm: nn.Module) -> bool:

@@ -100,8 +100,7 @@ class DenseShortcut(nn.Module):
     @property
     def per_image(self) -> bool:
         """Whether the coefficients differ from image to image."""
-        kinds = {type(norm): norm for norm in self.norms}  # of which there is one, and this is asked for every map
-        return self.weighting == "attention" or any(map(is_per_image, kinds.values()))
+        return self.weighting == "attention" or is_per_image(next(iter(self.norms), None))  # all are of one kind
 
     def norm(self, i: int) -> nn.Module | None:
         """The norm of map X_i; None if no block sums it, or maps are summed without a norm."""
