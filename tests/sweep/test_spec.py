@@ -97,6 +97,5 @@ SWEEPS = [path for path in sorted(recipes.FOLDER.glob("*.yaml")) if "\ngrid:" in
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_every_sweep_among_the_recipes_reads_and_has_a_bigger_host_or_says_why_not(path):
     sweep = read_sweep(path)
-    pretrained = any(row.config.weights for row in sweep.rows)  # which a wider host could not take
-    assert len(sweep.seeds) >= 3 and any(row.same_budget_as for row in sweep.rows) != pretrained
-    assert ("no wider host" in path.read_text()) == pretrained
+    assert len(sweep.seeds) >= 3 or path.stem.endswith("screen")
+    assert any(row.same_budget_as for row in sweep.rows) != ("no wider host" in path.read_text().lower())

@@ -135,7 +135,7 @@ def test_a_run_that_fails_is_told_and_the_others_are_run(capsys):
     assert "1 of 2 runs failed, the first of them dsnet/seed-0: the loss of stage-batch was not finite" in told.err
     assert told.err.count("\n") == 1
     assert "DSNet, seed 0: failed: the loss" in told.out and "2 runs: 1 done, 1 failed" in told.out
-    assert "| host | 1 |" in Path("runs/s/table.md").read_text()
+    assert "| host | 0.05 | 1 |" in Path("runs/s/table.md").read_text()
 
 
 def test_a_sweep_in_many_processes_is_refused(monkeypatch, capsys):

@@ -148,7 +148,7 @@ def test_a_host_checkpoint_is_not_taken_for_a_finished_dsnet():
 
 
 def test_a_trained_folder_gives_its_network_back(tiny, fit, tmp_path):
-    fit(tiny(aggregate="block", norm="batch", ema_decay=0.5), tmp_path)
+    fit(tiny(data="digits", aggregate="block", norm="batch", ema_decay=0.5), tmp_path)
     model, card = read_model(tmp_path)
     tensors, _ = read_tensors(state_path(tmp_path, 2))
     state = model.state_dict()

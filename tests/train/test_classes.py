@@ -55,7 +55,7 @@ def test_images_of_other_classes_are_left_out_and_labels_numbered_anew(folders, 
 
 
 def test_the_digits_too():
-    some, everything = load(classes="7-9"), load()
+    some, everything = load(data="digits", classes="7-9"), load(data="digits")
     assert some.classes == ("7", "8", "9")
     for part in ("train", "test"):
         mine, all_ = getattr(some, part).images, getattr(everything, part).images
@@ -91,7 +91,7 @@ def test_another_form_is_told(text):
     ("settings", "message"),
     [
         ({"classes": "3"}, "is one class: give at least two"),
-        ({"classes": "8-10"}, "names class 10: digits has the classes 0 to 9"),
+        ({"classes": "8-10"}, "names class 10: fashion has the classes 0 to 9"),
         ({"classes": "0-1", "data": "streaming"}, "does not go with --data streaming, whose labels are known only as"),
         ({"classes": "0-1", "data": "webdataset"}, "does not go with --data webdataset"),
     ],
@@ -124,7 +124,7 @@ def test_a_set_without_a_test_image_of_the_classes_is_told(tmp_path):
 def test_a_trained_network_knows_its_classes_and_is_scored_on_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny = ["--img-size=8", "--crop-padding=1", "--limit-train=64", "--limit-test=30", "--batch-size=32"]
-    tiny += ["--epochs=1", "--warmup-epochs=0", "--tracker=none", "--classes=7-9", "--name=a"]
+    tiny += ["--epochs=1", "--warmup-epochs=0", "--tracker=none", "--classes=7-9", "--name=a", "--data=digits"]
     assert main(["train", "--model=dsnet20", *tiny]) == 0
     folder = tmp_path / "runs/a/stage-group"
     model, card = read_model(folder)

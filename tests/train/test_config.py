@@ -100,6 +100,8 @@ def test_yaml_numbers_without_a_point_and_a_bare_no_are_read_as_meant(tmp_path):
         ({"crop_pct": 1.2}, "--crop-pct 1.2 is above 1"),
         ({"max_broken": 1.0}, "--max-broken is 1.0"),
         ({"aug_repeats": 0}, "--aug-repeats is 0"),
+        ({"validation": 0}, "--validation is 0"),
+        ({"validation": 5, "data": "streaming"}, "--validation does not go with --data streaming"),
         ({"hub": "a/b"}, "--hub goes with --data streaming"),
         ({"hub": "a/b", "data": "streaming", "data_dir": "."}, "stands in for --data-dir"),
         ({"bce_threshold": 0.2}, "--bce-threshold goes with --loss bce"),
@@ -122,5 +124,10 @@ def test_what_the_data_set_decides_is_filled_in(monkeypatch, tmp_path):
         photographs = TrainConfig(data=data).resolved()
         assert (photographs.img_size, photographs.crop_padding, photographs.data_dir) == (224, None, None)
         assert (photographs.crop_pct, photographs.interpolation, photographs.flip) == (0.875, "bicubic", True)
-    digits = TrainConfig(flip=True).resolved()
+    digits = TrainConfig(data="digits", flip=True).resolved()
     assert (digits.flip, digits.workers, digits.data_dir) == (True, 0, None)
+
+
+def test_the_warm_up_follows_the_epochs_unless_it_is_given():
+    assert [TrainConfig(epochs=epochs).resolved().warmup_epochs for epochs in (1, 2, 30)] == [0, 1, 1]
+    assert TrainConfig(epochs=1, warmup_epochs=0).resolved().warmup_epochs == 0

@@ -16,7 +16,7 @@ from dense_shortcuts.experiments.train.loop import batches, make_loader
 
 
 def test_digits_are_all_used_once_and_a_fifth_of_each_class_is_held_out():
-    data = load()
+    data = load(data="digits")
     assert (len(data.train), len(data.test)) == (1437, 360)
     share = np.bincount(data.test.images.labels) / np.bincount(
         np.concatenate([data.train.images.labels, data.test.images.labels])
@@ -35,8 +35,19 @@ def test_a_limit_takes_a_prefix_of_the_same_images():
     assert np.array_equal(part.train.images.pixels, whole.train.images.pixels[:40])
 
 
+def test_validation_images_are_held_out_from_training():
+    whole, part = load(limit_train=40), load(limit_train=40, validation=10)
+    assert (len(part.train), len(part.test)) == (30, 10)
+    both = np.concatenate([part.train.images.pixels, part.test.images.pixels]).reshape(40, -1)
+    assert np.array_equal(np.unique(both, axis=0), np.unique(whole.train.images.pixels.reshape(40, -1), axis=0))
+
+
+def test_validation_images_must_leave_some_for_training():
+    assert "--validation 40 leaves nothing of 40 training images" in one_sentence(limit_train=40, validation=40)
+
+
 def test_test_images_are_normalised_and_not_augmented():
-    data = load(img_size=8)
+    data = load(data="digits", img_size=8)
     image, label = data.test[(0, 3)]
     pixels = torch.from_numpy(data.test.images.pixels[3]).permute(2, 0, 1) / 255
     assert label == data.test.images.labels[3]

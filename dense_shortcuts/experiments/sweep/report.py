@@ -137,6 +137,7 @@ def flat(line: Line) -> dict[str, Any]:
     final = line.final
     return {
         "row": line.row.name,
+        "lr": line.row.config.lr,
         "n": len(final),
         "mean": statistics.mean(final),
         "sd": statistics.stdev(final) if len(final) > 1 else math.nan,
@@ -163,7 +164,7 @@ def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 def markdown(lines: Sequence[Line], sweep: Sweep) -> str:
     """The table with what its figures are."""
     published = any(line.row.published for line in lines)
-    heads = ["row", "n", "accuracy, %", "difference", "p", "epochs", "time, s", "at equal time, %"]
+    heads = ["row", "lr", "n", "accuracy, %", "difference", "p", "epochs", "time, s", "at equal time, %"]
     heads += ["parameters", "MACs", "train, images/s", "memory", *(["published"] if published else [])]
     text = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
     text += ["| " + " | ".join(cells(line, published)) + " |" for line in lines]
@@ -176,6 +177,7 @@ def cells(line: Line, published: bool) -> list[str]:
     other = f" ({line.against})" if line.row.against else ""
     return [
         line.row.name + (f" ({' '.join(map(str, line.row.config.channels))} wide)" if line.row.same_budget_as else ""),
+        f"{line.row.config.lr:g}",
         str(len(line.runs)),
         spread(line.final),
         "" if first else f"{line.difference:+.2f}{other}",
@@ -201,6 +203,12 @@ def footnote(lines: Sequence[Line], sweep: Sweep) -> str:
         if least < 6
         else ""
     )
+    rates = (
+        f" The learning rate of each row is the best of {', '.join(f'{lr:g}' for lr in sweep.tune.lr)} on "
+        f"{sweep.tune.validation:,} validation images, held out from training, with seed {sweep.seeds[0]}."
+        if sweep.tune is not None
+        else ""
+    )
     return (
         "Test accuracy after the last epoch, mean ± standard deviation over n seeds. Difference to "
         f"{sweep.rows[0].name} unless another row is named, over the seeds that both have; p is that of Student's "
@@ -208,7 +216,7 @@ def footnote(lines: Sequence[Line], sweep: Sweep) -> str:
         "trained over the training speed, which is measured for all rows in turn (on a CPU by the time of the "
         f"process). At equal time: the accuracy after {shortest:,.0f} s, the time of the shortest row, on the line "
         "between two epochs; a learning rate that has not come to its end there holds it down. Memory of one training "
-        "step with its batch."
+        f"step with its batch.{rates}"
     )
 
 

@@ -17,8 +17,10 @@ from ..train.pretrained import weights_file
 from ..train.run import CONFIG, execute, resume
 from . import report
 from .costs import saved_costs, with_budgets
-from .spec import Cell, Sweep
+from .spec import Cell, Sweep, tuning
 from .store import DATABASE, Claim, Store
+
+TUNING = "tune"  # the folder, in the sweep's, of the runs that choose learning rates
 
 
 def sweep(asked: Sweep, folder: Path) -> None:
@@ -43,17 +45,29 @@ def sweep(asked: Sweep, folder: Path) -> None:
     store = Store(folder, asked.cells())
     with store.lock:
         settled = with_budgets(asked, folder, classes)
-    store = Store(folder, settled.cells())
-    store.enqueue()
-    while (claim := store.claim()) is not None:
-        done = sum(state == "done" for state, _ in store.states().values())
-        print(f"\n{claim.cell.row}, seed {claim.cell.seed} ({done} of {len(store.cells)} done)")
-        work(claim, folder)
+    settled = with_rates(settled, folder)
+    store = work_off(settled, folder)
     with store.lock:
         if any(state == "done" for state, _ in store.states().values()):
             report.write(settled, folder, saved_costs(settled, folder, classes), store.states())
             print(f"\ntable, figures and plot: {folder}")
     show(settled, folder, store)
+    refuse_failed(store)
+
+
+def work_off(asked: Sweep, folder: Path) -> Store:
+    """Do every run of a sweep that nobody else does."""
+    store = Store(folder, asked.cells())
+    store.enqueue()
+    while (claim := store.claim()) is not None:
+        done = sum(state == "done" for state, _ in store.states().values())
+        print(f"\n{claim.cell.row}, seed {claim.cell.seed} ({done} of {len(store.cells)} done)")
+        work(claim, folder)
+    return store
+
+
+def refuse_failed(store: Store) -> None:
+    """Raise DenseShortcutError if a run failed."""
     failed = {key: note for key, (state, note) in store.states().items() if state == "failed"}
     if failed:
         key, note = next(iter(failed.items()))
@@ -61,6 +75,25 @@ def sweep(asked: Sweep, folder: Path) -> None:
             f"{len(failed)} of {len(store.cells)} runs failed, the first of them {key}: {note.rstrip('.')}; "
             "the same command tries them again."
         )
+
+
+def with_rates(asked: Sweep, folder: Path) -> Sweep:
+    """The sweep with each row's learning rate, chosen on validation images by runs of the first seed in TUNING."""
+    if asked.tune is None:
+        return asked
+    make_folder(folder / TUNING)
+    tried = tuning(asked)
+    store = work_off(tried, folder / TUNING)
+    while any(state == "running" for state, _ in store.states().values()):  # by other workers
+        store = work_off(tried, folder / TUNING)
+    refuse_failed(store)
+    scores = iter([last_metrics(folder / TUNING / cell.key, cell.config)["test_top1"] for cell in tried.cells()])
+    rows = []
+    for row in asked.rows:
+        found = {lr: next(scores) for lr in asked.tune.lr}
+        lr = max(found, key=found.__getitem__)
+        rows.append(dataclasses.replace(row, config=dataclasses.replace(row.config, lr=lr)))
+    return dataclasses.replace(asked, rows=tuple(rows))
 
 
 def work(claim: Claim, folder: Path) -> None:
@@ -95,6 +128,9 @@ def status(asked: Sweep, folder: Path) -> None:
     need("a sweep", "sweep")
     if not (folder / DATABASE).is_file():
         raise DenseShortcutError(f"{folder} holds no sweep: the same command without --status begins it.")
+    if asked.tune is not None and (folder / TUNING).is_dir():
+        tried = tuning(asked)
+        show(tried, folder / TUNING, Store(folder / TUNING, tried.cells()))
     show(asked, folder, Store(folder, asked.cells()))
 
 

@@ -15,7 +15,7 @@ from ... import recipes
 from ...errors import DenseShortcutError
 from ..train.config import TrainConfig, from_settings, read_settings
 
-KEYS = ("base", "grid", "seeds")
+KEYS = ("base", "grid", "seeds", "tune")
 ENTRY_KEYS = ("name", "settings", "grid", "against", "same_budget_as", "published")
 ELSEWHERE = {"seed": "`seeds:`", "name": "the row's name", "output": "--output"}  # settings that a sweep gives itself
 
@@ -49,12 +49,21 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Tune:
+    """Learning rates, of which each row takes the best on so many validation images, held out from training."""
+
+    lr: tuple[float, ...]
+    validation: int
+
+
+@dataclass(frozen=True)
 class Sweep:
-    """Rows and seeds, the rows as they stand in the file."""
+    """Rows and seeds, the rows as they stand in the file; `tune` is None where every row has its own learning rate."""
 
     path: Path
     rows: tuple[Row, ...]
     seeds: tuple[int, ...]
+    tune: Tune | None = None
 
     def row(self, name: str) -> Row:
         return next(row for row in self.rows if row.name == name)
@@ -90,7 +99,7 @@ def read_sweep(path: Path, changes: Sequence[str] = (), data_dir: str | None = N
     base = read_base(content.get("base"), path)
     rows = [row for entry in entries(content, path) for row in expand(entry, base, last, path)]
     check_rows(rows, path)
-    return Sweep(path, tuple(rows), read_seeds(content.get("seeds"), path))
+    return Sweep(path, tuple(rows), read_seeds(content.get("seeds"), path), read_tune(content.get("tune"), path))
 
 
 def read_base(base: Any, path: Path) -> dict[str, Any]:
@@ -162,6 +171,28 @@ def read_seeds(seeds: Any, path: Path) -> tuple[int, ...]:
     if not valid or len(set(seeds)) != len(seeds):
         raise DenseShortcutError(f"{path} needs `seeds:`, a list of different whole numbers such as [0, 1, 2].")
     return tuple(seeds)
+
+
+def tuning(sweep: Sweep) -> Sweep:
+    """The runs that choose learning rates: each row with each rate, in the rows' order, with the first seed."""
+    assert sweep.tune is not None
+    rows = [
+        Row(f"{row.name}, lr {lr:g}", dataclasses.replace(row.config, lr=lr, validation=sweep.tune.validation))
+        for row in sweep.rows
+        for lr in sweep.tune.lr
+    ]
+    return Sweep(sweep.path, tuple(rows), sweep.seeds[:1])
+
+
+def read_tune(tune: Any, path: Path) -> Tune | None:
+    if tune is None:
+        return None
+    known = isinstance(tune, dict) and set(tune) == {"lr", "validation"}
+    rates, validation = (tune["lr"], tune["validation"]) if known else ([], 0)
+    positive = isinstance(rates, list) and all(type(rate) in (int, float) and rate > 0 for rate in rates)
+    if not known or not positive or len(set(rates)) < 2 or type(validation) is not int:
+        raise DenseShortcutError(f"`tune:` of {path} must be of the form `{{lr: [0.05, 0.1, 0.2], validation: 1000}}`.")
+    return Tune(tuple(map(float, rates)), validation)
 
 
 def read_changes(changes: Sequence[str]) -> dict[str, Any]:

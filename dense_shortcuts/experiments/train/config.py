@@ -63,7 +63,7 @@ class TrainConfig:
     """Weights to start from: a run's folder, a network's in it, or a safetensors file. A host's go into its DSNet too,
     and a classifier of another size is left out. They are read where training begins, not by --resume."""
 
-    data: DataName = "digits"
+    data: DataName = "fashion"
     """A part of Fashion-MNIST that comes with the package, scikit-learn's handwritten digits, CIFAR-10 and -100, Tiny
     ImageNet, a folder with train/ and val/ or test/, parquet files as on the Hugging Face hub (in memory, or streamed),
     or WebDataset shards: docs/data.md."""
@@ -99,6 +99,9 @@ class TrainConfig:
     """Use only so many training images (a fixed sample; of a stream, so many an epoch)."""
     limit_test: int | None = None
     """Use only so many test images (a fixed sample)."""
+    validation: int | None = None
+    """Hold out so many training images (a fixed sample) and test on them in place of the test images: for
+    choosing settings."""
     loader: Literal["auto", "device", "workers"] = "auto"
     """Where images are prepared: `device` keeps them there as bytes and crops, flips and normalises them there,
     `workers` are processes; `auto` takes the device for sets of small images that fit, without auto-augment."""
@@ -126,8 +129,8 @@ class TrainConfig:
     """Epochs at which `multistep` cuts the learning rate."""
     decay_rate: float = 0.1
     """Factor of each cut."""
-    warmup_epochs: int = 1
-    """Epochs over which the learning rate rises linearly."""
+    warmup_epochs: int | None = None
+    """Epochs over which the learning rate rises linearly; None is 1, or 0 where there is only one epoch."""
     clip_grad: float | None = None
     """Largest norm of the gradient; None leaves it as it is."""
 
@@ -193,6 +196,8 @@ class TrainConfig:
         _check(self)
         own = DATA_DEFAULTS[self.data]
         chosen = {key: value for key, value in own.items() if getattr(self, key) is None}
+        if self.warmup_epochs is None:
+            chosen["warmup_epochs"] = int(self.epochs > 1)
         weights = absolute(self.weights) if self.weights is not None else None
         return dataclasses.replace(self, **chosen, data_dir=_data_dir(self), weights=weights)
 
@@ -278,7 +283,7 @@ def class_numbers(text: str) -> tuple[int, ...]:
 def _check(config: TrainConfig) -> None:
     sizes = ("img_size", "test_size", "crop_pct", "limit_train", "limit_test", "train_images", "num_classes")
     others = ("shuffle_buffer", "epochs", "batch_size", "accumulate", "timeout", "groups", "lr", "clip_grad")
-    for field in (*sizes, *others, "aug_repeats"):
+    for field in (*sizes, *others, "aug_repeats", "validation"):
         value = getattr(config, field)
         if value is not None and not value > 0:
             raise DenseShortcutError(f"{flag(field)} is {value}: it must be above 0.")
@@ -302,6 +307,8 @@ def _check(config: TrainConfig) -> None:
         raise DenseShortcutError(f"--crop-pct {config.crop_pct} is above 1: the crop cannot be larger than the image.")
     if config.hub is not None and (config.data != "streaming" or config.data_dir is not None):
         raise DenseShortcutError("--hub goes with --data streaming and stands in for --data-dir: give one of them.")
+    if config.validation is not None and config.data in STREAMS:
+        raise DenseShortcutError(f"--validation does not go with --data {config.data}: put the images in files.")
     if config.classes is not None:
         class_numbers(config.classes)
         if config.data in STREAMS:

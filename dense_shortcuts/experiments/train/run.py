@@ -201,10 +201,11 @@ def environment(config: TrainConfig, command: str, line: str, data: Data) -> dic
 
 def heading(config: TrainConfig, data: Data, labels: Sequence[str], folder: Path, device: torch.device) -> str:
     """A run's first lines."""
+    part = "test" if config.validation is None else "validation"
     where = f"CPU ({torch.get_num_threads()} threads)" if device.type == "cpu" else torch.cuda.get_device_name(device)
     return (
         f"{config.model} ({' against '.join(reversed(labels))}), {config.epochs} epochs of {config.data} on {where}\n"
-        f"{len(data.train):,} training and {len(data.test):,} test images of {config.img_size}x{config.img_size} "
+        f"{len(data.train):,} training and {len(data.test):,} {part} images of {config.img_size}x{config.img_size} "
         f"pixels, {len(data.classes)} classes\nrun folder: {folder}"
     )
 
@@ -322,7 +323,8 @@ def data_of(folder: Path, card: dict[str, Any], training: bool = False, **given:
     changes = {key: value for key, value in given.items() if value is not None}
     if changes.get("data", card["data"]) != card["data"]:
         changes = {"data_dir": None, "workers": None, "loader": "auto", "classes": None} | changes
-    config = dataclasses.replace(run_config(folder, card), **changes, test_size=card["img_size"]).resolved()
+    changes |= {"test_size": card["img_size"], "validation": None}
+    config = dataclasses.replace(run_config(folder, card), **changes).resolved()
     data = load_data(config if training else dataclasses.replace(config, limit_train=1))
     if list(data.classes) != card["classes"]:
         raise DenseShortcutError(

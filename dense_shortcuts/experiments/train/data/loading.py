@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -17,7 +18,7 @@ from .device import DeviceImages, free_memory
 from .digits import load_digits
 from .fashion import load_fashion
 from .folders import load_folder, load_tiny_imagenet
-from .images import Kept, chosen_classes, of_classes
+from .images import Kept, chosen_classes, of_classes, sample
 from .parquet import load_parquet
 from .stream import Stream, StreamShare
 from .transformed import EpochSampler, TransformedImages, eval_transform, resize, train_transform
@@ -91,6 +92,20 @@ def read_images(config: TrainConfig) -> tuple[Kept, Kept, tuple[str, ...]]:
     Raises:
         DenseShortcutError: as `load_data`; no such classes, or no image of them.
     """
+    train, test, classes = read_parts(config)
+    if config.validation is None:
+        return train, test, classes
+    if config.validation >= len(train):
+        raise DenseShortcutError(
+            f"--validation {config.validation} leaves nothing of {len(train):,} training images: take fewer."
+        )
+    held_out, labels = sample(config.validation, len(train)), np.asarray(train.labels)
+    rest = np.delete(np.arange(len(train)), held_out)
+    return train.take(rest, labels[rest]), train.take(held_out, labels[held_out]), classes
+
+
+def read_parts(config: TrainConfig) -> tuple[Kept, Kept, tuple[str, ...]]:
+    """`read_images` without a validation part."""
     read = (SMALL | LARGE)[config.data]
     if config.classes is None:
         return read(config)
