@@ -77,7 +77,27 @@ def place(tmp_path_factory) -> Iterator[Path]:
     """A working folder with generated images and a finished comparison of tiny networks in runs/NAME."""
     folder = tmp_path_factory.mktemp("docs")
     furnish(folder)
-    assert in_folder(folder, lambda: main(["compare", *TINY, "--model", "tiny_resnet", "--name", "NAME"])) == 0
+    assert (
+        in_folder(
+            folder,
+            lambda: main(
+                [
+                    "compare",
+                    "--networks",
+                    "host",
+                    "dsnet",
+                    "--seeds",
+                    "0",
+                    *TINY,
+                    "--model",
+                    "tiny_resnet",
+                    "--name",
+                    "NAME",
+                ]
+            ),
+        )
+        == 0
+    )
     yield folder
     shutil.rmtree(folder)
 
@@ -90,6 +110,8 @@ def complete(command: str, number: int) -> list[str]:
         return [*arguments, *TINY_BENCH, "--output", f"figures-{number}"]
     if "--resume" in arguments:
         return arguments
+    if arguments[0] == "compare":
+        arguments += ["--networks", "host", "dsnet", "--seeds", "0"]
     if arguments[0] in TRAINS:
         arguments += TINY
     if arguments[0] in LEAVES_A_RUN and "--name" not in arguments:

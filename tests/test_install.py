@@ -156,7 +156,7 @@ def test_the_extra_for_training_is_enough_to_compare(tmp_path):
     site = installation(tmp_path / "site", *CORE, *EXTRAS["train"].values())
     tiny = ["--img-size=8", "--crop-padding=1", "--limit-train=64", "--limit-test=32", "--epochs=1"]
     tiny += ["--warmup-epochs=0", "--name=a"]
-    done = python(site, "-m", "dense_shortcuts.cli", "compare", *tiny, folder=tmp_path)
+    done = python(site, "-m", "dense_shortcuts.cli", "compare", *tiny, "--seeds=0", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "a" / "table.md").is_file() and (tmp_path / "runs" / "a" / "curves.png").is_file()
 

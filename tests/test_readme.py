@@ -22,6 +22,7 @@ from dense_shortcuts.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TWINS = ["--networks", "host", "dsnet", "--seeds", "0"]
 TINY = [
     *("--limit-train=4", "--limit-test=4", "--batch-size=4", "--epochs=1", "--warmup-epochs=0"),
     *("--img-size=16", "--workers=0"),
@@ -67,7 +68,7 @@ def place(tmp_path_factory) -> Iterator[Path]:
     """A working folder with generated images of both kinds, and a finished comparison in runs/NAME."""
     folder = tmp_path_factory.mktemp("readme")
     furnish(folder)
-    assert in_folder(folder, lambda: main(["compare", *TINY, "--name", "NAME"])) == 0
+    assert in_folder(folder, lambda: main(["compare", *TWINS, *TINY, "--name", "NAME"])) == 0
     yield folder
     shutil.rmtree(folder)
 
@@ -103,6 +104,7 @@ def complete(command: str) -> list[str]:
     if arguments[0] == "support":
         return [*arguments, "test_resnet"]
     trains = arguments[0] in ("compare", "train") and "--resume" not in arguments
+    arguments += TWINS if arguments[0] == "compare" and trains else []
     return [*arguments, *TINY] if trains else arguments
 
 

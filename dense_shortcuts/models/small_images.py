@@ -1,10 +1,13 @@
-"""DenseNet and RDNet for 32x32 images, to compare with `dsnet50_cifar`: timm's networks with a 3x3 stem of stride 1.
+"""DenseNet and RDNet to compare DSNets with: timm's networks, for 32x32 images with a 3x3 stem of stride 1.
 
-With `pretrained=True` everything but the stem has timm's weights.
+With `pretrained=True` everything but the stem of `densenet121_cifar` and `rdnet_tiny_cifar` has timm's weights.
 """
 
+import bisect
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from timm.models import densenet, rdnet, register_model
 from torch import nn
 
@@ -16,6 +19,63 @@ def densenet121_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     model.features.conv0 = _stem(model.features.conv0, bias=False)
     model.features.pool0 = nn.Identity()
     return model
+
+
+@register_model
+def densenet_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DenseNet-BC for 32x32 images (Huang et al., 2017), of any size; arguments as `densenet_imagenet`."""
+    model: Any = densenet_imagenet(**kwargs)
+    model.features.conv0 = _stem(model.features.conv0, bias=False)
+    model.features.pool0 = nn.Identity()
+    return model
+
+
+@register_model
+def densenet_imagenet(
+    pretrained: bool = False,
+    *,
+    channels: Sequence[int] = (12,),
+    layers: Sequence[int] = (16, 16, 16),
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: Any = None,
+    cache_dir: Any = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """timm's DenseNet of any size, without weights.
+
+    Args:
+        channels: the growth rate; twice as many come from the stem.
+        layers: layers of each block, each a 1x1 and a 3x3 convolution.
+    """
+    return densenet.DenseNet(growth_rate=channels[0], block_config=tuple(layers), **kwargs)
+
+
+def densenet_of(parameters: int, layers: Sequence[int], name: str, num_classes: int) -> tuple[int, tuple[int, ...]]:
+    """Growth rate and layers of a DenseNet with a given number of parameters, within 3 % if one has them.
+
+    Args:
+        layers: layers of each block; the last block's may change by two, since growth rates alone are coarse.
+        name: `densenet_cifar` or `densenet_imagenet`.
+    """
+    make = {"densenet_cifar": densenet_cifar, "densenet_imagenet": densenet_imagenet}[name]
+
+    def count(growth: int, layers: Sequence[int]) -> int:
+        with torch.device("meta"):
+            model = make(channels=(growth,), layers=layers, num_classes=num_classes)
+        return sum(p.numel() for p in model.parameters())
+
+    growth = 2
+    while count(growth, layers) < parameters:
+        growth *= 2
+    growth = bisect.bisect_left(range(growth), parameters, lo=1, key=lambda rate: count(rate, layers))
+    depths = [(*layers[:-1], layers[-1] + more) for more in range(-2, 3) if layers[-1] + more > 0]
+    found = [(rate, depth) for rate in (growth - 1, growth, growth + 1) if rate > 0 for depth in depths]
+
+    def fit(size: tuple[int, tuple[int, ...]]) -> tuple[int, float]:
+        off = abs(count(*size) / parameters - 1)
+        return (abs(size[1][-1] - layers[-1]) if off < 0.03 else 3), off
+
+    return min(found, key=fit)
 
 
 @register_model

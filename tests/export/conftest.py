@@ -19,7 +19,9 @@ def checkpoint(tmp_path):
     """Makes a run's folder with one network whose numbers are random, and gives the network's folder."""
 
     def make(model: str = "tiny_resnet", name: str = "net", **changes) -> Path:
-        config = TrainConfig(model=model, img_size=8, limit_train=32, limit_test=20, **changes).resolved()
+        config = TrainConfig(
+            data="digits", model=model, img_size=8, limit_train=32, limit_test=20, **changes
+        ).resolved()
         net = build_network(config, 10)
         randomise(net, seed=1)
         if ds.dense_stages(net):

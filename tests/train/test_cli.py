@@ -23,6 +23,7 @@ from dense_shortcuts.files import read_tensors
 
 DSNET = Path(sys.executable).with_name("dsnet")
 NETWORKS = ("identity", "stage-group")
+COMPARE = ["compare", "--networks", "host", "dsnet", "--seeds", "0"]
 TINY = [
     *("--model=dsnet20", "--img-size=8", "--crop-padding=1", "--limit-train=96", "--limit-test=50"),
     *("--batch-size=32", "--warmup-epochs=0", "--lr=0.05", "--epochs=3"),
@@ -41,7 +42,7 @@ def made(tmp_path_factory) -> Path:
     """A folder with two finished comparisons, tiny and long."""
     folder = tmp_path_factory.mktemp("made")
     for name, settings in (("tiny", TINY), ("long", LONG)):
-        assert main(["compare", *settings, "--output", str(folder), "--name", name]) == 0
+        assert main([*COMPARE, *settings, "--output", str(folder), "--name", name]) == 0
     return folder
 
 
@@ -74,7 +75,7 @@ def contents() -> dict[str, bytes]:
 
 
 def test_compare_leaves_table_curves_configuration_metrics_and_checkpoints():
-    done = subprocess.run([DSNET, "compare", *TINY, "--name", "a"], capture_output=True, text=True, check=True)
+    done = subprocess.run([DSNET, *COMPARE, *TINY, "--name", "a"], capture_output=True, text=True, check=True)
     run = Path("runs/a")
     assert {p.name for p in run.iterdir()} == {
         "tensorboard", "config.yaml", "environment.json", "table.md", "table.json", "curves.png", "run.log", *NETWORKS
@@ -88,21 +89,24 @@ def test_compare_leaves_table_curves_configuration_metrics_and_checkpoints():
     for row, name in zip(table["networks"], NETWORKS, strict=True):
         last = read_metrics(run / name / "metrics.jsonl")[-1]
         assert (row["network"], row["test_top1"], row["epochs"]) == (name, last["test_top1"], 3)
+        assert row["test_top1_by_seed"] == [last["test_top1"]]
         assert row["parameters"] == sum(
             t.numel() for k, t in read_tensors(run / name / WEIGHTS)[0].items() if is_learned(k)
         )
         assert min(row["multiply_adds"], row["peak_bytes"], row["infer_images_per_second"]) > 0
     host, dense = (row["test_top1"] for row in table["networks"])
-    pairs = table["paired"]
-    assert pairs["images"] == 50
-    assert (dense - host) / 100 * 50 == pytest.approx(pairs["only_second"] - pairs["only_first"])
+    (pair,) = table["paired"]
+    assert (pair["first"], pair["second"]) == ("host", "dsnet")
+    assert dense - host == pytest.approx(pair["difference"], abs=1e-4)
 
     lines = done.stdout.splitlines()
     assert [line.split()[:3] for line in lines if " epoch " in line] == [
         [name, "epoch", f"{epoch}/3"] for name in NETWORKS for epoch in (1, 2, 3)
     ]
-    assert table["verdict"] in " ".join(done.stdout.split())
-    assert lines[-1] == "next: dsnet compare --recipe runs/a/config.yaml --seed 1 --name a-seed-1"
+    said = " ".join(done.stdout.split())
+    assert len(table["verdict"]) == 3 and all(sentence in said for sentence in table["verdict"])
+    recipe = shlex.quote(str(Path("runs/a/config.yaml").resolve()))
+    assert lines[-1] == f"next: dsnet compare --recipe {recipe} --name a-seed-1 --seeds 1"
     assert lines[-2] == "with CIFAR-100 in a folder DIR: dsnet compare --recipe cifar100-cpu --data-dir DIR"
     assert done.stderr == ""
     environment = json.loads((run / "environment.json").read_text())
@@ -120,8 +124,39 @@ def test_the_command_that_a_run_prints_as_the_next_step_runs_where_it_was_printe
     for name in ("h-seed-1", "h-seed-2"):
         done = subprocess.run(command, shell=True, cwd=place, env=outside, capture_output=True, text=True, check=True)
         command = done.stdout.splitlines()[-1].removeprefix("next: ")
-        assert command.endswith(f" --name {name}")
+        assert f" --name {name} --seed " in command
     assert {path.name for path in (place / "my runs").iterdir()} == {"h", "h-seed-1"}
+
+
+def test_compare_trains_three_networks_with_two_seeds_and_a_densenet_of_as_many_parameters(capsys):
+    assert main(["compare", *TINY[:-1], "--epochs=1", "--name", "a"]) == 0
+    run = Path("runs/a")
+    labels = ("identity", "stage-group", "densenet")
+    scores = {
+        label: [read_metrics(place / label / "metrics.jsonl")[-1]["test_top1"] for place in (run, run / "seed-1")]
+        for label in labels
+    }
+    table = json.loads((run / "table.json").read_text())
+    assert [row["name"] for row in table["networks"]] == ["host", "DSNet", "DenseNet"]
+    for row in table["networks"]:
+        assert row["test_top1_by_seed"] == scores[row["network"]]
+        assert row["test_top1"] == pytest.approx(sum(scores[row["network"]]) / 2)
+    dense, other = table["networks"][1:]
+    assert other["parameters"] == pytest.approx(dense["parameters"], rel=0.03)
+    assert [(pair["first"], pair["second"]) for pair in table["paired"]] == [
+        ("host", "dsnet"), ("host", "densenet"), ("dsnet", "densenet")
+    ]  # fmt: skip
+    for pair in table["paired"]:
+        rows = {name: row for name, row in zip(("host", "dsnet", "densenet"), table["networks"], strict=True)}
+        gap = rows[pair["second"]]["test_top1"] - rows[pair["first"]]["test_top1"]
+        assert pair["difference"] == pytest.approx(gap, abs=1e-4)
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1].endswith("config.yaml --name a-seed-2 --seeds 2 3")
+    # the networks of the second seed are a run of their own for whatever reads one
+    assert main(["eval", "runs/a/seed-1/densenet"]) == 0
+    assert f"accuracy {scores['densenet'][1]:.2f} %" in capsys.readouterr().out
+    assert main(["rerun", "runs/a", "--name", "b"]) == 0
+    assert "seed-1/densenet: bit-equal" in capsys.readouterr().out
 
 
 def is_learned(key: str) -> bool:
@@ -130,7 +165,7 @@ def is_learned(key: str) -> bool:
 
 @pytest.mark.long
 def test_an_interrupted_comparison_resumes_to_the_same_result(made):
-    command = [DSNET, "compare", *LONG, "--name", "cut"]
+    command = [DSNET, *COMPARE, *LONG, "--name", "cut"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert any("stage-group  epoch 2/6" in line for line in process.stdout), process.communicate()[1]
     process.send_signal(signal.SIGINT)
@@ -185,7 +220,7 @@ def test_the_saved_configuration_is_a_recipe_for_the_same_run(finished):
 def test_a_run_folder_that_exists_is_refused_and_untouched(capsys):
     Path("runs/a").mkdir(parents=True)
     Path("runs/a/notes.txt").write_text("mine")
-    assert "runs/a exists already: choose another --name" in refused(["compare", *TINY, "--name", "a"], capsys)
+    assert "runs/a exists already: choose another --name" in refused([*COMPARE, *TINY, "--name", "a"], capsys)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +235,9 @@ def test_a_run_folder_that_exists_is_refused_and_untouched(capsys):
         (["train", "--limit-train", "10"], "fewer than one batch"),
         (["train", "--auto-augment", "nonsense"], "--auto-augment 'nonsense'"),
         (["compare", "--aggregate", "identity"], "is the host itself"),
+        (["compare", "--networks", "host"], "must name two or all of host, dsnet and densenet"),
+        (["compare", "--networks", "host", "densenet", "--model", "vit_tiny_patch16_224"], "has three to five stages"),
+        (["compare", "--seeds", "1", "1"], "must be different whole numbers"),
         (["train", "--epochs", "0"], "--epochs is 0"),
         (["train", "--name", "a/b"], "not a plain folder name"),
         (["train", "--data", "cifar100"], "--data-dir DIR"),

@@ -36,7 +36,7 @@ def made(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     flags = [*TINY, "--classes=0-6", "--output", str(folder)]
     assert main(["train", *flags, "--aggregate=identity", "--name=host"]) == 0
-    assert main(["compare", *flags, "--name=twins"]) == 0
+    assert main(["compare", "--networks", "host", "dsnet", "--seeds", "0", *flags, "--name=twins"]) == 0
     return folder
 
 
@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_told_before_a_folder_is_made(capsys):
 
 @pytest.mark.long
 def test_both_twins_start_from_the_hosts_weights_and_the_folder_says_which_they_were():
-    assert main(["compare", *TINY, *STILL, "--classes=7-9", "--weights=runs/host", "--name=a"]) == 0
+    assert main(["compare", "--seeds", "0", *TINY, *STILL, "--classes=7-9", "--weights=runs/host", "--name=a"]) == 0
     host = read_tensors(Path("runs/host/identity") / WEIGHTS)[0]
     for network in ("identity", "stage-group"):
         trained = read_tensors(Path("runs/a") / network / WEIGHTS)[0]

@@ -1,4 +1,4 @@
-"""The table, the curves and the verdict: figures against closed forms and known values."""
+"""The table, the pictures and the verdict: figures against closed forms and known values."""
 
 import json
 
@@ -7,10 +7,11 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from scipy import stats
 from torch import nn
 
 import dense_shortcuts as ds
-from dense_shortcuts.experiments.train import measure, report
+from dense_shortcuts.experiments.train import comparison, measure, report
 from dense_shortcuts.experiments.train.config import TrainConfig
 
 
@@ -72,35 +73,47 @@ def test_inference_speed_ranks_a_deep_network_below_a_shallow_one():
     assert fast > 2 * slow > 0
 
 
+def test_two_networks_are_paired_by_image_and_over_seeds():
+    labels = torch.zeros(6, dtype=torch.long)
+    first = torch.tensor([[0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 0]])
+    second = torch.tensor([[0, 0, 0, 1, 0, 1], [0, 0, 0, 1, 0, 0]])
+    pair = comparison.paired(first, second, labels)
+    assert pair["by_seed"] == pytest.approx([100 / 6, 50.0]) and pair["difference"] == pytest.approx(100 / 3)
+    gaps = [0.0, 1.0, 1.0, 0.0, 0.5, -0.5]  # by image, the mean of the seeds
+    mean = sum(gaps) / 6
+    deviation = (sum((gap - mean) ** 2 for gap in gaps) / 5) ** 0.5
+    assert pair["p_value"] == pytest.approx(2 * stats.t.sf(mean / (deviation / 6**0.5), 5))
+    assert comparison.paired(first, first, labels)["p_value"] == 1.0
+
+
+ROWS = {
+    name: {"train_images_per_second": train, "infer_images_per_second": infer, "peak_bytes": memory}
+    for name, train, infer, memory in (("host", 400.0, 900.0, 100), ("dsnet", 200.0, 600.0, 110))
+}
+
+
 @pytest.mark.parametrize(
-    ("only_first", "only_second", "p_value"),
-    [(0, 0, 1.0), (1, 0, 1.0), (5, 0, 0.0625), (9, 1, 22 / 1024), (10, 10, 1.0)],
+    ("pair", "said"),
+    [
+        ({"difference": 2.0, "by_seed": [1.5, 2.5], "p_value": 2e-9}, "2.00 points above the host (p = 2e-09 on each"),
+        ({"difference": -2.0, "by_seed": [-2.0], "p_value": 0.01}, "2.00 points below the host (p = 0.01)"),
+        (
+            {"difference": 0.5, "by_seed": [0.5], "p_value": 0.31},
+            "0.50 points above the host (within chance, p = 0.31)",
+        ),
+        ({"difference": 1.0, "by_seed": [3.0, -1.0], "p_value": 0.01}, "within chance, the seeds disagree, p = 0.01"),
+    ],
 )
-def test_the_paired_test_gives_mcnemars_exact_p_value(only_first, only_second, p_value):
-    labels = torch.zeros(40, dtype=torch.long)
-    first, second = torch.zeros(40, dtype=torch.long), torch.zeros(40, dtype=torch.long)
-    second[:only_first] = 1
-    first[20 : 20 + only_second] = 1
-    pairs = report.paired(first, second, labels)
-    assert (pairs["images"], pairs["only_first"], pairs["only_second"]) == (40, only_first, only_second)
-    assert pairs["p_value"] == pytest.approx(p_value)
+def test_the_verdict_names_the_gap_and_whether_chance_gives_as_much(pair, said):
+    accuracy, _, _ = comparison.verdict(ROWS, {("host", "dsnet"): pair})
+    assert accuracy.startswith("Accuracy: the DSNet is ") and said in accuracy
 
 
-def rows(host: float, dense: float) -> list[dict]:
-    return [{"network": "identity", "test_top1": host}, {"network": "stage-group", "test_top1": dense}]
-
-
-def test_the_verdict_names_winner_points_and_whether_chance_gives_as_much():
-    pairs = {"images": 360, "only_first": 1, "only_second": 3, "p_value": 0.625}
-    text = report.verdict(rows(97.5, 98.06), pairs)
-    assert text.startswith("The DSNet (stage-group) won by 0.56 points: 98.06 % against 97.50 % of the host (identity)")
-    assert "3 of them only the winner got right, 1 only the other" in text and "chance gives too easily" in text
-    pairs = {"images": 9000, "only_first": 200, "only_second": 90, "p_value": 1e-10}
-    text = report.verdict(rows(70.0, 68.78), pairs)
-    assert text.startswith("The host (identity) won by 1.22 points") and "more than chance gives" in text
-    assert "on this one seed" in text
-    pairs = {"images": 360, "only_first": 2, "only_second": 2, "p_value": 1.0}
-    assert report.verdict(rows(97.5, 97.5), pairs).startswith("A draw")
+def test_the_verdict_names_the_price_in_time_and_memory():
+    pair = {"difference": 2.0, "by_seed": [2.0], "p_value": 0.01}
+    _, time, memory = comparison.verdict(ROWS, {("host", "dsnet"): pair})
+    assert time.endswith("a training step takes 2.00x in the DSNet, inference 1.50x in the DSNet.")
+    assert memory == "Memory of a training step, against the host: 1.10x in the DSNet."
 
 
 def history(scale: float) -> list[dict]:
@@ -112,9 +125,15 @@ def history(scale: float) -> list[dict]:
 def test_a_row_takes_the_last_epoch_and_leaves_the_first_out_of_the_speed():
     entries = history(2.0)
     entries[0]["train_images_per_second"], entries[2]["train_images_per_second"] = 10.0, 300.0
-    row = report.row("identity", entries, {"parameters": 1})
+    row = report.row("host", "identity", [entries], 100, {"parameters": 1})
     assert (row["test_top1"], row["epochs"], row["train_images_per_second"]) == (6.0, 3, 200.0)
-    assert report.row("identity", entries[:1], {})["train_images_per_second"] == 10.0
+    assert report.row("host", "identity", [entries[:1]], 100, {})["train_images_per_second"] == 10.0
+
+
+def test_a_row_of_several_seeds_has_their_mean_and_its_interval():
+    row = report.row("host", "identity", [history(10.0), history(20.0)], 400, {})
+    assert (row["test_top1"], row["test_top1_by_seed"]) == (45.0, [30.0, 60.0])
+    assert row["interval"] == pytest.approx(100 * 1.96 * (0.45 * 0.55 / 400) ** 0.5)
 
 
 def test_the_markdown_table_has_every_figure():
@@ -124,10 +143,24 @@ def test_the_markdown_table_has_every_figure():
         "infer_images_per_second": 2000.4,
         "peak_bytes": 3 << 30,
     }
-    text = report.markdown([report.row("identity", history(1.0), costs)], "A note.", "A verdict.")
-    assert "| identity | 3.00 | 1,234,567 | 41.0 M | 100 | 2,000 | 3.00 GiB |" in text
+    text = report.markdown([report.row("host", "identity", [history(1.0)], 100, costs)], "A note.", ["A verdict."])
+    assert "| host | 3.00 ± 3.34 | 1,234,567 | 41.0 M | 100 | 2,000 | 3.00 GiB |" in text
     assert text.splitlines()[0].count("|") == text.splitlines()[2].count("|") == 8
-    assert "A note." in text and text.rstrip().endswith("A verdict.")
+    assert "A note." in text and text.rstrip().endswith("- A verdict.")
+
+
+def test_the_picture_of_a_comparison_has_a_colour_for_each_network(tmp_path):
+    rows = {
+        name: {"test_top1": 3.0, "interval": 1.0, "train_images_per_second": 100.0, "peak_bytes": 1 << 20}
+        for name in ROWS
+    }
+    histories = {
+        name: [[{"train_seconds": 1.0} | e for e in history(scale)]] for name, scale in (("host", 1.0), ("dsnet", 2.0))
+    }
+    comparison.picture(tmp_path / "c.png", rows, histories)
+    pixels = np.asarray(Image.open(tmp_path / "c.png").convert("RGB")).reshape(-1, 3)
+    for colour in ((31, 119, 180), (255, 127, 14)):
+        assert (pixels == colour).all(1).sum() > 400
 
 
 def test_the_curves_are_a_picture_with_a_colour_for_each_network(tmp_path):
@@ -140,7 +173,7 @@ def test_the_curves_are_a_picture_with_a_colour_for_each_network(tmp_path):
 
 
 def test_a_row_is_json():
-    row = report.row("identity", history(1.0), {"parameters": 1})
+    row = report.row("host", "identity", [history(1.0)], 100, {"parameters": 1})
     assert json.loads(json.dumps(row)) == row
 
 
@@ -148,12 +181,12 @@ def test_the_note_says_how_long_training_waited_for_data_and_what_was_broken():
     def history(*shares, broken=0):
         return [{"train_data_wait_share": share, "broken_images": broken} for share in shares]
 
-    assert report.data_note({"a": history(0.5, 0.01, 0.012)}) == (
+    assert report.data_note([history(0.5, 0.01, 0.012)]) == (
         "Training waited for data during 1.2% of the time (median of the epochs)."
     )
-    note = report.data_note({"a": history(0.01), "b": history(0.034, broken=2)})
+    note = report.data_note([history(0.01), history(0.034, broken=2)])
     assert note == (
         "Training waited for data during 3.4% of the time (median of the epochs, the network that waited most). "
         "2 broken images were left out."
     )
-    assert report.data_note({"a": history(0.01, broken=1)}).endswith("1 broken image was left out.")
+    assert report.data_note([history(0.01, broken=1)]).endswith("1 broken image was left out.")

@@ -186,7 +186,7 @@ def network_of(name: str) -> Network:
 
 def shortcuts_tab(gradio: Any, runs: Path) -> None:
     """The shortcut weights of a network."""
-    hosts = (*sources.HOSTS, "identity", sources.HOST_FORM)
+    hosts = (*sources.HOSTS, "identity", "densenet", sources.HOST_FORM)
     found = [choice for choice in sources.networks(runs) if Path(choice.name).name not in hosts]
     network = gradio.Dropdown([(c.label, c.name) for c in found], value=found[0].name, label="Network")
     button = gradio.Button("Show its shortcuts", variant="primary")

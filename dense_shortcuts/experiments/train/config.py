@@ -20,6 +20,7 @@ DATA_FOLDER_VARIABLE = "DENSE_SHORTCUTS_DATA"
 DataName = Literal[
     "fashion", "digits", "cifar10", "cifar100", "tiny-imagenet", "imagefolder", "parquet", "streaming", "webdataset"
 ]
+NetworkName = Literal["host", "dsnet", "densenet"]  # what a comparison trains
 
 STREAMS = ("streaming", "webdataset")
 

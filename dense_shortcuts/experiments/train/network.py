@@ -20,6 +20,7 @@ PLUGGING_FIELDS = (
     *("norm", "groups", "center", "init", "inner", "inner_start"),
     *("weighting", "pattern", "window", "keep_identity"),
 )
+DENSENETS = ("densenet_cifar", "densenet_imagenet")
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -76,6 +77,8 @@ def _near_models(name: str) -> str:
 
 def network_label(config: TrainConfig) -> str:
     """A short name for the shortcut of a configuration, which also names its folder."""
+    if config.model in DENSENETS:
+        return "densenet"
     if config.aggregate in ("identity", "dense_identity"):
         return config.aggregate
     extras = [
@@ -94,6 +97,23 @@ def twin(config: Config) -> Config:
     """The same run, of training or detection, with the host network: no dense shortcuts, all else equal."""
     unasked = {field.name: field.default for field in dataclasses.fields(config) if field.name in PLUGGING_FIELDS}
     return dataclasses.replace(config, aggregate="identity", **unasked)
+
+
+def densenet_twin(config: TrainConfig, num_classes: int) -> TrainConfig | None:
+    """The same run with a DenseNet of as many parameters, a layer for each block; None for a host of other stages."""
+    from ...models.small_images import densenet_of
+    from ...nn.stage import DenseStage
+
+    model: Any = build_network(config, num_classes)
+    layers = [len(stage) for stage in model.modules() if isinstance(stage, DenseStage)]
+    if not 3 <= len(layers) <= 5 or config.weights is not None:
+        return None
+    first = getattr(model, "feature_info", None)
+    small = first is not None and first[0]["reduction"] == 1  # of a stem that keeps the images' size
+    name = DENSENETS[0] if small else DENSENETS[1]
+    growth, depths = densenet_of(sum(p.numel() for p in model.parameters()), layers, name, num_classes)
+    sizes: dict[str, Any] = {"channels": (growth,), "layers": depths}
+    return dataclasses.replace(twin(config), model=name, zero_init_last=None, drop_path=0.0, **sizes)
 
 
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:

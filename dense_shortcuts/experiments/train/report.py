@@ -1,4 +1,4 @@
-"""What a run leaves to read: the table, the curves, and a sentence that says which network won."""
+"""What a run leaves to read: the table and the curves."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ...files import atomic
 
@@ -14,11 +13,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Row = dict[str, Any]
+History = Sequence[Mapping[str, Any]]  # the metrics of each epoch
 
 # Column of the table: key in a row, heading, and how its figure is written.
 COLUMNS = (
-    ("network", "network", "{}"),
-    ("test_top1", "accuracy, %", "{:.2f}"),
+    ("name", "network", "{}"),
+    ("accuracy", "accuracy, %", "{}"),
     ("parameters", "parameters", "{:,}"),
     ("multiply_adds", "MACs", "{}"),
     ("train_images_per_second", "train, images/s", "{:,.0f}"),
@@ -27,27 +27,38 @@ COLUMNS = (
 )
 
 
-def row(label: str, history: Sequence[Mapping[str, Any]], costs: Mapping[str, Any]) -> Row:
-    """A network's row: figures of its last epoch, its median training speed, and what it costs.
+def row(name: str, label: str, histories: Sequence[History], test_images: int, costs: Mapping[str, Any]) -> Row:
+    """A network's row, by its name in the table and its folder's: figures of its last epoch, means over the seeds, its
+    median training speed, and what it costs.
 
-    The first epoch's speed is left out where there are more, for it includes every one-time cost.
+    `interval` is half of the 95 % interval of the accuracy for so many test images. The first epoch's speed is left out
+    where there are more, since it includes every one-time cost.
     """
-    speeds = [h["train_images_per_second"] for h in history]
+    last = [history[-1] for history in histories]
+    speeds = [h["train_images_per_second"] for history in histories for h in history[1:] or history]
+    keys = [key for key in ("test_top1", "test_top5", "test_loss", "train_loss") if key in last[0]]
+    figures = {key: statistics.mean(each[key] for each in last) for key in keys}
+    right = figures["test_top1"] / 100
     return {
+        "name": name,
         "network": label,
-        "epochs": history[-1]["epoch"],
-        "test_top1": history[-1]["test_top1"],
-        "test_top5": history[-1].get("test_top5"),
-        "test_loss": history[-1]["test_loss"],
-        "train_loss": history[-1]["train_loss"],
-        "train_images_per_second": statistics.median(speeds[1:] or speeds),
+        "epochs": last[0]["epoch"],
+        **figures,
+        "test_top1_by_seed": [each["test_top1"] for each in last],
+        "interval": 196 * (right * (1 - right) / test_images) ** 0.5,
+        "train_images_per_second": statistics.median(speeds),
         **costs,
     }
 
 
 def cells(row: Row) -> list[str]:
     """A row as text, column by column."""
-    readable = row | {"multiply_adds": millions(row["multiply_adds"]), "peak_bytes": mebibytes(row["peak_bytes"])}
+    accuracy = f"{row['test_top1']:.2f} ± {row['interval']:.2f}"
+    readable = (
+        row
+        | {"accuracy": accuracy}
+        | {"multiply_adds": millions(row["multiply_adds"]), "peak_bytes": mebibytes(row["peak_bytes"])}
+    )
     return [form.format(readable[key]) for key, _, form in COLUMNS]
 
 
@@ -59,35 +70,37 @@ def mebibytes(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
-def data_note(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def data_note(histories: Sequence[History]) -> str:
     """How much of the training time went to waiting for images, and how many of them were broken."""
-    shares = [statistics.median(h["train_data_wait_share"] for h in history) for history in histories.values()]
-    broken = max(h.get("broken_images", 0) for history in histories.values() for h in history)
+    shares = [statistics.median(h["train_data_wait_share"] for h in history) for history in histories]
+    broken = max(h.get("broken_images", 0) for history in histories for h in history)
     note = f"Training waited for data during {max(shares):.1%} of the time (median of the epochs"
     note += ", the network that waited most)." if len(shares) > 1 else ")."
     return note + (f" {broken:,} broken image{'s were' if broken > 1 else ' was'} left out." if broken else "")
 
 
-def footnote(device: torch.device, batch_size: int, test_images: int) -> str:
+def footnote(device: torch.device, batch_size: int, test_images: int, seeds: int = 1) -> str:
     """What the figures of the table are, in a sentence or two."""
     memory = (
         "highest sum of PyTorch's own allocations in one training step, weights, gradients and optimizer included"
         if device.type == "cpu"
         else "highest memory of the CUDA allocator in one training step, weights, gradients and optimizer included"
     )
+    means = f", mean of {seeds} seeds" if seeds > 1 else ""
     return (
-        f"Accuracy on {test_images:,} test images after the last epoch. MACs for one image. Training speed is the "
+        f"Accuracy on {test_images:,} test images after the last epoch{means}, ± its 95 % interval for so many images. "
+        f"MACs for one image. Training speed is the "
         f"median of the run's epochs; inference speed is timed with the networks in turn. Memory: {memory}, "
         f"batch {batch_size}."
     )
 
 
-def markdown(rows: Sequence[Row], note: str, verdict: str | None) -> str:
+def markdown(rows: Sequence[Row], note: str, verdict: Sequence[str] = ()) -> str:
     """The table for a README."""
     lines = ["| " + " | ".join(heading for _, heading, _ in COLUMNS) + " |"]
     lines.append("| --- |" + " ---: |" * (len(COLUMNS) - 1))
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
-    return "\n".join([*lines, "", note, *(["", verdict] if verdict else []), ""])
+    return "\n".join([*lines, "", note, *(["", *(f"- {sentence}" for sentence in verdict)] if verdict else []), ""])
 
 
 def rich_table(rows: Sequence[Row]) -> "Table":
@@ -95,16 +108,16 @@ def rich_table(rows: Sequence[Row]) -> "Table":
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for key, heading, _ in COLUMNS:
-        left = key == "network"
+        left = key == "name"
         table.add_column(heading.replace(", ", "\n"), justify="left" if left else "right", no_wrap=True)
     for row in rows:
         table.add_row(*cells(row))
     return table
 
 
-def curves(path: Path, histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+def curves(path: Path, histories: Mapping[str, History]) -> None:
     """Loss and accuracy by epoch as a PNG: training dashed, test solid, a colour for each network."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -126,54 +139,3 @@ def curves(path: Path, histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> 
     panels[0].legend()
     with atomic(path) as temporary:
         FigureCanvasAgg(figure).print_png(temporary)
-
-
-def paired(first: Tensor, second: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Two networks on the same test images: counts, and McNemar's exact test of whether they differ.
-
-    Args:
-        first, second: predicted classes, (N,).
-        labels: true classes, (N,).
-
-    Returns:
-        images, only_first (right by the first alone), only_second, p_value.
-    """
-    from scipy.stats import binomtest
-
-    first_right, second_right = first == labels, second == labels
-    only_first, only_second = int((first_right & ~second_right).sum()), int((second_right & ~first_right).sum())
-    differing = only_first + only_second
-    p_value = binomtest(only_first, differing, 0.5).pvalue if differing else 1.0
-    return {"images": len(labels), "only_first": only_first, "only_second": only_second, "p_value": float(p_value)}
-
-
-def full_name(label: str) -> str:
-    """A network's label with what it is."""
-    return f"the host ({label})" if label == "identity" else f"the DSNet ({label})"
-
-
-def verdict(rows: Sequence[Row], pairs: Mapping[str, Any]) -> str:
-    """Which of two networks won, by how much, and whether chance alone gives such a difference.
-
-    Args:
-        rows: the two rows of the table.
-        pairs: what `paired` gave for them in this order.
-    """
-    names = [full_name(row["network"]) for row in rows]
-    accuracies = [row["test_top1"] for row in rows]
-    only = [pairs["only_first"], pairs["only_second"]]
-    images = f"{pairs['images']:,} test images"
-    if only[0] == only[1]:
-        return f"A draw: {names[0]} and {names[1]} both have {accuracies[0]:.2f} % of {images} right."
-    best, other = (0, 1) if only[0] > only[1] else (1, 0)
-    p_value = pairs["p_value"]
-    chance = (
-        f"a difference that chance gives too easily to call (McNemar's exact p = {p_value:.2f}; below 0.05 would count)"
-        if p_value >= 0.05
-        else f"more than chance gives on these images (McNemar's exact p = {p_value:.2g}), on this one seed"
-    )
-    return (
-        f"T{names[best][1:]} won by {accuracies[best] - accuracies[other]:.2f} points: {accuracies[best]:.2f} % "
-        f"against {accuracies[other]:.2f} % of {names[other]} on {images}. {only[best]} of them only the winner got "
-        f"right, {only[other]} only the other: {chance}."
-    )

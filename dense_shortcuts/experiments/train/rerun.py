@@ -15,8 +15,7 @@ from ..command import dsnet
 from .checkpoint import CARD, WEIGHTS
 from .config import read_yaml
 from .loop import METRICS, read_metrics
-from .network import network_label
-from .run import CONFIG, ENVIRONMENT, execute, networks_of, resume
+from .run import CONFIG, ENVIRONMENT, TABLE, asked_of, execute, resume
 
 RERUN = "rerun.json"
 CLOCKED = ("seconds", "per_second", "share")  # ends of the names of metrics that a clock gives
@@ -44,20 +43,19 @@ def rerun(folder: Path, name: str | None = None, line: str = "") -> tuple[Path, 
         raise DenseShortcutError(f"{folder} is no run to repeat, for it has no {CONFIG}: give the folder of a run.")
     before = read_json(folder / ENVIRONMENT)
     config = read_yaml(folder / CONFIG)
-    labels = [network_label(each) for each in networks_of(config, before["command"])]
-    for label in labels:
-        if not (folder / label / CARD).is_file():
-            raise DenseShortcutError(
-                f"{folder / label} is not finished: go on with `{dsnet(before['command'], '--resume', folder)}` first."
-            )
+    places = sorted(str(path.parent.relative_to(folder)) for path in folder.glob(f"**/{METRICS}"))
+    if not (folder / TABLE).is_file() or not all((folder / place / CARD).is_file() for place in places):
+        raise DenseShortcutError(
+            f"{folder} is not finished: go on with `{dsnet(before['command'], '--resume', folder)}` first."
+        )
     torch.set_num_threads(before["threads"])  # sums depend on it
     again = folder.with_name(name or f"{folder.name}-rerun")
     here = dataclasses.replace(config, output=str(folder.parent), name=again.name)
     if (again / CONFIG).is_file() and read_yaml(again / CONFIG) == here.resolved():
         resume(again, before["command"])
     else:
-        execute(here, before["command"], resumed=None, line=line)
-    networks = {label: compared(folder / label, again / label) for label in labels}
+        execute(here, before["command"], resumed=None, line=line, asked=asked_of(before))
+    networks = {place: compared(folder / place, again / place) for place in places}
     outcome = {
         "of": str(folder),
         "differences": differences(before, read_json(again / ENVIRONMENT)),

@@ -1,4 +1,4 @@
-"""A run and its folder: `compare` trains a host and its DSNet twin, `train` one network, `evaluate` scores one."""
+"""A run and its folder: `compare` trains a host, its DSNet and a DenseNet, `train` one, `evaluate` scores one."""
 
 import dataclasses
 import datetime
@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +18,16 @@ from ...errors import DenseShortcutError
 from ...files import read_json, write_text
 from ..command import dsnet
 from ..environment import machine
-from . import report
+from . import comparison, report
 from .checkpoint import CARD, WEIGHTS, read_model
-from .config import TrainConfig, read_yaml, write_yaml
+from .config import NetworkName, TrainConfig, absolute, read_yaml, write_yaml
 from .data import Data, load_data
 from .display import Display
 from .fingerprint import file_fingerprint, fingerprints
 from .log import run_log
 from .loop import METRICS, make_loader, placed, read_metrics, test_network, train_network
 from .measure import images_at_once, inference_speed, multiply_adds, parameters, training_step_memory
-from .network import build_network, make_optimizer, network_label, twin
+from .network import build_network, make_optimizer, network_label
 from .pretrained import start_from, weights_file
 from .processes import make_accelerator, repeatable, told_when_lost
 from .states import read_predicted, remove
@@ -45,21 +46,30 @@ class RunInterrupted(KeyboardInterrupt):
         self.folder = folder
 
 
-CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
+CONFIG, ENVIRONMENT, TABLE = "config.yaml", "environment.json", "table.md"
 
 _logger = logging.getLogger(__name__)
 
 
-def compare(config: TrainConfig, line: str = "") -> Path:
-    """Train the host network and its DSNet twin with the same seed and recipe; gives the run's folder.
+def compare(
+    config: TrainConfig, line: str = "", networks: Sequence[NetworkName] = (), seeds: Sequence[int] = ()
+) -> Path:
+    """Train host, DSNet and DenseNet with the same recipe and seeds; gives the run's folder.
 
     Args:
         line: the command as it was typed, for the run's folder.
+        networks: which ones; none named is all that there can be.
+        seeds: those of the networks in the folder itself, then those in folders of their own; none given is the
+            configuration's and the next one.
 
     Raises:
         DenseShortcutError: bad input of any kind; a folder that exists already is left as it was.
     """
-    return execute(config, "compare", resumed=None, line=line)
+    if len(set(seeds)) != len(seeds) or any(seed < 0 for seed in seeds):
+        raise DenseShortcutError("--seeds must be different whole numbers from 0 on.")
+    seeds = list(seeds) or [config.seed, config.seed + 1]
+    asked = {"networks": list(networks), "seeds": seeds}
+    return execute(dataclasses.replace(config, seed=seeds[0]), "compare", resumed=None, line=line, asked=asked)
 
 
 def train(config: TrainConfig, line: str = "") -> Path:
@@ -83,20 +93,34 @@ def resume(folder: Path, command: str) -> Path:
     """
     if not (folder / CONFIG).is_file():
         raise DenseShortcutError(f"{folder} is no run to resume, for it has no {CONFIG}: give the folder of a run.")
-    began = read_json(folder / ENVIRONMENT).get("command")
+    about = read_json(folder / ENVIRONMENT)
+    began = about.get("command")
     if began != command:
         raise DenseShortcutError(f"{folder} was started otherwise: go on with `{dsnet(began, '--resume', folder)}`.")
-    return execute(read_yaml(folder / CONFIG), command, resumed=folder)
+    return execute(read_yaml(folder / CONFIG), command, resumed=folder, asked=asked_of(about))
 
 
-def execute(config: TrainConfig, command: str, resumed: Path | None, line: str = "") -> Path:
-    """Check everything, make the folder, train what is not trained yet, and report."""
+def asked_of(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What a comparison's environment.json says of its networks and seeds, none for a run with one network."""
+    return {key: about[key] for key in ("networks", "seeds") if key in about}
+
+
+def execute(
+    config: TrainConfig, command: str, resumed: Path | None, line: str = "", asked: Mapping[str, Any] | None = None
+) -> Path:
+    """Check everything, make the folder, train what is not trained yet, and report.
+
+    `asked` has the networks and seeds of a comparison.
+    """
+    asked = asked or {}
     config = config.resolved()
-    networks = networks_of(config, command)
+    if command == "compare" and config.aggregate == "identity":
+        raise DenseShortcutError("--aggregate identity is the host itself: take stage, block or dense_identity.")
     chosen_tracker(config)
     accelerator = make_accelerator(config)
     data = load_data(config)
-    for each in networks:  # what cannot work is refused before the folder is made
+    networks = networks_of(config, command, asked, len(data.classes))
+    for each in networks.values():  # what cannot work is refused before the folder is made
         model = build_network(each, len(data.classes))
         make_optimizer(each, model)
         if each.weights is not None and resumed is None:
@@ -105,7 +129,7 @@ def execute(config: TrainConfig, command: str, resumed: Path | None, line: str =
 
     folder = resumed or Path(config.output) / (config.name or default_name(config.data, config.model))
     if accelerator.is_main_process and resumed is None:
-        make_folder(folder, config, environment(config, command, line, data))
+        make_folder(folder, config, environment(config, command, line, data) | dict(asked))
     accelerator.wait_for_everyone()
     with run_log(folder, accelerator.process_index):
         _logger.info(
@@ -113,7 +137,8 @@ def execute(config: TrainConfig, command: str, resumed: Path | None, line: str =
         )
         try:
             with repeatable(config), told_when_lost(accelerator):
-                train_and_report(config, networks, data, folder, accelerator)
+                seeds = asked.get("seeds", [config.seed])
+                train_and_report(config, networks, seeds, data, folder, accelerator)
         except KeyboardInterrupt:
             _logger.warning("interrupted by a signal")
             raise RunInterrupted(folder) from None
@@ -135,33 +160,58 @@ def setting(config: TrainConfig, accelerator: "Accelerator") -> str:
 
 
 def train_and_report(
-    config: TrainConfig, networks: Sequence[TrainConfig], data: Data, folder: Path, accelerator: "Accelerator"
+    config: TrainConfig,
+    networks: Mapping[str, TrainConfig],
+    seeds: Sequence[int],
+    data: Data,
+    folder: Path,
+    accelerator: "Accelerator",
 ) -> None:
-    """Train each network that is not finished, then measure, compare and print."""
+    """Train each network that is not finished, with each seed, then measure, compare and print."""
     from rich.console import Console
 
-    labels = [network_label(each) for each in networks]
+    labels = [network_label(each) for each in networks.values()]
     console = Console(quiet=not accelerator.is_main_process)
     console.print(heading(config, data, labels, folder, accelerator.device), highlight=False, soft_wrap=True)
-    with Display(labels, config.epochs, console) as display:
+    for seed in seeds:
+        place = seed_folder(folder, config, seed)
+        if accelerator.is_main_process and not place.is_dir():
+            place.mkdir()
+            write_text(place / CONFIG, write_yaml(dataclasses.replace(config, seed=seed, name=folder.name)))
+        accelerator.wait_for_everyone()
+        if len(seeds) > 1:
+            console.print(f"seed {seed}", highlight=False)
+        seeded = [dataclasses.replace(each, seed=seed) for each in networks.values()]
+        train_all(seeded, data if seed == config.seed else load_data(seeded[0]), place, console)
+    if accelerator.is_main_process:
+        finish(config, networks, seeds, data, folder, accelerator.device, console)
+    accelerator.wait_for_everyone()
+
+
+def train_all(networks: Sequence[TrainConfig], data: Data, folder: Path, console: "Console") -> None:
+    """Train the networks of one seed that are not finished, each in its folder in this one."""
+    labels = [network_label(each) for each in networks]
+    with Display(labels, networks[0].epochs, console) as display:
         for each, label in zip(networks, labels, strict=True):
             (folder / label).mkdir(exist_ok=True)
             if not (folder / label / CARD).is_file():
                 _logger.info("%s: trains", label)
                 train_network(each, data, folder / label, display)
             display.finished(label, f"{read_metrics(folder / label / METRICS)[-1]['test_top1']:.2f} % accuracy")
-    if accelerator.is_main_process:
-        finish(config, networks, data, folder, accelerator.device, console)
-    accelerator.wait_for_everyone()
 
 
-def networks_of(config: TrainConfig, command: str) -> list[TrainConfig]:
-    """The configurations to train, the host first."""
+def seed_folder(folder: Path, config: TrainConfig, seed: int) -> Path:
+    """Where the networks of a seed lie: in the run's folder for its own, in one like a run's for the others."""
+    return folder if seed == config.seed else folder / f"seed-{seed}"
+
+
+def networks_of(
+    config: TrainConfig, command: str, asked: Mapping[str, Any], num_classes: int
+) -> Mapping[str, TrainConfig]:
+    """The configurations to train by name: a comparison's, else one without a name."""
     if command == "train":
-        return [config]
-    if config.aggregate == "identity":
-        raise DenseShortcutError("--aggregate identity is the host itself: take stage, block or dense_identity.")
-    return [twin(config), config]
+        return {"": config}
+    return comparison.compared_networks(config, asked["networks"], num_classes)
 
 
 def default_name(*parts: str) -> str:
@@ -212,48 +262,61 @@ def heading(config: TrainConfig, data: Data, labels: Sequence[str], folder: Path
 
 def finish(
     config: TrainConfig,
-    networks: Sequence[TrainConfig],
+    networks: Mapping[str, TrainConfig],
+    seeds: Sequence[int],
     data: Data,
     folder: Path,
     device: torch.device,
     console: "Console",
 ) -> None:
-    """Measure what the trained networks cost, write table and curves, and say who won."""
-    labels = [network_label(each) for each in networks]
-    histories = {label: read_metrics(folder / label / METRICS) for label in labels}
+    """Measure what the trained networks cost, write table and curves, and say what they are worth."""
+    places = [seed_folder(folder, config, seed) for seed in seeds]
+    labels = {name: network_label(each) for name, each in networks.items()}
+    histories = {name: [read_metrics(place / label / METRICS) for place in places] for name, label in labels.items()}
     with console.status("measuring speed and memory"):
-        rows = measured_rows(networks, folder, histories)
-    note = f"{report.footnote(device, images_at_once(config), len(data.test))} {report.data_note(histories)}"
-    pairs, sentence = None, None
-    if len(networks) == 2:
+        rows = measured_rows(networks, folder, histories, len(data.test))
+    note = report.footnote(device, images_at_once(config), len(data.test), len(seeds))
+    note += f" {report.data_note([history for runs in histories.values() for history in runs])}"
+    table: dict[str, Any] = {"networks": list(rows.values()), "note": note, "seeds": list(seeds)}
+    if len(networks) > 1:
         true = torch.from_numpy(data.test.images.labels)
-        host, dense = (read_predicted(folder / label) for label in labels)
-        pairs = report.paired(host, dense, true)
-        sentence = report.verdict(rows, pairs)
-    write_text(folder / "table.md", report.markdown(rows, note, sentence))
-    table = {"networks": rows, "paired": pairs, "verdict": sentence, "note": note}
+        predicted = {
+            name: torch.stack([read_predicted(place / label) for place in places]) for name, label in labels.items()
+        }
+        pairs = {(a, b): comparison.paired(predicted[a], predicted[b], true) for a, b in combinations(networks, 2)}
+        table["paired"] = [{"first": a, "second": b, **pair} for (a, b), pair in pairs.items()]
+        table["verdict"] = comparison.verdict(rows, pairs)
+        comparison.picture(folder / "curves.png", rows, histories)
+    else:
+        report.curves(folder / "curves.png", {label: histories[name][0] for name, label in labels.items()})
+    sentences = table.get("verdict", [])
+    write_text(folder / TABLE, report.markdown(table["networks"], note, sentences))
     write_text(folder / "table.json", json.dumps(table, indent=2) + "\n")
-    report.curves(folder / "curves.png", histories)
 
-    console.print(report.rich_table(rows))
+    console.print(report.rich_table(table["networks"]))
     console.print(note, style="dim", highlight=False)
     console.print(f"\ntable, curves, metrics and checkpoints: {folder}", highlight=False, soft_wrap=True)
-    console.print(sentence or f"{rows[0]['test_top1']:.2f} % accuracy.", style="bold", highlight=False)
-    if config.data == "digits":
+    for sentence in sentences or [f"{table['networks'][0]['test_top1']:.2f} % accuracy."]:
+        console.print(sentence, style="bold", highlight=False)
+    if config.data in ("fashion", "digits"):
         real = dsnet("compare", "--recipe", "cifar100-cpu", "--data-dir", "DIR")
         console.print(f"with CIFAR-100 in a folder DIR: {real}", highlight=False, markup=False, soft_wrap=True)
-    again = next_command(config, folder, "compare" if len(networks) == 2 else "train")
+    again = next_command(config, folder, seeds, "compare" if len(networks) > 1 else "train")
     console.print(f"next: {again}", highlight=False, markup=False, soft_wrap=True)
 
 
 def measured_rows(
-    networks: Sequence[TrainConfig], folder: Path, histories: dict[str, list[dict[str, Any]]]
-) -> list[report.Row]:
+    networks: Mapping[str, TrainConfig],
+    folder: Path,
+    histories: Mapping[str, Sequence[report.History]],
+    test_images: int,
+) -> dict[str, report.Row]:
     """A row for each network, all measured side by side."""
-    models = [read_model(folder / network_label(each))[0] for each in networks]
-    speeds = inference_speed(models, networks[0])
-    rows = []
-    for each, model, speed in zip(networks, models, speeds, strict=True):
+    configs = list(networks.values())
+    models = [read_model(folder / network_label(each))[0] for each in configs]
+    speeds = inference_speed(models, configs[0])
+    rows = {}
+    for (name, each), model, speed in zip(networks.items(), models, speeds, strict=True):
         label = network_label(each)
         num_classes = read_json(folder / label / CARD)["num_classes"]
         costs = {
@@ -262,15 +325,16 @@ def measured_rows(
             "infer_images_per_second": speed,
             "peak_bytes": training_step_memory(each, num_classes),
         }
-        rows.append(report.row(label, histories[label], costs))
+        rows[name] = report.row(comparison.TITLES.get(name, label), label, histories[name], test_images, costs)
     return rows
 
 
-def next_command(config: TrainConfig, folder: Path, command: str) -> str:
-    """The same run with the next seed: one seed does not tell a gain from luck."""
-    seed = config.seed + 1
-    name = f"{folder.name.removesuffix(f'-seed-{config.seed}')}-seed-{seed}"
-    return dsnet(command, "--recipe", folder / CONFIG, "--seed", seed, "--name", name)
+def next_command(config: TrainConfig, folder: Path, seeds: Sequence[int], command: str) -> str:
+    """The same run with other seeds, from any folder: a few seeds do not tell a gain from luck."""
+    others = [max(seeds) + 1 + place for place in range(len(seeds))]
+    name = f"{folder.name.removesuffix(f'-seed-{seeds[0]}')}-seed-{others[0]}"
+    flag = "--seeds" if command == "compare" else "--seed"
+    return dsnet(command, "--recipe", absolute(str(folder / CONFIG)), "--name", name, flag, *others)
 
 
 def evaluate(checkpoint: Path, **given: Any) -> dict[str, Any]:
