@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from ... import shipped
@@ -161,13 +160,7 @@ def seen_by(network: Network, image: Image.Image, method: str) -> list[Any]:
     layer, _ = find_layer(network.model)
     start = "" if network.trained else " **Not trained: this is a random start.**"
     told = f"**{short(network.label)}** looks at **{likeliest[0][0]}** ({layer}, {network.size} pixels).{start}"
-    return [told, enlarged(overlay(seen.picture, cam)), dict(likeliest)]
-
-
-def enlarged(pixels: np.ndarray, side: int = 336) -> np.ndarray:
-    """A small picture as whole multiples of its pixels, so that no browser blurs it."""
-    times = max(1, side // pixels.shape[0])
-    return pixels.repeat(times, axis=0).repeat(times, axis=1)
+    return [told, overlay(seen.picture, cam), dict(likeliest)]
 
 
 def short(name: str) -> str:

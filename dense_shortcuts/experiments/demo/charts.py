@@ -34,7 +34,7 @@ CSS = """
 .ds-note { margin: 0 0 .5rem; font-size: .9rem; }
 .ds-error { border: 2px solid #b42318; border-radius: 8px; padding: .6rem .8rem; font-weight: 600;
   background: #fef3f2; color: #7a1610; }
-.pixels img { image-rendering: pixelated; object-fit: contain; width: 100%; height: 100%; }
+.pixels img { object-fit: contain; width: 100%; height: 100%; }
 """
 
 LINES = ("#1f6feb", "#b35900", "#1a7f37", "#8250df", "#bf3989", "#57606a")

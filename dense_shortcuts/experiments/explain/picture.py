@@ -12,12 +12,18 @@ if TYPE_CHECKING:
     from .run import Object, Seen
 
 
-def overlay(pixels: np.ndarray, cam: np.ndarray) -> np.ndarray:
-    """A map in [0, 1], (S, S), laid over a picture (S, S, 3) uint8: dark where nothing is, yellow at the top."""
+def overlay(pixels: np.ndarray, cam: np.ndarray, side: int = 336) -> np.ndarray:
+    """A map in [0, 1], (S, S), laid over a picture (S, S, 3) uint8: dark where nothing is, yellow at the top.
+
+    Smaller ones are enlarged to `side` pixels by cubic interpolation, so that a map of few places is drawn smooth.
+    """
     import cv2
     from pytorch_grad_cam.utils.image import show_cam_on_image
 
-    return show_cam_on_image(pixels.astype(np.float32) / 255, cam, use_rgb=True, colormap=cv2.COLORMAP_INFERNO)
+    size = (max(side, len(pixels)),) * 2
+    picture = cv2.resize(pixels, size, interpolation=cv2.INTER_CUBIC).astype(np.float32) / 255
+    smooth = np.clip(cv2.resize(cam.astype(np.float32), size, interpolation=cv2.INTER_CUBIC), 0, 1)
+    return show_cam_on_image(picture, smooth, use_rgb=True, colormap=cv2.COLORMAP_INFERNO)
 
 
 def draw(
@@ -34,22 +40,21 @@ def draw(
     for axes in panels.flat:
         axes.set_axis_off()
     for line, (thing, seen) in zip(panels, drawn, strict=False):
-        show(line[0], seen[0].pixels, thing.path.name, seen[0].boxes)
+        show(line[0], seen[0].pixels, thing.path.name, seen[0].boxes, len(seen[0].pixels))
         cells = [(label, each, method) for method in methods for label, each in zip(labels, seen, strict=True)]
         for axes, (label, each, method) in zip(line[1:], cells, strict=True):
             scored = each.scores.get(method)
             inside = f", {scored.energy:.0%} inside" if scored is not None else ""
             title = f"{short(label)}, {method}\n{short(each.target)}{inside}"
-            show(axes, overlay(each.pixels, each.maps[method]), title, each.boxes)
+            show(axes, overlay(each.pixels, each.maps[method]), title, each.boxes, len(each.pixels))
     with atomic(path) as temporary:
         FigureCanvasAgg(figure).print_png(temporary)
 
 
-def show(axes: Any, pixels: np.ndarray, title: str, boxes: np.ndarray) -> None:
-    """A picture with its title and the outlines of boxes (B, 4)."""
+def show(axes: Any, pixels: np.ndarray, title: str, boxes: np.ndarray, side: int) -> None:
+    """A picture with its title and the outlines of boxes (B, 4), whose numbers are for one of `side` pixels."""
     from matplotlib.patches import Rectangle
 
-    side = pixels.shape[0]
     axes.imshow(pixels, extent=(0, side, side, 0))
     axes.set_title(title, fontsize=8)
     for x0, y0, x1, y1 in boxes:
