@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from hosts import assert_close
 from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import dense_shortcuts as ds
 
@@ -954,3 +956,14 @@ def test_a_cut_for_a_traced_network_serves_no_call_with_tensors():
         assert_close(torch.fx.symbolic_trace(net)(x), net(x).double(), 1e-5, "output")
     with pytest.raises(ds.DenseShortcutError, match="misses some of what it does"):
         net(x, mask=x)
+
+
+def test_the_activation_after_the_add_is_a_node_of_the_plugged_network_as_of_its_host():
+    torch.manual_seed(0)
+    host = torchvision.models.resnet18(num_classes=3).eval()
+    nodes = [name for name in get_graph_node_names(host)[1] if name.endswith(".relu_1")]
+    assert len(nodes) == 8
+    x = torch.randn(2, 3, 64, 64)
+    expected = create_feature_extractor(host, nodes)(x)
+    found = create_feature_extractor(ds.plug_in(copy.deepcopy(host), keep_identity=True), nodes)(x)
+    assert all(torch.equal(found[node], expected[node]) for node in nodes)

@@ -85,7 +85,8 @@ class ResidualAdd:
 
         if norm is not None and not (fused and self._fuses_norm(norm)):
             branch, norm = norm(branch), None
-        relu = fused and ops.is_relu(activation) and not (isinstance(activation, nn.Module) and observed(activation))
+        seen = isinstance(branch, Proxy) or (isinstance(activation, nn.Module) and observed(activation))
+        relu = fused and ops.is_relu(activation) and not seen  # in a traced graph it stays a node, as in the host's
         addends = [identity] if self.keep_identity and not whole else []
         x = self._sum(branch, norm, addends, relu, fused and (relu or activation is None), backend)
 
