@@ -52,6 +52,7 @@ def tiny(**changes) -> TrainConfig:
     """64 digits of 8x8, two epochs of two steps, in 50 test images the last batch is ragged."""
     settings = {
         "model": "resnet_tiny",
+        "norm": "group",
         "img_size": 8,
         "crop_padding": 1,
         "limit_train": 64,

@@ -325,7 +325,7 @@ def test_a_written_adapter_can_be_registered_and_is_used():
         def out_channels(self) -> int:
             return 4
 
-    torch.testing.assert_close(ds.plug_in(net, norm=None)(x), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ds.plug_in(net, norm=None, init="nearest")(x), expected, rtol=1e-12, atol=1e-12)
     assert type(net[0][0]) is DenseScaled
 
 
@@ -341,7 +341,7 @@ def test_a_host_may_use_the_names_of_the_adapters_methods():
 
     net, x = nn.Sequential(Block(), Block()).double(), torch.randn(2, 4, 5, 5, dtype=torch.float64)
     expected = net(x)
-    torch.testing.assert_close(ds.plug_in(net, norm=None)(x), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ds.plug_in(net, norm=None, init="nearest")(x), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_list_of_blocks_that_its_owner_does_not_chain_is_refused():

@@ -309,7 +309,7 @@ def test_hooks_on_activations_fire_and_change_no_number(kind):
 
 
 def test_changing_the_activation_after_plugging_is_seen():
-    net = ds.plug_in(hosts.small_net()).double().eval()
+    net = ds.plug_in(hosts.small_net(), norm="group").double().eval()
     x = torch.randn(2, 3, 9, 7, dtype=torch.float64)
     before = net(x)
     for block in net.layer1.blocks:

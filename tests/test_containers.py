@@ -31,7 +31,7 @@ def shaken(host: nn.Module, **options: Any) -> tuple[nn.Module, nn.Module]:
     """A host in float64, in evaluation mode, with other numbers than its start's, and the same plugged in."""
     torch.manual_seed(7)
     hosts.randomise(host.double().eval(), seed=8)
-    net = ds.plug_in(copy.deepcopy(host), **options)
+    net = ds.plug_in(copy.deepcopy(host), **{"norm": "group"} | options)
     hosts.randomise_parameters(ds.shortcut_parameters(net), seed=9)
     return host, net
 

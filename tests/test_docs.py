@@ -25,10 +25,10 @@ LEAVES_A_RUN = (*TRAINS, "prune", "renorm")
 
 # Commands that another test runs, with what they leave; they take seconds, so here they are parsed alone.
 RUN_BY = {
-    "dsnet export runs/NAME/stage-group --to onnx --int8": "tests/export/test_export.py",
-    "dsnet export runs/NAME/stage-group --to torch-export --int8": "tests/export/test_export.py",
-    "dsnet export runs/NAME/stage-group --to openvino": "tests/export/test_export.py",
-    "dsnet export runs/NAME/stage-group --to executorch": "tests/export/test_export.py",
+    "dsnet export runs/NAME/stage-auto --to onnx --int8": "tests/export/test_export.py",
+    "dsnet export runs/NAME/stage-auto --to torch-export --int8": "tests/export/test_export.py",
+    "dsnet export runs/NAME/stage-auto --to openvino": "tests/export/test_export.py",
+    "dsnet export runs/NAME/stage-auto --to executorch": "tests/export/test_export.py",
 }
 
 # Pages whose commands need images of their own; the test beside them runs them.

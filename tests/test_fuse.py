@@ -227,7 +227,7 @@ def host_of(cls: type[nn.Module]) -> nn.Module:
     torch.manual_seed(3)
     net = cls()
     hosts.randomise(net, seed=4)
-    return ds.plug_in(net).double().eval()
+    return ds.plug_in(net, norm="group").double().eval()
 
 
 FOLDED = {"layer1.0.bn", "layer1.1.bn"}

@@ -288,7 +288,7 @@ def test_nearest_start_without_norm_is_the_host_at_any_depth():
     x = torch.randn(2, 3, 9, 11, dtype=torch.float64)
     with torch.no_grad():
         host = net(x)
-        assert_close(ds.plug_in(net, norm=None)(x), host, 1e-13, "output")
+        assert_close(ds.plug_in(net, norm=None, init="nearest")(x), host, 1e-13, "output")
 
 
 def test_stage_holds_its_blocks_by_position_and_runs_as_a_chain_of_steps():
@@ -310,7 +310,7 @@ def test_in_place_activations_leave_earlier_maps_as_they_were():
     host = nn.Sequential(hosts.make_stage("timm_basic", 4, 8, in_channels=8)).double()
     hosts.randomise(host, seed=1)
     blocks = hosts.frozen_copy(host[0])
-    stage = ds.plug_in(host)[0]
+    stage = ds.plug_in(host, norm="group")[0]
     hosts.randomise_parameters(ds.shortcut_parameters(host), seed=2)
     expected = Reference(blocks, stage, channels=8, norm="group", aggregate="stage")
     seen: list[Tensor] = []

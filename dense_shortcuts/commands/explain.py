@@ -13,7 +13,7 @@ class Cam:
     images: Positional[tuple[Path, ...]]
     """Images, or folders of images."""
     models: str = "resnet50,dsnet50"
-    """Networks, separated by commas: folders of trained networks (runs/NAME/stage-group), shipped, timm's models."""
+    """Networks, separated by commas: folders of trained networks (runs/NAME/stage-auto), shipped, timm's models."""
     method: str = "gradcam,gradcam++"
     """Methods, separated by commas, or all: gradcam, gradcam++, hirescam, elementwise, xgradcam, layercam, shapleycam,
     finercam, eigencam, eigengradcam, kpcacam, fem, scorecam, ablationcam, fullgrad, randomcam."""

@@ -10,6 +10,7 @@ from torch import nn
 from ..errors import DenseShortcutError
 from ..files import write_text
 from ..nn.affine_form import is_batch_norm
+from ..nn.shortcut import DenseShortcut
 from ..surgery.plug import dense_stages
 from .train.checkpoint import read_model
 from .train.config import TuneConfig
@@ -44,7 +45,8 @@ def renorm(checkpoint: Path | str, norm: str, how: TuneConfig) -> Renormed:
     model, card = read_model(folder)
     if not dense_stages(model):
         raise DenseShortcutError(f"{folder} has no dense shortcuts: there is no norm to change.")
-    if card["shortcut"]["norm"] == norm:
+    norms = [norm for module in model.modules() if isinstance(module, DenseShortcut) for norm in module.norms]
+    if card["shortcut"]["norm"] == norm or (norm == "batch" and norms and all(map(is_batch_norm, norms))):
         raise DenseShortcutError(f"{folder} has norm={norm} already: choose another norm.")
     config, data = settings(folder, card, how)
     before = accuracy(model, config, data)

@@ -29,7 +29,7 @@ class InnerShortcut(nn.Module):
         channels: int,
         weighted: int,
         *,
-        norm: Norm = "group",
+        norm: Norm = "auto",
         groups: int | None = None,
         center: bool = True,
         start: float = 0.0,

@@ -42,7 +42,7 @@ def make_norm(
     """A new norm for maps of `channels` channels, or None if maps are summed without a norm.
 
     "layer" normalises each image as a whole, as group norm with one group, which is usual for feature maps; for tokens
-    it normalises the channels of each token, which is usual there. "auto" is "layer" for tokens and "group" for feature
+    it normalises the channels of each token, which is usual there. "auto" is "layer" for tokens and "batch" for feature
     maps. "none" means None, which `timm.create_model` does not pass on. Without `center`, tokens get a norm of another
     class. The others are only read, for groups, eps and running statistics, and `affine_form` leaves out the mean.
 
@@ -52,7 +52,7 @@ def make_norm(
     if groups is not None and norm not in ("auto", "group"):
         raise DenseShortcutError(f"groups={groups} requires norm='group', not norm={norm!r}: leave groups out.")
     if norm == "auto":
-        norm = "layer" if tokens else "group"
+        norm = "group" if groups is not None else "layer" if tokens else "batch"
     if norm is None or norm == "none":
         return None
     if norm == "layer" and tokens:

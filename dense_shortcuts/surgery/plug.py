@@ -54,7 +54,7 @@ class Options:
             return self.init
         if self.keep_identity:
             return "zeros"
-        return "uniform" if self.weighting == "attention" else "nearest"
+        return "nearest" if self.weighting == "gate" else "uniform"
 
 
 @dataclass(frozen=True)
@@ -350,12 +350,12 @@ def plug_in(
             the X_i as they are, without norm and weight (the control).
         norm: "group", "batch", "layer" (over C, H and W of an image; for tokens over C), "instance", "none" (or None,
             which `timm.create_model` does not pass on), or a callable that takes a channel count and returns a module.
-            "auto" is "layer" for tokens, and "group" for feature maps.
+            "auto" is "layer" for tokens, and "batch" for feature maps.
         groups: groups of the group norm; None means 32, or fewer to keep four channels per group.
         center: whether the norm subtracts the mean, as in the paper; False divides by the root mean square alone, so
             maps behind a ReLU stay non-negative and keep their direction.
         init: initial weights: "nearest" (1 for the nearest map, 0 for the rest), "uniform" (1/l each), "ones", "zeros",
-            "random" (-1 to 1). None means "nearest", or "zeros" with keep_identity, or "uniform" with attention.
+            "random" (-1 to 1). None means "uniform", or "zeros" with keep_identity, or "nearest" with gates.
         weighting: "channel", as in the paper; "softmax", "gate" or "attention", as in related methods (`weighting.py`).
         pattern: "all" earlier maps, or only those a power of two back ("powers", about log2(L) maps per block).
         window: sum only the nearest `window` maps; None for all.

@@ -26,7 +26,7 @@ RATIOS = (
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> Path:
-    """A folder of runs: small/identity, small/stage-group and a benchmark with the figures of benchmarks/RESULTS.md."""
+    """A folder of runs: small/identity, small/stage-auto and a benchmark with the figures of benchmarks/RESULTS.md."""
     folder = tmp_path_factory.mktemp("demo")
     small_run(folder)
     step, infer = 8 / 18.8, 8 / 62.7

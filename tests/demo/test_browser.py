@@ -24,7 +24,7 @@ def test_an_uploaded_image_is_compared(tab, shoot, digit):
     page = tab()
     upload(page, digit)
     compare(page)
-    told(page, "small: stage-group").wait_for()
+    told(page, "small: stage-auto").wait_for()
     assert told(page, "small: identity").count() == 1
     assert page.get_by_text(re.compile(r"^\d+%$")).count() == 10  # five of each network
     maps = page.locator("img[src*='/file=']")
@@ -73,7 +73,7 @@ def test_errors_get_a_message_and_the_server_lives_on(tab, shoot, digit, tmp_pat
     page.get_by_role("button", name="Compare").wait_for()
     upload(page, digit)
     compare(page)
-    told(page, "small: stage-group").wait_for()
+    told(page, "small: stage-auto").wait_for()
     assert alert.count() == 0
 
 
@@ -103,7 +103,7 @@ def test_all_is_done_with_the_keyboard_alone(tab, shoot):
     tab_to(page, "Compare")
     shoot(page, "keyboard")
     page.keyboard.press("Enter")
-    told(page, "small: stage-group").wait_for()
+    told(page, "small: stage-auto").wait_for()
     page.get_by_role("tab", name="Look").focus()
     page.keyboard.press("Tab")
     assert focused(page) == "Shortcuts"
@@ -117,7 +117,7 @@ def test_shortcut_maps_tell_their_numbers(tab, shoot):
     page = tab()
     page.get_by_role("tab", name="Shortcuts").click()
     page.get_by_label("Network", exact=True).click()
-    page.get_by_role("option", name="small: stage-group").filter(visible=True).click()
+    page.get_by_role("option", name="small: stage-auto").filter(visible=True).click()
     page.get_by_role("button", name="Show its shortcuts").click()
     page.locator(".ds-card").first.wait_for()
     assert page.locator(".ds-card").count() == 3
@@ -153,7 +153,7 @@ def test_a_narrow_screen_needs_no_scrolling_sideways(tab, shoot, digit):
     page = tab(width, 844)
     upload(page, digit)
     compare(page)
-    told(page, "small: stage-group").wait_for()
+    told(page, "small: stage-auto").wait_for()
     shoot(page, "narrow")
     for name, button, shown in (
         ("Shortcuts", "Show its shortcuts", "rect"),

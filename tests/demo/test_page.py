@@ -24,11 +24,11 @@ def test_networks_are_the_shipped_one_those_of_runs_and_the_registered_ones(runs
         "shipped DSNet-20",
         "shipped, its shortcuts taken out",
         "small: identity",
-        "small: stage-group",
+        "small: stage-auto",
         "resnet18 (not trained)",
     ]
     assert set(ds.list_models()) < {choice.name for choice in found}
-    assert sources.first_pair(runs) == (str(runs / "small" / "identity"), str(runs / "small" / "stage-group"))
+    assert sources.first_pair(runs) == (str(runs / "small" / "identity"), str(runs / "small" / "stage-auto"))
     assert sources.first_pair(tmp_path) == (sources.HOST_FORM, "shipped")
     assert (sources.curves(runs), sources.benchmarks(runs)) == (["small"], ["bench"])
     assert sources.curves(tmp_path / "nowhere") == sources.benchmarks(tmp_path / "nowhere") == []
@@ -54,7 +54,7 @@ def image(tmp_path) -> Path:
 
 
 def test_a_comparison_gives_a_map_and_the_likeliest_classes_of_each_network(runs, image):
-    names = [str(runs / "small" / name) for name in ("identity", "stage-group")]
+    names = [str(runs / "small" / name) for name in ("identity", "stage-auto")]
     message, *found = app.compare(str(image), *names, "gradcam++")
     assert message == "" and len(found) == 6
     for name, (about, pixels, likeliest) in zip(names, (found[:3], found[3:]), strict=True):

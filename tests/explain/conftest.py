@@ -58,4 +58,4 @@ def photo(tmp_path):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
     """The folder of a DSNet-20 after two epochs on a few digits."""
-    return small_run(tmp_path_factory.mktemp("explain")) / "stage-group"
+    return small_run(tmp_path_factory.mktemp("explain")) / "stage-auto"

@@ -101,8 +101,10 @@ def test_training_records_each_epoch_and_the_command_draws_it(trained, tmp_path,
     for name, stage in report["stages"].items():
         weights = [w.detach() for w in ds.dense_stages(model)[name].shortcut.weights]
         assert stage["mean_abs"][2] == pytest.approx(weights[2].abs().mean(1).tolist(), rel=1e-5)
-        assert stage["start"] == [[1.0], [0.0, 1.0], [0.0, 0.0, 1.0]]
-        assert stage["change"][2][0] == pytest.approx(stage["mean_abs"][2][0], abs=1e-6) and stage["change"][2][0] > 0
+        assert stage["start"] == [[1.0], [0.5, 0.5], pytest.approx([1 / 3] * 3, abs=1e-6)]
+        assert (
+            stage["change"][2][0] == pytest.approx(stage["mean_abs"][2][0] - 1 / 3, abs=2e-6) and stage["change"][2][0]
+        )
         assert [row["epoch"] for row in stage["history"]] == [1, 2]
         assert stage["history"][-1]["mean_abs"] == stage["mean_abs"] != stage["history"][0]["mean_abs"]
     with Image.open(tmp_path / "out" / "map.png") as picture:
@@ -112,7 +114,9 @@ def test_training_records_each_epoch_and_the_command_draws_it(trained, tmp_path,
 def test_the_course_is_the_mean_by_distance_from_the_start_on(trained):
     stage = read_shortcuts(str(trained)).stages[0]
     found = course(stage)
-    assert [found[1][0], found[2][0], found[3][0]] == [(0, 1.0), (0, 0.0), (0, 0.0)]
+    assert [found[1][0], found[2][0], found[3][0]] == [
+        (0, pytest.approx(mean, abs=1e-5)) for mean in (11 / 18, 5 / 12, 1 / 3)
+    ]
     rows = stage.history[1][1]
     assert found[2][2] == (2, pytest.approx((rows[1][0] + rows[2][1]) / 2))
     assert np.isnan(grid(rows)[0, 1]) and grid(rows)[2, 1] == rows[2][1]

@@ -40,7 +40,7 @@ def test_onnx_agrees_at_any_batch_and_size_and_in_int8_nearly(checkpoint, monkey
     onnx = pytest.importorskip("onnx")
     runtime = pytest.importorskip("onnxruntime")
     monkeypatch.setenv("DENSE_SHORTCUTS_BACKEND", "native")  # which must not come into the graph
-    folder = checkpoint()
+    folder = checkpoint(norm="group")
     card = (folder / "model.json").read_bytes()
     assert main(["export", str(folder), "--to", "onnx", "--int8"]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out

@@ -84,7 +84,7 @@ def image_folder(tmp_path) -> Path:
 def trained(tiny, fit, tmp_path, monkeypatch) -> Path:
     """The folder of a trained network in a run's folder, runs/a/stage-group of the working folder."""
     monkeypatch.chdir(tmp_path)
-    config, folder = tiny(), tmp_path / "runs" / "a" / "stage-group"
+    config, folder = tiny(norm="group"), tmp_path / "runs" / "a" / "stage-group"
     fit(config, folder)
     write_text(folder.parent / "config.yaml", write_yaml(config.resolved()))
     return folder

@@ -137,7 +137,7 @@ def test_a_pickle_is_refused_and_not_run(tmp_path):
 
 
 def test_a_host_checkpoint_is_not_taken_for_a_finished_dsnet():
-    dense = timm.create_model("dsnet20", num_classes=10)
+    dense = timm.create_model("dsnet20", num_classes=10, norm="group")
     host = ds.unplug(timm.create_model("dsnet20", num_classes=10))
     before = {k: v.clone() for k, v in dense.state_dict().items()}
     with pytest.raises(DenseShortcutError, match=r"has no layer1\.shortcut\.weights\.0"):

@@ -22,7 +22,7 @@ from dense_shortcuts.experiments.train.rerun import unclocked
 from dense_shortcuts.files import read_tensors
 
 DSNET = Path(sys.executable).with_name("dsnet")
-NETWORKS = ("identity", "stage-group")
+NETWORKS = ("identity", "stage-auto")
 COMPARE = ["compare", "--networks", "host", "dsnet", "--seeds", "0"]
 TINY = [
     *("--model=dsnet20", "--img-size=8", "--crop-padding=1", "--limit-train=96", "--limit-test=50"),
@@ -131,7 +131,7 @@ def test_the_command_that_a_run_prints_as_the_next_step_runs_where_it_was_printe
 def test_compare_trains_three_networks_with_two_seeds_and_a_densenet_of_as_many_parameters(capsys):
     assert main(["compare", *TINY[:-1], "--epochs=1", "--name", "a"]) == 0
     run = Path("runs/a")
-    labels = ("identity", "stage-group", "densenet")
+    labels = ("identity", "stage-auto", "densenet")
     scores = {
         label: [read_metrics(place / label / "metrics.jsonl")[-1]["test_top1"] for place in (run, run / "seed-1")]
         for label in labels
@@ -167,12 +167,12 @@ def is_learned(key: str) -> bool:
 def test_an_interrupted_comparison_resumes_to_the_same_result(made):
     command = [DSNET, *COMPARE, *LONG, "--name", "cut"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert any("stage-group  epoch 2/6" in line for line in process.stdout), process.communicate()[1]
+    assert any("stage-auto  epoch 2/6" in line for line in process.stdout), process.communicate()[1]
     process.send_signal(signal.SIGINT)
     error = process.communicate()[1]
     assert process.returncode == 128 + signal.SIGINT
     assert error.strip() == "dsnet: interrupted: go on with `dsnet compare --resume runs/cut`."
-    assert not Path("runs/cut/stage-group/model.json").exists()
+    assert not Path("runs/cut/stage-auto/model.json").exists()
 
     assert main(["compare", "--resume", "runs/cut"]) == 0
     assert metrics("runs/cut") == metrics(made / "long")
@@ -189,13 +189,13 @@ def test_a_finished_comparison_that_is_resumed_trains_nothing_again(finished, ca
 def test_eval_gives_the_last_accuracy_of_the_run(capsys):
     assert main(["train", *TINY, "--name", "a", "--ema-decay", "0.9"]) == 0
     capsys.readouterr()
-    last = read_metrics(Path("runs/a/stage-group/metrics.jsonl"))[-1]
-    for checkpoint in ("runs/a/stage-group", "runs/a/stage-group/model.safetensors"):
+    last = read_metrics(Path("runs/a/stage-auto/metrics.jsonl"))[-1]
+    for checkpoint in ("runs/a/stage-auto", "runs/a/stage-auto/model.safetensors"):
         assert main(["eval", checkpoint]) == 0
         out = capsys.readouterr().out
         assert f"accuracy {last['test_top1']:.2f} %, top-5 {last['test_top5']:.2f} %" in out
         assert f"loss {last['test_loss']:.4f} on 50 test images" in out
-    assert main(["eval", "runs/a/stage-group", "--limit-test", "20"]) == 0
+    assert main(["eval", "runs/a/stage-auto", "--limit-test", "20"]) == 0
     assert "on 20 test images" in capsys.readouterr().out
 
 
@@ -214,7 +214,7 @@ def test_a_recipe_gives_the_defaults_and_flags_have_the_last_word():
 
 def test_the_saved_configuration_is_a_recipe_for_the_same_run(finished):
     assert main(["train", "--recipe", "runs/a/config.yaml", "--output", "runs", "--name", "b"]) == 0
-    assert unclocked(read_metrics(Path("runs/b/stage-group/metrics.jsonl"))) == metrics(finished)["stage-group"]
+    assert unclocked(read_metrics(Path("runs/b/stage-auto/metrics.jsonl"))) == metrics(finished)["stage-auto"]
 
 
 def test_a_run_folder_that_exists_is_refused_and_untouched(capsys):
@@ -348,11 +348,11 @@ def test_a_truncated_image_ends_the_run_with_its_name_where_none_may_be_broken(i
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_its_keys(finished, capsys):
-    Path("runs/a/identity/model.json").write_bytes(Path("runs/a/stage-group/model.json").read_bytes())
+    Path("runs/a/identity/model.json").write_bytes(Path("runs/a/stage-auto/model.json").read_bytes())
     assert "layer1.shortcut.weights.0" in refused(["eval", "runs/a/identity"], capsys)
-    weights_file = Path("runs/a/stage-group/model.safetensors")
+    weights_file = Path("runs/a/stage-auto/model.safetensors")
     weights_file.write_bytes(weights_file.read_bytes()[:5000])
-    assert "is not a whole safetensors file" in refused(["eval", "runs/a/stage-group"], capsys)
+    assert "is not a whole safetensors file" in refused(["eval", "runs/a/stage-auto"], capsys)
     assert "go on with `dsnet compare --resume runs/a`" in refused(["train", "--resume", "runs/a"], capsys)
 
 
@@ -369,7 +369,7 @@ def test_models_lists_the_family_by_pattern(capsys):
 def test_the_real_cifar100_trains_from_its_parquet_files(cifar100, capsys):
     settings = [*TINY, "--img-size=32", "--epochs=1", "--workers=0"]
     assert main(["train", "--data", "cifar100", "--data-dir", str(cifar100), *settings, "--name", "a"]) == 0
-    card = json.loads(Path("runs/a/stage-group/model.json").read_text())
+    card = json.loads(Path("runs/a/stage-auto/model.json").read_text())
     assert card["num_classes"] == 100 and card["classes"][0] == "apple" and card["img_size"] == 32
     capsys.readouterr()
 

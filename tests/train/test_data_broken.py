@@ -177,11 +177,11 @@ def test_a_run_with_broken_images_ends_well_says_so_once_and_repeats(
     for path in broken:
         assert out.count(f"left out: {path} is not a whole image") == 1
         assert Path("runs/a/run.log").read_text().count(f"{path} is not a whole image") == 1
-    rows = read_metrics(Path("runs/a/stage-group/metrics.jsonl"))
+    rows = read_metrics(Path("runs/a/stage-auto/metrics.jsonl"))
     assert [row["broken_images"] for row in rows] == [2, 2]
     assert "2 broken images were left out." in " ".join(Path("runs/a/table.md").read_text().split())
     assert main([*command, "--name", "b"]) == 0
-    assert unclocked(read_metrics(Path("runs/b/stage-group/metrics.jsonl"))) == unclocked(rows)
+    assert unclocked(read_metrics(Path("runs/b/stage-auto/metrics.jsonl"))) == unclocked(rows)
 
 
 def test_a_noisy_image_folder_reports_nothing(image_folder):

@@ -72,7 +72,7 @@ def test_a_command_of_the_guide_runs(command, folders, tmp_path, monkeypatch, ca
     monkeypatch.chdir(folders)
     arguments = shlex.split(re.sub(r" --model \S+", "", command))[1:]
     assert main([*arguments, *TINY, "--output", str(tmp_path), "--name", "a"]) == 0, capsys.readouterr().err
-    assert len(read_metrics(tmp_path / "a" / "stage-group" / "metrics.jsonl")) == 1
+    assert len(read_metrics(tmp_path / "a" / "stage-auto" / "metrics.jsonl")) == 1
 
 
 def test_every_source_has_a_row_and_a_command():

@@ -145,7 +145,7 @@ def test_the_twin_asks_for_nothing_of_what_plugging_takes(tiny):
 def test_the_twin_starts_with_the_hosts_own_weights(tiny, model):
     config = tiny(model=model)
     dense, host = build_network(config, 10), build_network(twin(config), 10)
-    assert network_label(config) == "stage-group" and network_label(twin(config)) == "identity"
+    assert network_label(config) == "stage-auto" and network_label(twin(config)) == "identity"
     own, shared = host.state_dict(), dense.state_dict()
     assert own.keys() < shared.keys() and all(torch.equal(v, shared[k]) for k, v in own.items())
     assert not ds.dense_stages(host) and len(ds.dense_stages(dense)) >= 3
@@ -160,13 +160,13 @@ def test_a_host_name_with_options_is_the_network_plugged_by_hand(tiny):
     assert built.keys() == expected.keys() and all(torch.equal(v, built[k]) for k, v in expected.items())
 
 
-def test_norm_auto_is_layer_norm_for_tokens_and_group_norm_for_maps(tiny):
+def test_norm_auto_is_layer_norm_for_tokens_and_batch_norm_for_maps(tiny):
     def shortcut_norms(model, norm):
         network = build_network(tiny(model=model, norm=norm), 10)
         return {type(norm) for stage in ds.dense_stages(network).values() for norm in stage.shortcut.norms}
 
     assert shortcut_norms("test_vit", "auto") == shortcut_norms("test_vit", "layer") == {TokenNorm}
-    assert shortcut_norms("dsnet20", "auto") == shortcut_norms("dsnet20", "group") == {torch.nn.GroupNorm}
+    assert shortcut_norms("dsnet20", "auto") == shortcut_norms("dsnet20", "batch") == {torch.nn.BatchNorm2d}
     assert network_label(tiny(norm="auto")) == "stage-auto"
 
 
@@ -325,7 +325,7 @@ def test_testing_counts_every_image_once_also_in_a_ragged_last_batch(tiny):
 
 def test_the_display_shows_epoch_speed_loss_accuracy_and_time_left_in_a_terminal():
     console = Console(force_terminal=True, width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    with Display(["identity", "stage-group"], 4, console) as display:
+    with Display(["identity", "stage-auto"], 4, console) as display:
         display.start("identity", 0)
         assert display.due
         display.step(0, 0.5, 321.0, 2.25)
@@ -335,7 +335,7 @@ def test_the_display_shows_epoch_speed_loss_accuracy_and_time_left_in_a_terminal
     text = console.export_text()
     for expected in (
         "identity",
-        "stage-group",
+        "stage-auto",
         "waiting",
         "epoch 2/4",
         "321 images/s",
@@ -347,13 +347,13 @@ def test_the_display_shows_epoch_speed_loss_accuracy_and_time_left_in_a_terminal
 
 
 def test_without_a_terminal_each_epoch_is_one_plain_line(capsys):
-    with Display(["stage-group"], 2, Console()) as display:
-        display.start("stage-group", 0)
+    with Display(["stage-auto"], 2, Console()) as display:
+        display.start("stage-auto", 0)
         assert not display.due
         row = {"epoch": 1, "train_images_per_second": 300.0, "train_loss": 2.0, "test_top1": 33.3}
         display.epoch(row | {"train_data_wait_share": 0.1})
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("stage-group  epoch 1/2  300 images/s  loss 2.000  accuracy 33.30 %")
+    assert len(lines) == 1 and lines[0].startswith("stage-auto  epoch 1/2  300 images/s  loss 2.000  accuracy 33.30 %")
 
 
 def test_binary_cross_entropy_counts_each_class_and_takes_mixed_targets_above_the_threshold_as_1():

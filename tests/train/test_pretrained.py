@@ -82,12 +82,12 @@ def test_a_host_that_was_plugged_at_zero_starts_with_its_hosts_features():
 
 
 def test_a_classifier_of_the_same_size_is_loaded_and_a_plugged_networks_shortcuts_are_too(caplog):
-    source = read_tensors(Path("runs/twins/stage-group") / WEIGHTS)[0]
+    source = read_tensors(Path("runs/twins/stage-auto") / WEIGHTS)[0]
     with caplog.at_level(logging.INFO, logger="dense_shortcuts"):
-        before, after = state_after(net(7), "runs/twins/stage-group")
+        before, after = state_after(net(7), "runs/twins/stage-auto")
     assert all(torch.equal(after[key], value) for key, value in source.items()) and after.keys() == source.keys()
     assert any(not torch.equal(before[key], value) for key, value in source.items() if "shortcut" in key)
-    assert "without" not in caplog.text and "started from runs/twins/stage-group" in caplog.text
+    assert "without" not in caplog.text and "started from runs/twins/stage-auto" in caplog.text
 
 
 def test_a_checkpoint_of_timms_own_goes_into_its_dsnet(tmp_path):
@@ -109,7 +109,7 @@ def test_a_network_that_does_not_say_which_its_classifier_is_takes_all_weights_o
 def test_weights_are_found_by_run_network_and_file():
     file = Path("runs/host/identity/model.safetensors")
     assert weights_file("runs/host") == weights_file("runs/host/identity") == weights_file(str(file)) == file
-    with pytest.raises(DenseShortcutError, match=r"runs/twins holds several networks \(identity, stage-group\)"):
+    with pytest.raises(DenseShortcutError, match=r"runs/twins holds several networks \(identity, stage-auto\)"):
         weights_file("runs/twins")
     for nothing in ("runs", "nowhere"):
         with pytest.raises(DenseShortcutError, match=f"--weights {nothing} is neither a safetensors file nor"):
@@ -142,7 +142,7 @@ def test_what_does_not_fit_is_told_before_a_folder_is_made(capsys):
     assert "is not a whole safetensors file" in told(capsys)
     assert main([*command, "--weights", "nowhere"]) == 2
     assert "--weights" in told(capsys)
-    assert main([*command, "--weights", "runs/twins/stage-group", "--aggregate=identity"]) == 2
+    assert main([*command, "--weights", "runs/twins/stage-auto", "--aggregate=identity"]) == 2
     assert "layer1.shortcut.weights.0" in told(capsys)
     assert not Path("runs/a").exists()
 
@@ -151,7 +151,7 @@ def test_what_does_not_fit_is_told_before_a_folder_is_made(capsys):
 def test_both_twins_start_from_the_hosts_weights_and_the_folder_says_which_they_were():
     assert main(["compare", "--seeds", "0", *TINY, *STILL, "--classes=7-9", "--weights=runs/host", "--name=a"]) == 0
     host = read_tensors(Path("runs/host/identity") / WEIGHTS)[0]
-    for network in ("identity", "stage-group"):
+    for network in ("identity", "stage-auto"):
         trained = read_tensors(Path("runs/a") / network / WEIGHTS)[0]
         parameters = {name for name, _ in net(aggregate="identity").named_parameters()} - {"fc.weight", "fc.bias"}
         assert all(torch.equal(trained[key], host[key]) for key in parameters)
@@ -178,7 +178,7 @@ def test_a_resumed_run_needs_the_weights_no_more_and_a_rerun_does(monkeypatch, c
     assert json.loads(Path("runs/whole-rerun/rerun.json").read_text())["equal"]
     shutil.rmtree("runs/host")
     assert main(["train", "--resume", "runs/cut"]) == 0
-    ours, theirs = ((Path("runs") / name / "stage-group" / WEIGHTS).read_bytes() for name in ("cut", "whole"))
+    ours, theirs = ((Path("runs") / name / "stage-auto" / WEIGHTS).read_bytes() for name in ("cut", "whole"))
     assert ours == theirs
     capsys.readouterr()
     assert main(["rerun", "runs/whole", "--name=again"]) == 2
@@ -206,5 +206,5 @@ def test_a_rerun_says_that_the_weights_were_others():
 def test_a_network_that_was_changed_and_trained_on_does_not_begin_from_the_weights_again():
     assert main(["train", *TINY, "--classes=7-9", "--weights=runs/host", "--name=a"]) == 0
     shutil.rmtree("runs/host")
-    assert main(["renorm", "runs/a/stage-group", "--norm=batch", "--epochs=1", "--name=b"]) == 0
+    assert main(["renorm", "runs/a/stage-auto", "--norm=group", "--epochs=1", "--name=b"]) == 0
     assert read_yaml(Path("runs/b/config.yaml")).weights is None

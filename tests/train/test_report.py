@@ -164,7 +164,7 @@ def test_the_picture_of_a_comparison_has_a_colour_for_each_network(tmp_path):
 
 
 def test_the_curves_are_a_picture_with_a_colour_for_each_network(tmp_path):
-    report.curves(tmp_path / "c.png", {"identity": history(1.0), "stage-group": history(2.0)})
+    report.curves(tmp_path / "c.png", {"identity": history(1.0), "stage-auto": history(2.0)})
     pixels = np.asarray(Image.open(tmp_path / "c.png").convert("RGB")).reshape(-1, 3)
     for colour in ((31, 119, 180), (255, 127, 14)):  # the first two of matplotlib's tab10
         assert (pixels == colour).all(1).sum() > 200

@@ -23,7 +23,7 @@ TINY = [
     *("--model=dsnet20", "--img-size=8", "--crop-padding=1", "--limit-train=64", "--limit-test=20"),
     *("--batch-size=32", "--warmup-epochs=0", "--lr=0.05", "--epochs=2", "--tracker=none"),
 ]
-NETWORK = "stage-group"
+NETWORK = "stage-auto"
 
 
 @pytest.fixture(scope="module")

@@ -34,14 +34,14 @@ class TrainConfig:
     aggregate: Literal["stage", "block", "dense_identity", "identity"] = "stage"
     """What a dense shortcut sums: feature maps of the stage, outputs of residual branches, or maps as they are;
     `identity` is the host network without dense shortcuts."""
-    norm: Literal["group", "batch", "layer", "instance", "none", "auto"] = "group"
-    """Normalisation of each summed feature map; `auto` is layer norm for tokens, such as a ViT's, else group norm."""
+    norm: Literal["group", "batch", "layer", "instance", "none", "auto"] = "auto"
+    """Normalisation of each summed feature map; `auto` is layer norm for tokens, such as a ViT's, else batch norm."""
     groups: int | None = None
     """Groups of the group norm; None takes at most 32, four channels each at least."""
     center: bool = True
     """Whether the norm subtracts the mean, as in the paper; else it divides by the root mean square alone."""
     init: Literal["nearest", "uniform", "ones", "zeros", "random"] | None = None
-    """Start of the shortcut weights; None is `nearest`, or `zeros` with keep-identity."""
+    """Start of the shortcut weights; None is `uniform`, or `zeros` with keep-identity."""
     inner: bool | None = None
     """DS2: a shortcut inside each bottleneck too; None is the model's own."""
     inner_start: float = 0.0
