@@ -16,6 +16,7 @@ NOTEBOOK = "ten-minutes.ipynb"
 SECTIONS: dict[str, list[tuple[str, str]]] = {
     "Start": [("In five minutes", "index.md"), ("In ten minutes", "ten-minutes.md")],
     "Use": [
+        ("Choose", "choose.md"),
         ("Plug into your network", "plug-in.md"),
         ("What is understood", "support.md"),
         ("Data", "data.md"),

@@ -185,7 +185,8 @@ def test_the_families_it_counts_are_those_of_the_page_on_support():
 
 
 def test_the_table_of_choices_holds_plug_ins_keywords_with_values_that_it_takes():
-    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| `(.+?)` \|$", README, re.MULTILINE)
+    page = (ROOT / "docs" / "choose.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| `(.+?)` \|$", page, re.MULTILINE)
     keywords = {n: p for n, p in inspect.signature(ds.plug_in).parameters.items() if p.kind is p.KEYWORD_ONLY}
     assert {name for name, _, _ in rows} == set(keywords)
     host = timm.create_model("resnet26", channels=(8, 8, 8, 8))
@@ -194,5 +195,5 @@ def test_the_table_of_choices_holds_plug_ins_keywords_with_values_that_it_takes(
         for value in accepted:
             ds.plan(host, **{name: value})
         said = default.strip('"') if default.startswith('"') else ast.literal_eval(default)
-        assert said == keywords[name].default or (name, said) == ("init", "nearest")
+        assert said == keywords[name].default or (name, said) == ("init", "uniform")
         assert not accepted or said in accepted

@@ -105,13 +105,15 @@ def _plugged(host: Callable[..., nn.Module], **kwargs: Any) -> nn.Module:
 
 
 def _create(name: str, pretrained: bool, host: Callable[..., nn.Module] = ResNet, **kwargs: Any) -> nn.Module:
+    """A registered network. Its branches start at full strength, since dense shortcuts train worse beside branches that
+    start at zero, which is timm's default for ResNets (docs/ablations.md)."""
     stages = len(kwargs["layers"])
     return build_model_with_cfg(
         partial(_plugged, host),
         name,
         pretrained,
         feature_cfg={"out_indices": tuple(range(stages + 1))},
-        **kwargs,
+        **{"zero_init_last": False} | kwargs,
     )
 
 

@@ -18,7 +18,7 @@ RECIPE = recipes.find("cifar100-cpu")
 def test_dsnet_beats_its_resnet_twin_on_a_subset_of_cifar100(cifar100, tmp_path):
     """Nearest start and group norm, the default; the README has the figures of several seeds."""
     config = read_yaml(RECIPE)
-    assert (config.aggregate, config.norm, config.init) == ("stage", "group", None)
+    assert (config.aggregate, config.norm, config.init) == ("stage", "group", "nearest")
     command = [
         DSNET,
         "compare",
@@ -39,6 +39,6 @@ def test_dsnet_beats_its_resnet_twin_on_a_subset_of_cifar100(cifar100, tmp_path)
     subprocess.run(command, check=True)
     table = json.loads((tmp_path / "run" / "table.json").read_text())
     host, dense = table["networks"]
-    assert (host["network"], dense["network"]) == ("identity", "stage-auto")
+    assert (host["network"], dense["network"]) == ("identity", "stage-group-nearest")
     assert dense["test_top1"] > host["test_top1"] > 5, table["verdict"]  # a hundred classes: chance is 1 %
     assert table["paired"][0]["p_value"] < 0.05, table["verdict"]

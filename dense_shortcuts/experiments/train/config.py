@@ -29,7 +29,7 @@ STREAMS = ("streaming", "webdataset")
 class TrainConfig:
     """What is trained, on what, and how. Values left at None are chosen by the data set (`resolved`)."""
 
-    model: str = "dsnet20"
+    model: str = "dsnet32"
     """Any timm name: a DSNet (`dsnet models` lists them) or a host such as resnet50."""
     aggregate: Literal["stage", "block", "dense_identity", "identity"] = "stage"
     """What a dense shortcut sums: feature maps of the stage, outputs of residual branches, or maps as they are;
@@ -55,7 +55,8 @@ class TrainConfig:
     keep_identity: bool = False
     """Keep the host's identity shortcut beside the dense one."""
     zero_init_last: bool | None = None
-    """Start the last norm of each residual branch at zero; None is the host's own (timm's ResNets do)."""
+    """Start the last norm of each residual branch at zero; None is the model's own: timm's ResNets do, DSNets
+    do not."""
     channels: tuple[int, ...] = ()
     """Width of each stage before expansion, for ResNets of another width; () is the model's own."""
     layers: tuple[int, ...] = ()
@@ -112,8 +113,8 @@ class TrainConfig:
     max_broken: float = 0.001
     """Share of the images of a set that may be broken files (one may always be, unless this is 0)."""
 
-    epochs: int = 30
-    """Passes over the training images."""
+    epochs: int = 3
+    """Passes over the training images; a few, for a first look: recipes have those of a whole training."""
     batch_size: int = 64
     """Images a step, over all processes together."""
     opt: str = "sgd"
