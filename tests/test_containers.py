@@ -31,7 +31,7 @@ def shaken(host: nn.Module, **options: Any) -> tuple[nn.Module, nn.Module]:
     """A host in float64, in evaluation mode, with other numbers than its start's, and the same plugged in."""
     torch.manual_seed(7)
     hosts.randomise(host.double().eval(), seed=8)
-    net = ds.plug_in(copy.deepcopy(host), **{"norm": "group"} | options)
+    net = ds.plug_in(copy.deepcopy(host), **options)
     hosts.randomise_parameters(ds.shortcut_parameters(net), seed=9)
     return host, net
 
@@ -60,7 +60,7 @@ def test_a_tree_of_dla_is_the_equations(block, inner, shortcut):
         with pytest.raises(ds.DenseShortcutError, match="needs bottleneck blocks"):
             ds.plug_in(dla(block), inner=True)
         return
-    host, net = shaken(dla(block, root_shortcut=shortcut), inner=inner)
+    host, net = shaken(dla(block, root_shortcut=shortcut), norm="group", inner=inner)
     x, relu, norm = images(16, 8), nn.ReLU(), reference.real_norm("group", 32)
     for tree in (host.tree1, host.tree2):  # what the reference asks of timm's Res2Net block
         tree.downsample, tree.drop_block = None, nn.Identity()
@@ -188,7 +188,7 @@ def xception_by_equations(host: nn.Module, net: nn.Module, x: Tensor) -> Tensor:
 
 
 def test_blocks_that_xception_calls_by_name_are_the_equations():
-    host, net = shaken(hosts.xception(3))
+    host, net = shaken(hosts.xception(3), norm="group")
     x = images(3, 64)
     expected = xception_by_equations(host, net, x)
     assert_close(net.forward_features(x), expected, 1e-10, "features")
@@ -197,7 +197,7 @@ def test_blocks_that_xception_calls_by_name_are_the_equations():
 
 
 def test_a_pass_knows_nothing_of_the_one_before_and_copies_are_apart():
-    _, net = shaken(hosts.xception(3))
+    _, net = shaken(hosts.xception(3), norm="group")
     x, other = images(3, 64), images(3, 80, 1)
     expected = net(x)
     net(other)
@@ -210,7 +210,7 @@ def test_a_pass_knows_nothing_of_the_one_before_and_copies_are_apart():
 
 
 def test_the_tools_for_plugged_networks_take_one_that_is_a_stage_itself():
-    _, net = shaken(hosts.xception(3))
+    _, net = shaken(hosts.xception(3), norm="group")
     net, x = net.float(), images(3, 64).float()
     assert ds.check(net, (3, 64, 64)) == []
     assert cam_maps(net, x, [0, 1], "ablationcam").shape == (2, 64, 64)

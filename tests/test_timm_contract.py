@@ -250,8 +250,10 @@ def trains_alike_when_traced(create: Create, x: Tensor) -> None:
         losses[-1].backward()
     assert_same_bits(*losses)
     gradients = {name: p.grad for name, p in twin.named_parameters()}
+    # by the largest of all: that of a norm in front of the shortcut's is zero but for roundings
+    bound = 1e-5 * max(p.grad.abs().max() for p in net.parameters())
     for name, p in net.named_parameters():
-        assert_close(gradients[name], p.grad.double(), 1e-5, name)
+        assert (gradients[name] - p.grad).abs().max() <= bound, name
 
 
 def assert_same_bits(found: Tensor, expected: Tensor) -> None:

@@ -24,7 +24,7 @@ from dense_shortcuts.experiments.train.rerun import unclocked
 from dense_shortcuts.experiments.train.states import saved_states, state_path
 from dense_shortcuts.experiments.weight_log import SHORTCUTS, read_record
 
-LABEL = "stage-auto"
+LABEL = "stage-group"
 RECIPE = tiny(epochs=10, lr=0.2, deterministic=True, drop_path=0.2, mixup=0.2, ema_decay=0.9, limit_test=20)
 
 # Where a process may be killed: a function, before it, after it or in its middle, and up to which of its calls.
@@ -168,7 +168,7 @@ def test_a_disk_that_fills_costs_nothing_that_was_saved(recipe, whole, tmp_path)
     assert group.codes() == [2]
     last = group.said(0).splitlines()[-1]
     assert last.startswith(
-        f"dsnet: error: no room to write {folder}/stage-auto/state-0003.safetensors (File too large)"
+        f"dsnet: error: no room to write {folder}/stage-group/state-0003.safetensors (File too large)"
     )
     assert last.endswith("what was saved before is whole, so free some space and go on with the run by --resume.")
     assert "stopped: no room to write" in (folder / RUN_LOG).read_text()
@@ -209,7 +209,7 @@ def test_of_a_truncated_state_the_one_before_is_taken_and_the_log_says_so(recipe
     assert main(command(folder)) == 0
     log = (folder / RUN_LOG).read_text()
     assert "passed over state-0003.safetensors: " in log and "is not a whole safetensors file" in log
-    assert "stage-auto: goes on from state-0002.safetensors, its newest whole state, after 2 epochs" in log
+    assert "stage-group: goes on from state-0002.safetensors, its newest whole state, after 2 epochs" in log
     assert results(folder) == results(whole)
 
     (folder / LABEL / "model.json").unlink()
@@ -241,7 +241,7 @@ def test_a_loss_that_is_not_finite_ends_all_processes_with_its_step_and_the_way_
     assert group.codes() == [2] * count
     for rank in range(count):
         assert (
-            "dsnet: error: the loss of stage-auto was not finite in step 2 of epoch 3: "
+            "dsnet: error: the loss of stage-group was not finite in step 2 of epoch 3: "
             "change lr (lower), clip_grad (1) or precision (no) "
             "in the run's config.yaml and go on by --resume from state-0002.safetensors, "
             "which is of epoch 2 and good." in group.said(rank)
@@ -297,7 +297,7 @@ def test_an_interruption_and_what_follows_are_in_the_log(recipe, tmp_path):
     lines = [line.split("] ", 1)[1] for line in (folder / RUN_LOG).read_text().splitlines()]
     [begun] = [line for line in lines if line.startswith("begun by `dsnet train`: 1 process, on cpu, 1 threads, ")]
     assert begun.endswith("back end, deterministic")
-    assert "stage-auto: epoch 1 is done and saved in state-0001.safetensors" in lines
+    assert "stage-group: epoch 1 is done and saved in state-0001.safetensors" in lines
     assert lines[-1] == "interrupted by a signal"
 
 
