@@ -428,7 +428,7 @@ def one_rank(rank: int, folder: str) -> None:
     x, losses = IMAGES.double()[rank : rank + 1], {}
     for make in (convnext, vit):
         for how in ("ddp", "fsdp"):
-            net = shake(ds.plug_in(make())).double()
+            net = shake(ds.plug_in(make(), norm="layer")).double()
             if how == "ddp":
                 net = nn.parallel.DistributedDataParallel(net)
             else:
@@ -448,7 +448,7 @@ def test_ddp_and_fsdp_take_the_step_of_one_process(tmp_path):
     losses = torch.load(tmp_path / "0.pt", weights_only=True)
     assert len(losses) == 4
     for make in (convnext, vit):
-        net = shake(ds.plug_in(make())).double()
+        net = shake(ds.plug_in(make(), norm="layer")).double()
         before = net(IMAGES.double()).square().sum().item()
         expected = step_of(net, IMAGES.double(), 0.5).item()  # both wrappers average over processes
         assert abs(expected - before) > 1e-3 * before
