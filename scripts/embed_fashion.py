@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dense_shortcuts.experiments.train.data.fashion import CLASSES, SIDE
 from dense_shortcuts.shipped import FASHION
 
-PER_CLASS, CLASSES, SIDE, COLUMNS = 400, 10, 28, 80
+PER_CLASS, COLUMNS = 400, 80
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -32,7 +33,7 @@ def sheet(folder: Path, part: str) -> np.ndarray:
     """The chosen images of a part ("train" or "t10k") as one grey picture, (1400, 2240)."""
     images = read_idx(folder / f"{part}-images-idx3-ubyte.gz")
     labels = read_idx(folder / f"{part}-labels-idx1-ubyte.gz")
-    chosen = np.stack([np.flatnonzero(labels == label)[:PER_CLASS] for label in range(CLASSES)], axis=1).ravel()
+    chosen = np.stack([np.flatnonzero(labels == label)[:PER_CLASS] for label in range(len(CLASSES))], axis=1).ravel()
     rows = len(chosen) // COLUMNS
     return images[chosen].reshape(rows, COLUMNS, SIDE, SIDE).swapaxes(1, 2).reshape(rows * SIDE, COLUMNS * SIDE)
 

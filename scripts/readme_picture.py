@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from dense_shortcuts.experiments.explain.shortcuts import grid, read_shortcuts
+from dense_shortcuts.experiments.explain.shortcuts import draw_heat, read_shortcuts
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "screenshots" / "dense-shortcut.png"
 GREY, BLUE, ORANGE = "#4a4a4a", "#1f77b4", "#d95f02"
@@ -53,26 +53,14 @@ def diagram(axes: Any, title: str, says: str, arrows: list[tuple[int, int]], col
     axes.axis("off")
 
 
-def triangle(figure: Any, axes: Any, checkpoint: str) -> None:
-    """Mean |w| of each pair of the network's first stage."""
-    stage = read_shortcuts(checkpoint).stages[0]
-    square = grid(stage.mean_abs)
-    image = axes.imshow(square, cmap="Oranges", vmin=0)
-    figure.colorbar(image, ax=axes, fraction=0.046)
-    axes.set_title("learned weights, mean |w|", fontsize=11)
-    axes.set_xlabel("earlier map i")
-    axes.set_ylabel("block l")
-    axes.set_xticks(range(len(square)))
-    axes.set_yticks(range(len(square)), [str(k + 1) for k in range(len(square))])
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def main(checkpoint: str, output: Path) -> None:
     figure = Figure(figsize=(14, 3), layout="constrained")
     panels = figure.subplots(1, 4, width_ratios=(1, 1, 1, 0.8))
     for axes, (title, parts) in zip(panels, DIAGRAMS.items(), strict=False):
         diagram(axes, title, *parts)
-    triangle(figure, panels[-1], checkpoint)
+    learned = read_shortcuts(checkpoint).stages[0].mean_abs
+    draw_heat(figure, panels[-1], learned, "learned weights, mean |w|", "Oranges")
+    panels[-1].spines[["top", "right"]].set_visible(False)
     FigureCanvasAgg(figure).print_png(output)
 
 

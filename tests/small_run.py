@@ -8,6 +8,7 @@ from accelerate.state import AcceleratorState
 
 from dense_shortcuts.cli import main
 
+TWINS = ["--networks", "host", "dsnet", "--seeds", "0"]  # of `dsnet compare`: two networks, once
 SETTINGS = [
     *("--data=digits", "--model=dsnet20", "--img-size=8", "--crop-padding=1", "--limit-train=96", "--limit-test=50"),
     *("--batch-size=32", "--epochs=2", "--lr=0.05"),
@@ -19,6 +20,6 @@ def small_run(folder: Path, name: str = "small") -> Path:
     # Accelerate keeps precision and device for the whole process; other tests differ in them.
     AcceleratorState._reset_state(reset_partial_state=True)
     with contextlib.chdir(folder), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        assert main(["compare", "--networks", "host", "dsnet", "--seeds", "0", *SETTINGS, "--name", name]) == 0
+        assert main(["compare", *TWINS, *SETTINGS, "--name", name]) == 0
     AcceleratorState._reset_state(reset_partial_state=True)
     return folder / "runs" / name

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import tiny_network  # noqa: F401 (registers it)
+from small_run import TWINS
 from test_readme import README, TINY, TINY_BENCH, furnish, in_folder
 
 from dense_shortcuts.cli import main, parse
@@ -77,27 +78,8 @@ def place(tmp_path_factory) -> Iterator[Path]:
     """A working folder with generated images and a finished comparison of tiny networks in runs/NAME."""
     folder = tmp_path_factory.mktemp("docs")
     furnish(folder)
-    assert (
-        in_folder(
-            folder,
-            lambda: main(
-                [
-                    "compare",
-                    "--networks",
-                    "host",
-                    "dsnet",
-                    "--seeds",
-                    "0",
-                    *TINY,
-                    "--model",
-                    "tiny_resnet",
-                    "--name",
-                    "NAME",
-                ]
-            ),
-        )
-        == 0
-    )
+    twins = ["compare", *TWINS, *TINY, "--model", "tiny_resnet", "--name", "NAME"]
+    assert in_folder(folder, lambda: main(twins)) == 0
     yield folder
     shutil.rmtree(folder)
 
@@ -111,7 +93,7 @@ def complete(command: str, number: int) -> list[str]:
     if "--resume" in arguments:
         return arguments
     if arguments[0] == "compare":
-        arguments += ["--networks", "host", "dsnet", "--seeds", "0"]
+        arguments += TWINS
     if arguments[0] in TRAINS:
         arguments += TINY
     if arguments[0] in LEAVES_A_RUN and "--name" not in arguments:

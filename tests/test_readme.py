@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
+from small_run import TWINS
 from train.train_helpers import png, write_parquet
 
 import dense_shortcuts as ds
@@ -22,7 +23,6 @@ from dense_shortcuts.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TWINS = ["--networks", "host", "dsnet", "--seeds", "0"]
 TINY = [
     *("--limit-train=4", "--limit-test=4", "--batch-size=4", "--epochs=1", "--warmup-epochs=0"),
     *("--img-size=16", "--workers=0"),

@@ -240,20 +240,25 @@ def keeps_its_bits_when_traced_to_a_node(create: Create, x: Tensor) -> None:
 
 
 def trains_alike_when_traced(create: Create, x: Tensor) -> None:
-    """The same loss to the bit, and the same gradients."""
+    """The same loss to the bit, and the same gradients, in float64: roundings of float32 grow in batch norms."""
     net = create().train()
+    assert_same_bits(*(loss_of(each, x) for each in (net, traced(copy.deepcopy(net)))))
+    net = net.double()
     twin = traced(copy.deepcopy(net))
-    losses = []
     for each in (net, twin):
-        torch.manual_seed(4)
-        losses.append(each(x).square().mean())
-        losses[-1].backward()
-    assert_same_bits(*losses)
+        loss_of(each, x.double()).backward()
     gradients = {name: p.grad for name, p in twin.named_parameters()}
-    # by the largest of all: that of a norm in front of the shortcut's is zero but for roundings
-    bound = 1e-5 * max(p.grad.abs().max() for p in net.parameters())
+    rounding = 1e-12 * max(p.grad.abs().max() for p in net.parameters())
     for name, p in net.named_parameters():
-        assert (gradients[name] - p.grad).abs().max() <= bound, name
+        if p.grad.abs().max() > rounding:
+            assert_close(gradients[name], p.grad, 1e-5, name)
+        else:  # of a norm in front of the shortcut's, which is zero but for roundings
+            assert gradients[name].abs().max() <= 2 * rounding, name
+
+
+def loss_of(net: nn.Module, x: Tensor) -> Tensor:
+    torch.manual_seed(4)
+    return net(x).square().mean()
 
 
 def assert_same_bits(found: Tensor, expected: Tensor) -> None:

@@ -10,8 +10,7 @@ from torch import nn
 from ..errors import DenseShortcutError
 from ..files import write_text
 from ..nn.affine_form import is_batch_norm
-from ..nn.shortcut import DenseShortcut
-from ..surgery.plug import dense_stages
+from ..surgery.plug import dense_stages, shortcut_norms
 from .train.checkpoint import read_model
 from .train.config import TuneConfig
 from .train.network import build_network
@@ -45,7 +44,7 @@ def renorm(checkpoint: Path | str, norm: str, how: TuneConfig) -> Renormed:
     model, card = read_model(folder)
     if not dense_stages(model):
         raise DenseShortcutError(f"{folder} has no dense shortcuts: there is no norm to change.")
-    norms = [norm for module in model.modules() if isinstance(module, DenseShortcut) for norm in module.norms]
+    norms = shortcut_norms(model)
     if card["shortcut"]["norm"] == norm or (norm == "batch" and norms and all(map(is_batch_norm, norms))):
         raise DenseShortcutError(f"{folder} has norm={norm} already: choose another norm.")
     config, data = settings(folder, card, how)

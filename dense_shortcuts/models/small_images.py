@@ -15,19 +15,13 @@ from torch import nn
 @register_model
 def densenet121_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DenseNet-121 for 32x32 images; its last maps are 4x4."""
-    model: Any = densenet.densenet121(pretrained, **kwargs)
-    model.features.conv0 = _stem(model.features.conv0, bias=False)
-    model.features.pool0 = nn.Identity()
-    return model
+    return _for_small_images(densenet.densenet121(pretrained, **kwargs))
 
 
 @register_model
 def densenet_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DenseNet-BC for 32x32 images (Huang et al., 2017), of any size; arguments as `densenet_imagenet`."""
-    model: Any = densenet_imagenet(**kwargs)
-    model.features.conv0 = _stem(model.features.conv0, bias=False)
-    model.features.pool0 = nn.Identity()
-    return model
+    return _for_small_images(densenet_imagenet(**kwargs))
 
 
 @register_model
@@ -83,6 +77,13 @@ def rdnet_tiny_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """RDNet-T for 32x32 images; its last maps are 4x4."""
     model: Any = rdnet.rdnet_tiny(pretrained, **kwargs)
     model.stem[0] = _stem(model.stem[0], bias=True)
+    return model
+
+
+def _for_small_images(model: Any) -> nn.Module:
+    """A DenseNet whose stem keeps the images' size."""
+    model.features.conv0 = _stem(model.features.conv0, bias=False)
+    model.features.pool0 = nn.Identity()
     return model
 
 

@@ -99,8 +99,9 @@ class StageState(NamedTuple):
         if self.last is None:
             return True
         last, version = self.last
-        if x is not last and (type(x) is not Tensor or x.is_meta or is_compiling()):
-            return True
-        if x is not last and (x.data_ptr() != last.data_ptr() or x.shape != last.shape or x.stride() != last.stride()):
-            return False
+        if x is not last:
+            if type(x) is not Tensor or x.is_meta or is_compiling():
+                return True
+            if x.data_ptr() != last.data_ptr() or x.shape != last.shape or x.stride() != last.stride():
+                return False
         return version == -1 or x.is_inference() or x._version == version

@@ -51,7 +51,6 @@ class ResidualAdd:
         # a block that is not chosen keeps the host's shortcut
         self.keep_identity = stage.keep_identity or not self.shortcut.sources[self.k]
         self.keeps_branch = stage.aggregate == "block" and not context.last
-        self.finished = False  # whether the pass that made X_l has already added it to the state
 
     def __call__(
         self,
@@ -100,7 +99,7 @@ class ResidualAdd:
         """The state of the stage after the block, which returned `result`."""
         if self.context.last:
             return StageState()
-        if not self.finished:
+        if len(self.state.features) < self.k + 2:  # the pass that made X_l has not added it to the state
             x = self.context.layout.as_map(map_of(block, result))
             self.state = self.state.add(self.shortcut.feature(self.k + 1, x, self._backend(x)))
         return self.state.after(result[0] if isinstance(result, tuple) else result)
@@ -142,7 +141,6 @@ class ResidualAdd:
             backend=backend if fused else "plain",
         )
         self.state = later if feature is None else later.add(feature)
-        self.finished = self.keeps_branch or feature is not None
         return x
 
     def _fuses_norm(self, norm: nn.Module) -> bool:

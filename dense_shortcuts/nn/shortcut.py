@@ -109,8 +109,9 @@ class DenseShortcut(nn.Module):
     def weight(self, k: int, features: Sequence[Feature] = ()) -> Tensor:
         """w of block l = k + 1 for the maps it sums: (maps, C), or (maps, N, C) if it depends on the maps."""
         parameter: Tensor = self.weights[self._weight_of[k]]
-        maps = [feature.map for feature in features]
-        return parameter if self.weighting == "channel" else weigh(self.weighting, parameter, self.channels, maps)
+        if self.weighting == "channel":
+            return parameter
+        return weigh(self.weighting, parameter, self.channels, [feature.map for feature in features])
 
     def feature(self, i: int, x: Tensor, backend: str, inner_norm: nn.Module | None = None) -> Feature:
         """The feature of a map that the operator did not produce: X_0, or an unfused block's output, (N, C, H, W).

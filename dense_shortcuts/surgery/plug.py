@@ -465,6 +465,11 @@ def shortcut_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     ]
 
 
+def shortcut_norms(model: nn.Module) -> list[nn.Module]:
+    """The norms N of every dense shortcut of a network."""
+    return [norm for module in model.modules() if isinstance(module, DenseShortcut) for norm in module.norms]
+
+
 def _match(added: nn.Module, host: nn.Module, training: bool) -> None:
     """Move an added module to the host's device and floating dtype, and set its mode."""
     like = next((p for p in host.parameters() if p.is_floating_point()), torch.empty(0))

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_run import TWINS
 from train_helpers import png, write_parquet
 
 from dense_shortcuts import DenseShortcutError
@@ -23,7 +24,7 @@ from dense_shortcuts.files import read_tensors
 
 DSNET = Path(sys.executable).with_name("dsnet")
 NETWORKS = ("identity", "stage-auto")
-COMPARE = ["compare", "--networks", "host", "dsnet", "--seeds", "0"]
+COMPARE = ["compare", *TWINS]
 TINY = [
     *("--model=dsnet20", "--img-size=8", "--crop-padding=1", "--limit-train=96", "--limit-test=50"),
     *("--batch-size=32", "--warmup-epochs=0", "--lr=0.05", "--epochs=3"),

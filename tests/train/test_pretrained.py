@@ -11,6 +11,7 @@ import timm
 import tiny_network  # noqa: F401 (registers it)
 import torch
 from safetensors.torch import save_file
+from small_run import TWINS
 
 from dense_shortcuts import DenseShortcutError
 from dense_shortcuts.cli import main
@@ -36,7 +37,7 @@ def made(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     flags = [*TINY, "--classes=0-6", "--output", str(folder)]
     assert main(["train", *flags, "--aggregate=identity", "--name=host"]) == 0
-    assert main(["compare", "--networks", "host", "dsnet", "--seeds", "0", *flags, "--name=twins"]) == 0
+    assert main(["compare", *TWINS, *flags, "--name=twins"]) == 0
     return folder
 
 

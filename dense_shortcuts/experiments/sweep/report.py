@@ -14,7 +14,7 @@ import numpy as np
 from ...files import atomic, write_text
 from ..train.loop import METRICS, read_metrics
 from ..train.network import network_label
-from ..train.report import mebibytes, millions
+from ..train.report import mebibytes, millions, training_seconds
 from .costs import Cost
 from .spec import Row, Sweep
 
@@ -83,9 +83,8 @@ def read_runs(
         if cell.row != row.name or states[cell.key][0] != "done":
             continue
         rows = read_metrics(folder / cell.key / network_label(row.config) / METRICS)
-        images = [round(each["train_images_per_second"] * each["train_seconds"]) for each in rows]
-        seconds = np.cumsum(images) / cost["train_images_per_second"]
-        runs.append(Run(cell.seed, tuple(each["test_top1"] for each in rows), tuple(map(float, seconds))))
+        seconds = training_seconds(rows, cost["train_images_per_second"])
+        runs.append(Run(cell.seed, tuple(each["test_top1"] for each in rows), tuple(seconds)))
     return tuple(runs)
 
 

@@ -46,7 +46,8 @@ def sweep(asked: Sweep, folder: Path) -> None:
     with store.lock:
         settled = with_budgets(asked, folder, classes)
     settled = with_rates(settled, folder)
-    store = work_off(settled, folder)
+    store = begun(settled, folder)
+    work_off(store, folder)
     with store.lock:
         if any(state == "done" for state, _ in store.states().values()):
             report.write(settled, folder, saved_costs(settled, folder, classes), store.states())
@@ -55,15 +56,19 @@ def sweep(asked: Sweep, folder: Path) -> None:
     refuse_failed(store)
 
 
-def work_off(asked: Sweep, folder: Path) -> Store:
-    """Do every run of a sweep that nobody else does."""
+def begun(asked: Sweep, folder: Path) -> Store:
+    """The study of a sweep with every run queued that is left."""
     store = Store(folder, asked.cells())
     store.enqueue()
+    return store
+
+
+def work_off(store: Store, folder: Path) -> None:
+    """Do every run of a sweep that nobody else does."""
     while (claim := store.claim()) is not None:
         done = sum(state == "done" for state, _ in store.states().values())
         print(f"\n{claim.cell.row}, seed {claim.cell.seed} ({done} of {len(store.cells)} done)")
         work(claim, folder)
-    return store
 
 
 def refuse_failed(store: Store) -> None:
@@ -83,9 +88,10 @@ def with_rates(asked: Sweep, folder: Path) -> Sweep:
         return asked
     make_folder(folder / TUNING)
     tried = tuning(asked)
-    store = work_off(tried, folder / TUNING)
+    store = begun(tried, folder / TUNING)
+    work_off(store, folder / TUNING)
     while any(state == "running" for state, _ in store.states().values()):  # by other workers
-        store = work_off(tried, folder / TUNING)
+        work_off(store, folder / TUNING)
     refuse_failed(store)
     scores = iter([last_metrics(folder / TUNING / cell.key, cell.config)["test_top1"] for cell in tried.cells()])
     rows = []

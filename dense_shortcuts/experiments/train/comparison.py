@@ -1,20 +1,20 @@
 """A comparison of networks: which ones, on which seeds, and the table, the verdict and the picture that it leaves."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...errors import DenseShortcutError
 from ...files import atomic
 from .config import TrainConfig
 from .network import densenet_twin, twin
-from .report import History, Row
+from .report import History, Row, draw_curves, training_seconds
 
 TITLES = {"host": "host", "dsnet": "DSNet", "densenet": "DenseNet"}
+TRAIN_SPEED = "train_images_per_second"
 LEVEL = 0.05  # of the p below which a difference counts
 
 
@@ -69,15 +69,15 @@ def verdict(rows: Mapping[str, Row], pairs: Mapping[tuple[str, str], Mapping[str
     first, *others = rows
     gaps = "; ".join(gap(*names, pair) for names, pair in pairs.items())
 
-    def ratios(key: str, *, inverse: bool = False) -> str:
-        found = [(rows[first][key] / rows[name][key]) ** (1 if inverse else -1) for name in others]
-        return " and ".join(f"{ratio:.2f}x in the {TITLES[name]}" for ratio, name in zip(found, others, strict=True))
+    def ratios(cost: Callable[[Row], float]) -> str:
+        found = {TITLES[name]: cost(rows[name]) / cost(rows[first]) for name in others}
+        return " and ".join(f"{ratio:.2f}x in the {title}" for title, ratio in found.items())
 
     return [
         f"Accuracy: {gaps}.",
-        f"Time, against the {TITLES[first]}: a training step takes {ratios('train_images_per_second', inverse=True)}, "
-        f"inference {ratios('infer_images_per_second', inverse=True)}.",
-        f"Memory of a training step, against the {TITLES[first]}: {ratios('peak_bytes')}.",
+        f"Time, against the {TITLES[first]}: a training step takes {ratios(lambda row: 1 / row[TRAIN_SPEED])}, "
+        f"inference {ratios(lambda row: 1 / row['infer_images_per_second'])}.",
+        f"Memory of a training step, against the {TITLES[first]}: {ratios(lambda row: row['peak_bytes'])}.",
     ]
 
 
@@ -105,41 +105,29 @@ def picture(path: Path, rows: Mapping[str, Row], histories: Mapping[str, Sequenc
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
+    means = {TITLES[name]: mean_history(runs) for name, runs in histories.items()}
     figure = Figure(figsize=(11, 8), layout="constrained")
-    (over_time, over_memory), (losses, accuracies) = figure.subplots(2, 2)
+    (over_time, over_memory), panels = figure.subplots(2, 2)
     for colour, (name, row) in zip(matplotlib.color_sequences["tab10"], rows.items(), strict=False):
-        runs = histories[name]
-        epochs = [each["epoch"] for each in runs[0]]
-        images = [each["train_images_per_second"] * each["train_seconds"] for each in runs[0]]
-        seconds = torch.tensor(images).cumsum(0) / row["train_images_per_second"]
-        for axes, key, style in (
-            (over_time, "test_top1", ".-"),
-            (losses, "train_loss", "--"),
-            (losses, "test_loss", "-"),
-            (accuracies, "train_top1", "--"),
-            (accuracies, "test_top1", "-"),
-        ):
-            values = [
-                statistics.mean(figures) for figures in zip(*([e[key] for e in run] for run in runs), strict=True)
-            ]
-            label = TITLES[name] if axes is over_time else f"{TITLES[name]}, {key.split('_')[0]}"
-            axes.plot(seconds if axes is over_time else epochs, values, style, color=colour, label=label)
-        spread = {"color": colour, "marker": "o", "capsize": 3}
-        over_memory.errorbar(row["peak_bytes"] / 2**20, row["test_top1"], yerr=row["interval"], **spread)
-        at = (row["peak_bytes"] / 2**20, row["test_top1"])
-        over_memory.annotate(TITLES[name], at, textcoords="offset points", xytext=(8, 4))
+        title = TITLES[name]
+        seconds = training_seconds(histories[name][0], row[TRAIN_SPEED])
+        over_time.plot(seconds, [each["test_top1"] for each in means[title]], ".-", color=colour, label=title)
+        memory, accuracy = row["peak_bytes"] / 2**20, row["test_top1"]
+        over_memory.errorbar(memory, accuracy, yerr=row["interval"], color=colour, marker="o", capsize=3)
+        over_memory.annotate(title, (memory, accuracy), textcoords="offset points", xytext=(8, 4))
     over_time.set(xlabel="training time, s", ylabel="test accuracy, %")
+    over_time.legend()
     over_memory.set(xlabel="memory of a training step, MiB", ylabel="test accuracy at the end, %")
     over_memory.margins(x=0.25)
-    losses.set(xlabel="epoch", ylabel="loss (of training: with smoothing, augmentation)")
-    accuracies.set(xlabel="epoch", ylabel="accuracy, %")
-    for axes in (losses, accuracies):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes in (over_time, over_memory, losses, accuracies):
+    for axes in (over_time, over_memory):
         axes.grid(alpha=0.3)
-    over_time.legend()
-    losses.legend(fontsize=8)
+    draw_curves(panels, means)
     with atomic(path) as temporary:
         FigureCanvasAgg(figure).print_png(temporary)
+
+
+def mean_history(runs: Sequence[History]) -> History:
+    """Epochs with the means over the seeds of what is drawn by epoch."""
+    keys = ("epoch", "train_loss", "test_loss", "train_top1", "test_top1")
+    return [{key: statistics.mean(each[key] for each in epoch) for key in keys} for epoch in zip(*runs, strict=True)]

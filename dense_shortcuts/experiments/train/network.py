@@ -102,11 +102,13 @@ def twin(config: Config) -> Config:
 def densenet_twin(config: TrainConfig, num_classes: int) -> TrainConfig | None:
     """The same run with a DenseNet of as many parameters, a layer for each block; None for a host of other stages."""
     from ...models.small_images import densenet_of
-    from ...nn.stage import DenseStage
+    from ...surgery.plug import dense_stages
 
+    if config.weights is not None:
+        return None
     model: Any = build_network(config, num_classes)
-    layers = [len(stage) for stage in model.modules() if isinstance(stage, DenseStage)]
-    if not 3 <= len(layers) <= 5 or config.weights is not None:
+    layers = [len(stage) for stage in dense_stages(model).values()]
+    if not 3 <= len(layers) <= 5:
         return None
     first = getattr(model, "feature_info", None)
     small = first is not None and first[0]["reduction"] == 1  # of a stem that keeps the images' size

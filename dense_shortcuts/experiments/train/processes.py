@@ -13,8 +13,8 @@ from torch import distributed as dist
 from ...errors import DenseShortcutError
 from ...extras import need
 from ...nn.affine_form import affine_form
-from ...nn.shortcut import DenseShortcut
 from ...nn.stage import DenseStage
+from ...surgery.plug import shortcut_norms
 from .config import TrainConfig
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def synchronise_on_cpu(model: nn.Module) -> None:
         DenseShortcutError: a kind of batch norm that can be synchronised on a GPU only.
     """
     # A shortcut's norms are never called, so that theirs may stay the class that the operator knows.
-    own = {norm for module in model.modules() if isinstance(module, DenseShortcut) for norm in module.norms}
+    own = set(shortcut_norms(model))
     for name, module in model.named_modules():
         if not isinstance(module, nn.modules.batchnorm._BatchNorm):
             continue

@@ -1,5 +1,6 @@
 """What a run leaves to read: the table and the curves."""
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -53,12 +54,11 @@ def row(name: str, label: str, histories: Sequence[History], test_images: int, c
 
 def cells(row: Row) -> list[str]:
     """A row as text, column by column."""
-    accuracy = f"{row['test_top1']:.2f} ± {row['interval']:.2f}"
-    readable = (
-        row
-        | {"accuracy": accuracy}
-        | {"multiply_adds": millions(row["multiply_adds"]), "peak_bytes": mebibytes(row["peak_bytes"])}
-    )
+    readable = row | {
+        "accuracy": f"{row['test_top1']:.2f} ± {row['interval']:.2f}",
+        "multiply_adds": millions(row["multiply_adds"]),
+        "peak_bytes": mebibytes(row["peak_bytes"]),
+    }
     return [form.format(readable[key]) for key, _, form in COLUMNS]
 
 
@@ -89,9 +89,8 @@ def footnote(device: torch.device, batch_size: int, test_images: int, seeds: int
     means = f", mean of {seeds} seeds" if seeds > 1 else ""
     return (
         f"Accuracy on {test_images:,} test images after the last epoch{means}, ± its 95 % interval for so many images. "
-        f"MACs for one image. Training speed is the "
-        f"median of the run's epochs; inference speed is timed with the networks in turn. Memory: {memory}, "
-        f"batch {batch_size}."
+        "MACs for one image. Training speed is the median of the run's epochs; inference speed is timed with the "
+        f"networks in turn. Memory: {memory}, batch {batch_size}."
     )
 
 
@@ -117,15 +116,28 @@ def rich_table(rows: Sequence[Row]) -> "Table":
     return table
 
 
+def training_seconds(history: History, images_per_second: float) -> list[float]:
+    """The training time (s) up to the end of each epoch at a given speed."""
+    images = [round(each["train_images_per_second"] * each["train_seconds"]) for each in history]
+    return [count / images_per_second for count in itertools.accumulate(images)]
+
+
 def curves(path: Path, histories: Mapping[str, History]) -> None:
-    """Loss and accuracy by epoch as a PNG: training dashed, test solid, a colour for each network."""
-    import matplotlib
+    """Loss and accuracy by epoch as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(10, 4), layout="constrained")
-    panels = figure.subplots(1, 2)
+    draw_curves(figure.subplots(1, 2), histories)
+    with atomic(path) as temporary:
+        FigureCanvasAgg(figure).print_png(temporary)
+
+
+def draw_curves(panels: Any, histories: Mapping[str, History]) -> None:
+    """Loss and accuracy by epoch in two panels: training dashed, test solid, a colour for each network."""
+    import matplotlib
+    from matplotlib.ticker import MaxNLocator
+
     headings = ("loss (of training: with smoothing, augmentation)", "accuracy, %")
     for axes, figure_name, heading in zip(panels, ("loss", "top1"), headings, strict=True):
         for colour, (label, history) in zip(matplotlib.color_sequences["tab10"], histories.items(), strict=False):
@@ -137,5 +149,3 @@ def curves(path: Path, histories: Mapping[str, History]) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     panels[0].legend()
-    with atomic(path) as temporary:
-        FigureCanvasAgg(figure).print_png(temporary)

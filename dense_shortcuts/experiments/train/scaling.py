@@ -14,7 +14,7 @@ from torch import nn
 
 from ...errors import DenseShortcutError
 from ...nn.affine_form import is_batch_norm
-from ...nn.shortcut import DenseShortcut
+from ...surgery.plug import shortcut_norms
 
 GRADIENT_BYTES = 4  # float32, also under mixed precision: DDP exchanges gradients in the dtype of the weights
 BUCKET_BYTES = 25 * 2**20  # DDP's own; each bucket is one all-reduce
@@ -71,7 +71,7 @@ class Estimate:
 def messages(model: nn.Module, *, sync_bn: bool) -> Messages:
     """What a network's training step exchanges; every batch norm is synchronised, or none."""
     size = GRADIENT_BYTES * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    own = sum(map(is_batch_norm, (n for m in model.modules() if isinstance(m, DenseShortcut) for n in m.norms)))
+    own = sum(map(is_batch_norm, shortcut_norms(model)))
     norms = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     small = HOST_EXCHANGES * (norms - own) + OWN_EXCHANGES * own
     return Messages(size, -(-size // BUCKET_BYTES), small if sync_bn else 0)
